@@ -1,31 +1,34 @@
 """AbbIE: a decoder-only Transformer whose middle part is applied r times with the same weights.
 
-Source: "AbbIE: Autoregressive Block-Based Iterative Encoder for Efficient Sequence Modeling", arXiv 2507.08567.
-A Transformer is cut into Head, Body and Tail, each a few ordinary blocks:
+Source: "AbbIE: Autoregressive Block-Based Iterative Encoder for Efficient Sequence Modeling",
+arXiv 2507.08567. A Transformer is cut into Head, Body and Tail, each a few ordinary blocks:
 
     idx -> embed -> Head -> h -> Body, Body, ... (r times) -> Tail -> norm -> unembed -> logits
 
-What differs from a textbook GPT is one method, `AbbIE.iterate`, and the loop in `AbbIE.forward` that calls it. The
-block is the Llama block: RMSNorm before each sublayer, rotary embedding, SwiGLU, no biases, tied embeddings.
+What differs from a textbook GPT is one method, `AbbIE.iterate`, and the loop in `AbbIE.forward` that
+calls it. The block is the Llama block: RMSNorm before each sublayer, rotary embedding, SwiGLU, no biases,
+tied embeddings.
 
-The paper's formula (AbbIE-D).      x_0 = h,  x_{k+1} = B(x_k) + x_k:  a residual joins consecutive iterations.
-B is the Body with its own residual stream, B(x) = x + Delta(x), where Delta is the sum of its sublayers' updates.
-At r = 1 AbbIE is to be exactly a standard Transformer, so the Tail reads B(x_{r-1}), before the residual is added.
+The paper's formula (AbbIE-D).     x_0 = h,  x_{k+1} = B(x_k) + x_k
+A residual joins consecutive iterations. B is the Body with its own residual stream, B(x) = x + Delta(x),
+where Delta is the sum of its sublayers' updates. At r = 1 AbbIE is to be exactly a standard Transformer,
+so the Tail reads B(x_{r-1}), before the residual is added.
 
-Our form of it.                     y_0 = h,  u = B(y, 2^-k),  y <- (u + y) / 2,  and the Tail reads u.
-B(y, c) is the Body with every sublayer update multiplied by c. This is the same function at its natural size: with
-y_k = x_k / 2^k, RMSNorm reads the same direction, so every update is the same, and dividing x + Delta by 2^k divides
-Delta by 2^k; hence u = B(x_k) / 2^k and y_{k+1} = (u + y_k) / 2. (Equal up to the norm's epsilon.) The raw state
-doubles at every iteration: it would overflow near r = 64, and the Tail's updates would fade beside it as r grows.
+Our form of it.                    y_0 = h,  u = B(y, 2^-k),  y <- (u + y) / 2,  and the Tail reads u
+B(y, c) is the Body with every sublayer update multiplied by c. This is the same function at its natural
+size: let y_k = x_k / 2^k. RMSNorm reads the same direction, so every update is the same, and dividing
+x + Delta by 2^k divides Delta by 2^k; hence u = B(x_k) / 2^k and y_{k+1} = (u + y_k) / 2. (The same up to
+the norm's epsilon.) The raw state doubles at every iteration: it would overflow near r = 64, and the Tail's
+updates would fade beside it as r grows.
 
-The geometric weights.              u = h + sum_{k<r-1} 2^-(k+1) Delta_k + 2^-(r-1) Delta_{r-1}
-The weights of the Body's updates sum to 1 at every r: (1), (1/2, 1/2), (1/2, 1/4, 1/4), (1/2, 1/4, 1/8, 1/8), ...
-So the Tail meets the same scale at every r, and u converges as r grows, by construction, trained or not: the change
-of y halves with each iteration, that of u quarters. It also means that later iterations can refine, but hardly
-compute. AbbIE-C, x <- B(x), has the weights (1, 1, 1, ...) and does not converge.
+The geometric weights.             u = h + sum_{k<r-1} 2^-(k+1) Delta_k + 2^-(r-1) Delta_{r-1}
+The weights of the updates sum to 1 at every r: (1), (1/2, 1/2), (1/2, 1/4, 1/4), (1/2, 1/4, 1/8, 1/8).
+So the Tail meets the same scale at every r, and u converges as r grows, by construction, trained or not:
+the change of y halves with each iteration, that of u quarters. It also means that later iterations can
+refine, but hardly compute. AbbIE-C, x <- B(x), has the weights (1, 1, 1, ...) and does not converge.
 
-Shapes: B batch, T tokens, D n_embd, H n_attn_heads, K n_kv_heads, E attn_head_dim, F ffn_dim, V vocab_size,
-S positions in a cache. "head" alone always means the paper's Head.
+Shapes: B batch, T tokens, D n_embd, H n_attn_heads, K n_kv_heads, E attn_head_dim, F ffn_dim,
+V vocab_size, S positions in a cache. "head" alone always means the paper's Head.
 """
 
 import hashlib
@@ -34,7 +37,7 @@ import math
 import os
 import shutil
 import sys
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -43,14 +46,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-RULES = {"abbie_d": 128, "abbie_d_literal": 48, "abbie_c": 128, "zero_pt": 128, "recall": 128}  # rule -> largest iters
+# rule -> largest iters
+RULES = {"abbie_d": 128, "abbie_d_literal": 48, "abbie_c": 128, "zero_pt": 128, "recall": 128}
 
 
 class UserError(ValueError):
     """An error that the user can mend: at most three lines, what is wrong and what to do."""
 
 
-# ---------------------------------------------------------------------------------------------------- configuration
+# ---------------------------------------------------------------------------------------------- configuration
 
 def key(default, help: str):
     """A dataclass field with its meaning, which `train.py --help` prints."""
@@ -58,8 +62,8 @@ def key(default, help: str):
 
 
 def parse_iters(spec: int | str) -> tuple[str, float, int]:
-    """2 -> ("fixed", 2, 2), "1-3" -> ("uniform", 1, 3), "poisson:4" -> ("poisson", 4.0, 128): kind, parameter, largest.
-    Raises UserError for anything else."""
+    """2 -> ("fixed", 2, 2), "1-3" -> ("uniform", 1, 3), "poisson:4" -> ("poisson", 4.0, 128): kind,
+    parameter, largest. Raises UserError for anything else."""
     try:
         if isinstance(spec, str) and spec.startswith("poisson:"):
             kind, low, high = "poisson", float(spec[8:]), 128
@@ -73,7 +77,7 @@ def parse_iters(spec: int | str) -> tuple[str, float, int]:
     except (TypeError, ValueError):
         valid = False
     if not valid:
-        raise UserError(f"iters={spec!r}: give an integer from 1 to 128, a range such as '1-3', or 'poisson:4'")
+        raise UserError(f"iters={spec!r}: give an integer from 1 to 128, a range like '1-3', or 'poisson:4'")
     return kind, low, high
 
 
@@ -84,30 +88,30 @@ class AbbIEConfig:
     block_size: int = key(1024, "longest context in tokens")
     n_embd: int = key(1024, "width D of the residual stream")
     n_attn_heads: int = key(16, "attention heads, of n_embd / n_attn_heads channels each")
-    n_kv_heads: int | None = key(None, "heads of keys and values, shared by groups of attention heads (None: n_attn_heads)")
+    n_kv_heads: int | None = key(None, "heads of keys and values, for groups of attention heads (None: all)")
     ffn_dim: int = key(2816, "hidden width of the SwiGLU MLP")
     n_head_blocks: int = key(8, "blocks of the Head, applied once")
     n_body_blocks: int = key(8, "blocks of the Body, applied `iters` times")
     n_tail_blocks: int = key(8, "blocks of the Tail, applied once")
     rope_base: float = key(10000.0, "base of the rotary embedding's wavelengths")
-    rope_scaling: dict | None = key(None, "Llama-3 stretching of the rotary wavelengths, as in Hugging Face configs")
+    rope_scaling: dict | None = key(None, "Llama-3 stretching of the rotary wavelengths, as Hugging Face has it")
     norm_eps: float = key(1e-5, "epsilon of every RMSNorm")
     tie_embeddings: bool = key(True, "the unembedding is the embedding")
     rule: str = key("abbie_d", f"how an iteration follows the last: {', '.join(RULES)}")
-    iters: int | str = key(2, "iterations of the Body in training: 2, a range '1-3', or 'poisson:4'; run at any")
+    iters: int | str = key(2, "iterations of the Body in training: 2, a range '1-3', or 'poisson:4'")
     backprop_iters: int = key(0, "gradients reach the updates of the last so many iterations only (0: all)")
 
     def __post_init__(self):
         if self.n_kv_heads is None:
             object.__setattr__(self, "n_kv_heads", self.n_attn_heads)
         problems = [f"{name}={getattr(self, name)} must be at least {least}" for name, least in (
-            ("vocab_size", 0), ("block_size", 2), ("n_embd", 1), ("n_attn_heads", 1), ("n_kv_heads", 1), ("ffn_dim", 1),
-            ("n_head_blocks", 0), ("n_body_blocks", 1), ("n_tail_blocks", 0), ("backprop_iters", 0))
+            ("vocab_size", 0), ("block_size", 2), ("n_embd", 1), ("n_attn_heads", 1), ("n_kv_heads", 1),
+            ("ffn_dim", 1), ("n_head_blocks", 0), ("n_body_blocks", 1), ("n_tail_blocks", 0), ("backprop_iters", 0))
             if getattr(self, name) < least]
         if not problems and self.n_embd % (2 * self.n_attn_heads):
-            problems.append(f"n_embd={self.n_embd} must be an even multiple of n_attn_heads={self.n_attn_heads}")
+            problems.append(f"n_embd={self.n_embd} is no even multiple of n_attn_heads={self.n_attn_heads}")
         if not problems and self.n_attn_heads % self.n_kv_heads:
-            problems.append(f"n_attn_heads={self.n_attn_heads} must be a multiple of n_kv_heads={self.n_kv_heads}")
+            problems.append(f"n_attn_heads={self.n_attn_heads} is no multiple of n_kv_heads={self.n_kv_heads}")
         problems += [f"{name}={getattr(self, name)} must be positive" for name in ("rope_base", "norm_eps")
                      if not getattr(self, name) > 0]
         if self.rope_scaling is not None:
@@ -135,6 +139,12 @@ class AbbIEConfig:
         return self.n_head_blocks + self.n_body_blocks + self.n_tail_blocks
 
     @property
+    def block_names(self) -> list[str]:
+        """Where block 0, 1, ... of the uncut Transformer lives: head.0, ..., body.0, ..., tail.0, ..."""
+        depths = {"head": self.n_head_blocks, "body": self.n_body_blocks, "tail": self.n_tail_blocks}
+        return [f"{part}.{i}" for part, n in depths.items() for i in range(n)]
+
+    @property
     def padded_vocab_size(self) -> int:
         """Rows of the embedding: vocab_size rounded up to a multiple of 64, which matrix units prefer."""
         return -(-self.vocab_size // 64) * 64
@@ -146,17 +156,17 @@ class AbbIEConfig:
         return int((low if kind == "poisson" else (low + high) / 2) + 0.5)
 
 
-# -------------------------------------------------------------------------------------------------------- the block
+# -------------------------------------------------------------------------------------------------- the block
 
 def rope_table(config: AbbIEConfig) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (block_size, E/2) in fp32 of the rotary embedding (RoFormer, arXiv 2104.09864, eq. 15), with the
-    wavelengths stretched as in Llama 3.1 where rope_scaling says so."""
+    """Cosines and sines (block_size, E/2) in fp32 of the rotary embedding (RoFormer, arXiv 2104.09864, eq.
+    15), with the wavelengths stretched as in Llama 3.1 where rope_scaling says so."""
     E, s = config.attn_head_dim, config.rope_scaling
-    freq = config.rope_base ** (-torch.arange(0, E, 2, dtype=torch.int64).float() / E)  # (E/2,) radians per token
+    freq = config.rope_base ** (-torch.arange(0, E, 2, dtype=torch.int64).float() / E)  # (E/2,) per token
     if s is not None:
-        turns = s["original_max_position_embeddings"] * freq / (2 * math.pi)  # full turns within the first context
+        turns = s["original_max_position_embeddings"] * freq / (2 * math.pi)  # within the first context
         low, high = s["low_freq_factor"], s["high_freq_factor"]
-        keep = ((turns - low) / (high - low)).clamp(0, 1)  # 1: a short wavelength, kept; 0: a long one, stretched
+        keep = ((turns - low) / (high - low)).clamp(0, 1)  # 1: short wavelengths, kept; 0: long, stretched
         freq = keep * freq + (1 - keep) * freq / s["factor"]
     angle = torch.outer(torch.arange(config.block_size).float(), freq)
     return angle.cos(), angle.sin()
@@ -177,8 +187,10 @@ class Attention(nn.Module):
         self.proj = nn.Linear(H * E, D, bias=False)
 
     def forward(self, x, rope, kv=None):
-        (B, T, D), E, H, K = x.shape, self.config.attn_head_dim, self.config.n_attn_heads, self.config.n_kv_heads
-        q, k, v = (y.view(B, T, -1, E).transpose(1, 2) for y in self.qkv(x).split((H * E, K * E, K * E), dim=-1))
+        B, T, D = x.shape
+        E, H, K = self.config.attn_head_dim, self.config.n_attn_heads, self.config.n_kv_heads
+        qkv = self.qkv(x).split((H * E, K * E, K * E), dim=-1)
+        q, k, v = (y.view(B, T, -1, E).transpose(1, 2) for y in qkv)
         q, k = rotate(q, *rope), rotate(k, *rope)  # (B, H, T, E), (B, K, T, E)
         if kv is not None:  # decoding: attend to the keys and values of earlier tokens as well, (B, K, S, E)
             k, v = kv.store(k, v)
@@ -201,7 +213,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """x (B, T, D) -> (B, T, D). Every sublayer's update is multiplied by c before it joins the residual stream."""
+    """x (B, T, D) -> (B, T, D). Every sublayer's update is multiplied by c before it joins the residual
+    stream."""
 
     def __init__(self, config: AbbIEConfig):
         super().__init__()
@@ -215,21 +228,23 @@ class Block(nn.Module):
         return x + c * self.mlp(self.mlp_norm(x))
 
 
-# ------------------------------------------------------------------------------------------------ the cache of decoding
+# -------------------------------------------------------------------------------------- the cache of decoding
 
 class KVCache:
-    """Keys and values of the tokens so far, each (slots, B, K, S, E) with S = block_size; `lengths` says how many tokens
-    each of the B rows holds. In mode "full" there is one slot per block and *iteration*: iteration k of a new token reads
-    what iteration k of the old ones wrote, so decoding is exact. In mode "last" all iterations of a Body block share one
-    slot: a prompt is processed exactly, then only its last iteration is left for all iterations to read."""
+    """Keys and values of the tokens so far, each (slots, B, K, S, E) with S = block_size; `lengths` says how
+    many tokens each of the B rows holds. In mode "full" there is one slot per block and *iteration*:
+    iteration k of a new token reads what iteration k of the old ones wrote, so decoding is exact. In mode
+    "last" all iterations of a Body block share one slot: a prompt is processed exactly, then only its last
+    iteration is left for all iterations to read."""
 
-    def __init__(self, config: AbbIEConfig, batch_size=1, max_iters: int | None = None, mode="full", device="cpu",
-                 dtype=torch.float32):
+    def __init__(self, config: AbbIEConfig, batch_size=1, max_iters: int | None = None, mode="full",
+                 device="cpu", dtype=torch.float32):
         self.config, self.mode, self.max_iters = config, mode, max_iters or config.mean_iters
         self.n_once = config.n_head_blocks + config.n_tail_blocks
         n_slots = self.n_once + config.n_body_blocks * (self.max_iters if mode == "full" else 1)
         shape = (n_slots, batch_size, config.n_kv_heads, config.block_size, config.attn_head_dim)
-        self.k, self.v = torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype)
+        self.k = torch.zeros(shape, device=device, dtype=dtype)
+        self.v = torch.zeros_like(self.k)
         self.lengths = [0] * batch_size
 
     @property
@@ -248,8 +263,8 @@ class KVCache:
 
 
 class Chunk:
-    """New tokens in some rows of a cache: where their keys and values go, and what they may attend to. One chunk serves
-    every block and iteration; `at` picks the slot."""
+    """New tokens in some rows of a cache: where their keys and values go, and what they may attend to. One
+    chunk serves every block and iteration; `at` picks the slot."""
 
     def __init__(self, cache: KVCache, starts: list[int], T: int, rows: list[int] | None):
         self.cache, self.end, device = cache, max(starts) + T, cache.k.device
@@ -261,12 +276,12 @@ class Chunk:
         if self.together:
             self.where = (slice(None), slice(None), slice(starts[0], self.end))  # of (B, K, S, E)
             self.positions = keys[starts[0]:]  # (T,)
-            self.causal = T > 1 and starts[0] == 0  # SDPA's causal mask is aligned top-left: right for a prefill only
+            self.causal = T > 1 and starts[0] == 0  # SDPA aligns its causal mask top-left: for a prefill only
             if T > 1 and not self.causal:
                 self.mask = keys <= self.positions[:, None]  # (T, S)
         else:
             self.rows = torch.tensor(range(len(starts)) if rows is None else rows, device=device)
-            self.positions = torch.tensor(starts, device=device)[:, None] + torch.arange(T, device=device)  # (B, T)
+            self.positions = torch.tensor(starts, device=device)[:, None] + torch.arange(T, device=device)
             self.where = (self.rows[:, None], slice(None), self.positions)
             self.mask = keys <= self.positions[:, None, :, None]  # (B, 1, T, S)
 
@@ -279,7 +294,8 @@ class Chunk:
         return Slot(self, self.cache.slot(part, i, k))
 
     def fill_deeper(self, iters: int):
-        """Tokens that ran fewer iterations than another may read lend their last keys and values to the deeper slots."""
+        """Tokens that ran fewer iterations than another may read lend their last keys and values to the
+        deeper slots."""
         cache = self.cache
         if iters > cache.max_iters:
             raise UserError(f"iters={iters}, but the cache was made for {cache.max_iters} iterations")
@@ -308,7 +324,7 @@ class Slot:
         return tuple(table[chunk.rows, :, :chunk.end] for table in tables)
 
 
-# ------------------------------------------------------------------------------------------------------- checkpoints
+# ------------------------------------------------------------------------------------------------ checkpoints
 
 FILES = ("config.json", "model.pt", "train.pt")  # and manifest.json, written last: the SHA-256 of each
 
@@ -331,13 +347,13 @@ def is_complete(folder: Path) -> bool:
 
 
 def find_checkpoint(path: str | Path | None = None) -> Path:
-    """A run folder -> its newest complete checkpoint; a checkpoint -> itself; None -> the newest complete one of the run
-    in out/ that was written last. Raises UserError where there is none."""
+    """A run folder -> its newest complete checkpoint; a checkpoint -> itself; None -> the newest complete one
+    of the run in out/ that was written last. Raises UserError where there is none."""
     if path is None:
         runs = sorted({p.parents[1] for p in Path("out").glob("*/step_*/manifest.json")},
                       key=lambda run: max(p.stat().st_mtime for p in run.glob("step_*/manifest.json")))
         if not runs:
-            raise UserError("there is no checkpoint under out/\nmake one: python train.py config/abbie_tiny.py")
+            raise UserError("no checkpoint under out/\nmake one: python train.py config/abbie_tiny.py")
         path = runs[-1]
     path = Path(path)
     steps = sorted(path.glob("step_*"), reverse=True)
@@ -380,7 +396,8 @@ def sync_folder(path: Path):
 
 
 def save_checkpoint(run: Path, step: int, model: dict, train: dict, config: dict) -> Path:
-    """Write run/step_XXXXXXXX so that it is there whole or not at all: under another name, synced, then renamed."""
+    """Write run/step_XXXXXXXX so that it is there whole or not at all: under another name, synced, then
+    renamed."""
     folder, temp = run / f"step_{step:08d}", run / f".step_{step:08d}.tmp"
     shutil.rmtree(temp, ignore_errors=True)
     temp.mkdir(parents=True)
@@ -399,10 +416,11 @@ def save_checkpoint(run: Path, step: int, model: dict, train: dict, config: dict
     return folder
 
 
-# -------------------------------------------------------------------------------------------------------- the model
+# -------------------------------------------------------------------------------------------------- the model
 
 class AbbIE(nn.Module):
-    """The model. After `from_checkpoint`, `meta` holds the checkpoint's config.json (run, tokenizer, step)."""
+    """The model. After `from_checkpoint`, `meta` holds the checkpoint's config.json (run, tokenizer,
+    step)."""
 
     def __init__(self, config: AbbIEConfig):
         super().__init__()
@@ -420,13 +438,13 @@ class AbbIE(nn.Module):
         if config.tie_embeddings:
             self.unembed.weight = self.embed.weight
         self._rope = rope_table(config)  # no buffer: the angles stay fp32 when the weights are bf16
-        self.activation_checkpointing = False  # recompute each iteration in the backward pass instead of storing it
+        self.activation_checkpointing = False  # recompute each iteration in the backward pass
         self.init_weights()
 
     @torch.no_grad()
     def init_weights(self):
-        """All initialisation. The paper is silent; we chose GPT-2's, with depth counted at r = 1, so that every rule
-        starts from the weights of the standard Transformer.
+        """All initialisation. The paper is silent; we chose GPT-2's, with depth counted at r = 1, so that
+        every rule starts from the weights of the standard Transformer.
 
             embed (tied or not), unembed         normal, std 0.02
             qkv, gate_up                         normal, std 0.02
@@ -445,40 +463,41 @@ class AbbIE(nn.Module):
     # The recurrence: one iteration, and the loop around it.
 
     def iterate(self, x, h, k: int, rope, kv=None, backprop=True):
-        """Iteration k = 0, 1, ...: the state x and the Head's output h, both (B, T, D) -> (u, next x), u being what the
-        Tail reads if this iteration is the last. All five rules, DESIGN table order; u = x except where it says so."""
+        """Iteration k = 0, 1, ...: the state x and the Head's output h, both (B, T, D) -> (u, next x), u
+        being what the Tail reads if this iteration is the last. All five rules, DESIGN table order; u = x
+        except where it says so."""
         body = partial(self._run_body, k=k, rope=rope, kv=kv, backprop=backprop)
         match self.config.rule:
             case "abbie_d":  # the paper's AbbIE-D at its natural size (see the top of this file)
-                u = body(x, torch.full((), 2.0 ** -k, dtype=x.dtype, device=x.device))  # a tensor: never recompiles
+                scale = torch.full((), 2.0 ** -k, dtype=x.dtype, device=x.device)  # a tensor: never recompiles
+                u = body(x, scale)
                 return u, (u + x) / 2
             case "abbie_d_literal":  # the printed formula at every iteration, on the raw scale
                 x = body(x) + x
             case "abbie_c":  # no residual between iterations
                 x = body(x)
-            case "zero_pt":  # after Geiping et al., arXiv 2502.05171: state and Head output, concatenated and projected
+            case "zero_pt":  # after Geiping et al., arXiv 2502.05171: the state starts empty
                 x = body(self.project(torch.cat((x, h), dim=-1)))
-            case "recall":  # ours: a damped fixed-point iteration of x = h + Delta(x), with full-sized updates
+            case "recall":  # ours: damped fixed-point iteration of x = h + Delta(x), full-sized updates
                 u = body(x) + (h - x)
                 return u, (u + x) / 2
         return x, x
 
     def forward(self, idx: Tensor, targets: Tensor | None = None, iters: int | None = None):
-        """idx (B, T) int64 -> logits (B, T, V) for all positions, and the mean next-token NLL in nats against targets
-        (B, T) (-1: not counted), or None. `iters` defaults to the rounded mean of the training schedule."""
+        """idx (B, T) int64 -> logits (B, T, V) for all positions, and the mean next-token NLL in nats against
+        targets (B, T) (-1: not counted), or None. `iters` defaults to the rounded mean of the training
+        schedule."""
         iters, rope = self.check_iters(iters), self.rope(idx)
         h = self.run_head(idx, rope)
         x, u = self.start(h), None
-        first = iters - (self.config.backprop_iters or iters)  # the first iteration whose updates get gradients
+        first = iters - (self.config.backprop_iters or iters)  # whose updates get gradients
         for k in range(iters):
             if self.activation_checkpointing and torch.is_grad_enabled():
                 u, x = checkpoint(self.iterate, x, h, k, rope, None, k >= first, use_reentrant=False)
             else:
                 u, x = self.iterate(x, h, k, rope, None, k >= first)
-        logits = self.logits(self.run_tail(u, rope))
-        if targets is None:
-            return logits, None
-        return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
+        z = self.run_tail(u, rope)
+        return (self.logits(z), None) if targets is None else self.logits_and_loss(z, targets)
 
     def logits_at(self, idx: Tensor, iters: list[int]):
         """Yield the logits (B, T, V) at each entry of iters, from one sweep of the Body to the largest."""
@@ -503,7 +522,8 @@ class AbbIE(nn.Module):
         if not torch.compiler.is_compiling() and idx.device.type == "cpu" and idx.numel():
             low, high = idx.aminmax()
             if low < 0 or high >= self.config.vocab_size:
-                raise UserError(f"token id {int(low if low < 0 else high)} lies outside the vocabulary of {self.config.vocab_size}")
+                raise UserError(f"token id {int(low if low < 0 else high)} is not in the vocabulary of "
+                                f"{self.config.vocab_size}")
         x = self.embed(idx)
         for i, block in enumerate(self.head):
             x = block(x, rope, kv and kv.at("head", i))
@@ -529,10 +549,16 @@ class AbbIE(nn.Module):
         """(..., D) -> (..., V); the padded columns are cut here, so no softmax ever sees them."""
         return self.unembed(z)[..., :self.config.vocab_size]
 
+    def logits_and_loss(self, z, targets):
+        """(B, T, D), (B, T) -> logits (B, T, V) and the mean NLL; of one piece, so that a compiler can fuse
+        it."""
+        logits = self.logits(z)
+        return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
+
     def rope(self, idx):
         """Cosines and sines (T, E/2) for positions 0 .. T-1 of idx (B, T). Raises UserError for bad idx."""
         if idx.dim() != 2 or idx.dtype != torch.int64 or not 1 <= idx.shape[1] <= self.config.block_size:
-            raise UserError(f"token ids must be int64 of shape (B, T) with 1 <= T <= {self.config.block_size}, "
+            raise UserError(f"token ids must be int64 (B, T) with 1 <= T <= {self.config.block_size}, "
                             f"not {idx.dtype} {tuple(idx.shape)}")
         return tuple(t[:idx.shape[1]] for t in self.rope_on(idx.device))
 
@@ -552,13 +578,15 @@ class AbbIE(nn.Module):
         """All unique parameters, embeddings included: independent of iters."""
         return sum(p.numel() for p in self.parameters())
 
-    def flops_per_token(self, iters: int | None = None, context: int | None = None, training: bool = True) -> float:
-        """Floating-point operations per token: 2 per weight of every matrix product, r x Body counted, plus attention over
-        the context/2 tokens that a causal mask shows on average (context: block_size). The backward pass is twice the
-        forward pass, of the updates that it reaches. Elementwise work is not counted."""
+    def flops_per_token(self, iters: int | None = None, context: int | None = None, training=True) -> float:
+        """Floating-point operations per token: 2 per weight of every matrix product, r x Body counted, plus
+        attention over the context/2 tokens that a causal mask shows on average (context: block_size). The
+        backward pass is twice the forward pass, of the updates that it reaches. Elementwise work is not
+        counted."""
         config, r = self.config, self.check_iters(iters)
         context = context or config.block_size
-        block = 2 * sum(p.numel() for p in self.body[0].parameters() if p.dim() == 2) + 2 * config.n_embd * context
+        matrices = sum(p.numel() for p in self.body[0].parameters() if p.dim() == 2)
+        block = 2 * matrices + 2 * config.n_embd * context
         once = (config.n_head_blocks + config.n_tail_blocks) * block + 2 * self.unembed.weight.numel()
         again = config.n_body_blocks * block
         project = 2 * self.project.weight.numel() if config.rule == "zero_pt" else 0
@@ -568,9 +596,9 @@ class AbbIE(nn.Module):
         return 3 * once + r * (again + 3 * project) + 2 * reached * again
 
     @torch.no_grad()
-    def step(self, idx: Tensor, cache: KVCache, iters: int | None = None, n_new: list[int] | None = None) -> Tensor:
-        """Append idx (B, T) to the rows of a cache -> logits (B, V) after each row's last new token. Rows may be padded
-        on the right: n_new (default T) says how many tokens of each count."""
+    def step(self, idx: Tensor, cache: KVCache, iters: int | None = None, n_new: list[int] | None = None):
+        """Append idx (B, T) to the rows of a cache -> logits (B, V) after each row's last new token. Rows may
+        be padded on the right: n_new (default T) says how many tokens of each count."""
         iters, n_new = self.check_iters(iters), n_new or [idx.shape[1]] * idx.shape[0]
         kv = cache.chunk(cache.lengths, idx.shape[1])
         h = self.run_head(idx, kv.rope(self), kv)
@@ -580,22 +608,33 @@ class AbbIE(nn.Module):
         kv.fill_deeper(iters)
         z = self.run_tail(u, kv.rope(self), kv)
         cache.lengths = [length + n for length, n in zip(cache.lengths, n_new)]
-        return self.logits(z[torch.arange(len(n_new), device=z.device), torch.tensor(n_new, device=z.device) - 1])
+        last = torch.tensor(n_new, device=z.device) - 1
+        return self.logits(z[torch.arange(len(n_new), device=z.device), last])
 
     @classmethod
-    def from_checkpoint(cls, path: str | Path, device: str = "cpu", **shape) -> "AbbIE":
-        """Load a run folder (its newest complete checkpoint), one checkpoint, or "hf:FOLDER" (a Llama, see llama.py, cut as
-        n_head_blocks and n_body_blocks in `shape` say). Raises UserError for anything that does not verify."""
+    def from_checkpoint(cls, path: str | Path, device: str = "cpu", **changes) -> "AbbIE":
+        """Load a run folder (its newest complete checkpoint), one checkpoint, or "hf:FOLDER" (a Llama, see
+        llama.py). `changes` replaces keys of the config: the rule, iters, or where the same blocks are cut
+        into Head, Body and Tail. Raises UserError for anything that does not verify."""
         if str(path).startswith("hf:"):
             from llama import load_llama
-            return load_llama(str(path), device=device, **shape)
+            return load_llama(str(path), device=device, **changes)
         folder = find_checkpoint(path)
         meta = json.loads((folder / "config.json").read_text())
-        names = {f.name for f in fields(AbbIEConfig)}
-        model = cls(AbbIEConfig(**{k: v for k, v in {**meta, **shape}.items() if k in names}))
+        saved = AbbIEConfig(**{f.name: meta[f.name] for f in fields(AbbIEConfig) if f.name in meta})
+        model = cls(replace(saved, **changes))
+        if saved.n_blocks != model.config.n_blocks:
+            raise UserError(f"{folder} has {saved.n_blocks} blocks, not the {model.config.n_blocks} asked for")
+        moved = dict(zip(saved.block_names, model.config.block_names))
+        state = load_tensors(folder / "model.pt")
+        state = {".".join([moved.get(name, name), *rest]): tensor for key, tensor in state.items()
+                 for name, rest in [(".".join(key.split(".")[:2]), key.split(".")[2:])]}
+        if model.config.rule == "zero_pt" != saved.rule:  # its own weight starts afresh
+            state["project.weight"] = model.project.weight
         try:
-            model.load_state_dict(load_tensors(folder / "model.pt"))
+            model.load_state_dict(state)
         except RuntimeError as error:
-            raise UserError(f"{folder}: its weights do not fit its config.json\n{str(error).splitlines()[-1].strip()}") from None
+            reason = str(error).splitlines()[-1].strip()
+            raise UserError(f"{folder}: its weights do not fit its config\n{reason}") from None
         model.meta = {**meta, "ckpt": str(folder)}
         return model.to(device)

@@ -1,9 +1,10 @@
-"""The configuration of a run: dataclass default < Python file < command-line flag, every key typed and checked.
+"""The configuration of a run: dataclass default < Python file < command-line flag, every key typed and
+checked.
 
     python train.py config/abbie_tiny.py --iters=2 --max_steps 100
 
-A config file is Python that assigns keys (`n_embd = 128`); one that varies another begins with `from config.X import *`.
-"""
+A config file is Python that assigns keys (`n_embd = 128`); one that varies another begins with `from config.X
+import *`. """
 
 import argparse
 import dataclasses
@@ -28,7 +29,7 @@ class Config(AbbIEConfig):
     out_dir: str = key("", "folder of checkpoints and log (empty: out/ and the config file's name)")
     seed: int = key(1, "seed of the initial weights, the data order and the iteration schedule")
     device: str = key("auto", "auto, cpu, cuda or mps")
-    dtype: str = key("auto", "precision of the matrix products: auto, float32 or bfloat16; the weights stay float32")
+    dtype: str = key("auto", "of the matrix products: auto, float32 or bfloat16; the weights stay float32")
     compile: str = key("auto", "torch.compile of the blocks: auto, on or off")
     tokens_per_step: int = key(2 ** 19, "batch size in tokens, whatever the number of processes")
     micro_batch: int = key(16, "sequences that one process takes through the model at a time")
@@ -36,8 +37,8 @@ class Config(AbbIEConfig):
     tokens_per_param: float = key(20.0, "training tokens per parameter, where max_steps is 0")
     lr: float = key(6e-4, "learning rate after the warmup")
     min_lr: float = key(0.0, "learning rate at the end of the decay")
-    warmup_steps: int = key(-1, "steps of linear warmup (-1: 1 %% of the run)")
-    decay_frac: float = key(0.2, "part of the run, at its end, in which the learning rate falls linearly to min_lr")
+    warmup_steps: int = key(-1, "steps of linear warmup (-1: 1 % of the run)")
+    decay_frac: float = key(0.2, "last part of the run, in which the learning rate falls linearly to min_lr")
     weight_decay: float = key(0.1, "decoupled weight decay of the matrices (norms have none)")
     grad_clip: float = key(1.0, "largest norm of the gradient (0: no clipping)")
     beta1: float = key(0.9, "AdamW's decay of the first moment")
@@ -47,11 +48,11 @@ class Config(AbbIEConfig):
     eval_tokens: int = key(2 ** 20, "validation tokens of an evaluation, always the same ones")
     save_every: int = key(500, "steps between checkpoints (0: only at the end)")
     keep_last: int = key(2, "checkpoints that are kept")
-    resume: str = key("auto", "auto: continue an unfinished run of this config; never: start afresh; or a checkpoint")
+    resume: str = key("auto", "auto: continue the run in out_dir; never: start afresh; or a checkpoint")
     init_from: str = key("", "checkpoint, or hf:FOLDER, whose weights the run starts from")
     force: bool = key(False, "resume although data, tokenizer or shape differ")
-    max_skips: int = key(10, "steps with a loss or gradient that is not finite, in a row, before the run stops")
-    activation_checkpointing: bool = key(False, "recompute each Body iteration in the backward pass: less memory")
+    max_skips: int = key(10, "steps in a row whose loss or gradient is not finite, before the run stops")
+    activation_checkpointing: bool = key(False, "recompute Body iterations in the backward pass, to save memory")
 
     def __post_init__(self):
         problems = []
@@ -60,18 +61,19 @@ class Config(AbbIEConfig):
         except UserError as error:
             problems.append(str(error))
         problems += [f"{name}={getattr(self, name)} must be at least {least}" for name, least in (
-            ("tokens_per_step", 1), ("micro_batch", 1), ("max_steps", 0), ("lr", 0), ("min_lr", 0), ("warmup_steps", -1),
-            ("weight_decay", 0), ("grad_clip", 0), ("beta1", 0), ("beta2", 0), ("eval_every", 0), ("eval_tokens", 1),
-            ("save_every", 0), ("keep_last", 1), ("max_skips", 1), ("seed", 0)) if getattr(self, name) < least]
-        problems += [f"{name}={getattr(self, name)} must be at most 1" for name in ("decay_frac", "beta1", "beta2")
-                     if not 0 <= getattr(self, name) <= 1]
+            ("tokens_per_step", 1), ("micro_batch", 1), ("max_steps", 0), ("lr", 0), ("min_lr", 0),
+            ("warmup_steps", -1), ("weight_decay", 0), ("grad_clip", 0), ("eval_every", 0), ("eval_tokens", 1),
+            ("save_every", 0), ("keep_last", 1), ("max_skips", 1), ("seed", 0))
+            if not getattr(self, name) >= least]
+        problems += [f"{name}={getattr(self, name)} must lie between 0 and 1"
+                     for name in ("decay_frac", "beta1", "beta2") if not 0 <= getattr(self, name) <= 1]
         for name, choices in (("dtype", ("auto", "float32", "bfloat16")), ("compile", ("auto", "on", "off"))):
             if getattr(self, name) not in choices:
                 problems.append(f"{name}={getattr(self, name)!r} is none of {', '.join(choices)}")
         if self.max_steps == 0 and not self.tokens_per_param > 0:
             problems.append("max_steps or tokens_per_param must be positive")
         if self.tokens_per_step % self.block_size:
-            problems.append(f"tokens_per_step={self.tokens_per_step} must be a multiple of block_size={self.block_size}")
+            problems.append(f"tokens_per_step={self.tokens_per_step} is no multiple of block_size={self.block_size}")
         try:
             parse_list(self.eval_iters, "eval_iters")
         except UserError as error:
@@ -92,7 +94,7 @@ def parse_list(text: str, name: str) -> list[int]:
     except ValueError:
         values = [0]
     if not all(1 <= value <= 128 for value in values):
-        raise UserError(f"{name}={text!r}: give integers from 1 to 128 with commas between them, such as 1,2,4,8")
+        raise UserError(f"{name}={text!r}: give integers from 1 to 128, such as 1,2,4,8")
     return values
 
 
@@ -102,11 +104,11 @@ def nearest(name: str, names) -> str:
     return f" (did you mean {close[0]}?)" if close else ""
 
 
-# --------------------------------------------------------------------------------------------------------- the loader
+# ------------------------------------------------------------------------------------------------- the loader
 
 def convert(name: str, value, kind, from_flag: bool):
-    """A key's value as its annotated type. Flags come as text, files as Python values; an int may stand for a float.
-    Raises UserError where it does not fit."""
+    """A key's value as its annotated type. Flags come as text, files as Python values; an int may stand for a
+    float. Raises UserError where it does not fit."""
     kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
     if from_flag:
         for k in kinds:  # the first type of the annotation that the text fits
@@ -154,7 +156,7 @@ def load_config(argv: list[str]) -> Config:
         else:
             problems.append(f"{arg} has no value")
     if len(files) != 1:
-        raise UserError(f"give one config file, not {len(files)}: python train.py config/abbie_tiny.py --max_steps=100")
+        raise UserError(f"give one config file, not {len(files)}: python train.py config/abbie_tiny.py")
     for name, value in read_config_file(Path(files[0])).items():
         put(name, value, from_flag=False)
     for name, value in flags:
@@ -190,7 +192,7 @@ def print_help():
           "(a config file's value replaces the default, a flag's replaces both):")
     for f in dataclasses.fields(Config):
         kind = f.type if isinstance(f.type, str) else getattr(f.type, "__name__", str(f.type))
-        print(f"  {f.name:26s}{kind:12s}{str(f.default):14s}{f.metadata['help'].replace('%%', '%')}")
+        print(f"  {f.name:26s}{kind:12s}{str(f.default):14s}{f.metadata['help']}")
 
 
 def show(config: Config) -> str:
@@ -204,7 +206,7 @@ def show(config: Config) -> str:
     return "\n".join([*lines, line.rstrip()])
 
 
-# ------------------------------------------------------------------------------------------------- the other scripts
+# ------------------------------------------------------------------------------------------ the other scripts
 
 class ArgumentParser(argparse.ArgumentParser):
     """argparse whose errors are UserErrors that name the nearest flag."""
@@ -220,7 +222,8 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def cli(main):
-    """Run main(argv) as a script: an error that the user can mend ends in at most three lines and exit status 2."""
+    """Run main(argv) as a script: an error that the user can mend ends in at most three lines and exit status
+    2."""
     try:
         main(sys.argv[1:])
     except UserError as error:
