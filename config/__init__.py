@@ -51,8 +51,8 @@ class Config(AbbIEConfig):
     resume: str = key("auto", "auto: continue the run in out_dir; never: start afresh; or a checkpoint")
     init_from: str = key("", "checkpoint, or hf:FOLDER, whose weights the run starts from")
     force: bool = key(False, "resume although data, tokenizer or shape differ")
-    max_skips: int = key(10, "steps in a row whose loss or gradient is not finite, before the run stops")
-    activation_checkpointing: bool = key(False, "recompute Body iterations in the backward pass, to save memory")
+    max_skips: int = key(10, "steps in a row without a finite loss and gradient before the run stops")
+    activation_checkpointing: bool = key(False, "recompute iterations in the backward pass, to save memory")
 
     def __post_init__(self):
         problems = []
@@ -61,8 +61,10 @@ class Config(AbbIEConfig):
         except UserError as error:
             problems.append(str(error))
         problems += [f"{name}={getattr(self, name)} must be at least {least}" for name, least in (
-            ("tokens_per_step", 1), ("micro_batch", 1), ("max_steps", 0), ("lr", 0), ("min_lr", 0),
-            ("warmup_steps", -1), ("weight_decay", 0), ("grad_clip", 0), ("eval_every", 0), ("eval_tokens", 1),
+            ("tokens_per_step", 1),
+            ("micro_batch", 1), ("max_steps", 0), ("lr", 0), ("min_lr", 0),
+            ("warmup_steps", -1), ("weight_decay", 0), ("grad_clip", 0), ("eval_every", 0),
+            ("eval_tokens", 1),
             ("save_every", 0), ("keep_last", 1), ("max_skips", 1), ("seed", 0))
             if not getattr(self, name) >= least]
         problems += [f"{name}={getattr(self, name)} must lie between 0 and 1"
@@ -73,7 +75,8 @@ class Config(AbbIEConfig):
         if self.max_steps == 0 and not self.tokens_per_param > 0:
             problems.append("max_steps or tokens_per_param must be positive")
         if self.tokens_per_step % self.block_size:
-            problems.append(f"tokens_per_step={self.tokens_per_step} is no multiple of block_size={self.block_size}")
+            problems.append(f"tokens_per_step={self.tokens_per_step} is no multiple of "
+                            f"block_size={self.block_size}")
         try:
             parse_list(self.eval_iters, "eval_iters")
         except UserError as error:
