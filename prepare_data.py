@@ -1,22 +1,23 @@
-"""Text -> tokenizer -> token shards on disk -> windows for training. One place knows the format.
+"""Text -> token shards on disk -> windows to train on. One place knows the format.
 
-    python prepare_data.py stdlib                                                 # this Python's own source, no download
+    python prepare_data.py stdlib                                   # the source of this Python: no download
     python prepare_data.py text --input FILE_OR_DIR ... --tokenizer gpt2 --out data/NAME
-    python prepare_data.py c4 --shards 48                                         # or tinystories, fineweb_edu
-    python prepare_data.py icl                                                    # the evaluation sets
+    python prepare_data.py c4 --shards 48                           # or tinystories, fineweb_edu
+    python prepare_data.py icl                                      # the evaluation sets
 
-data/NAME holds {train,val}_00000.bin, ... (token ids, little-endian uint16, or uint32 where the vocabulary needs it, each
-document followed by the tokenizer's end-of-text) and meta.json, written last. Shards hold --shard_tokens tokens each;
-a document may run on into the next one.
+data/NAME holds {train,val}_00000.bin, ... (token ids, little-endian uint16, or uint32 where the vocabulary
+needs it, an end-of-text token after each document) and meta.json, written last. All shards of a split but the
+last hold --shard_tokens tokens; a document may run on into the next shard.
 
-The split. A document goes to validation where the first 64 bits of the SHA-256 of its text fall below --val_fraction,
-so that it stays there whatever is added later; should that choose none, the document with the smallest hash goes.
-A document is a line of .jsonl, a row of .parquet or a whole .py file. Running text (.txt, .md) is cut at paragraphs into
-pieces of at most 8 KB, each hashed by itself, so that one book has a validation split too; neighbours that go
-to the same split stay joined, up to 1 MB. Whatever comes by --val_input is validation, and --input is then all training.
+The split. A document goes to validation where the first 64 bits of its text's SHA-256 lie below
+--val_fraction of their range, and so stays there whatever is added later; should that choose none, the
+document with the smallest hash goes. A document is a line of .jsonl, a row of .parquet or a whole .py file.
+Running text (.txt, .md) is cut at paragraphs into pieces of at most 8 KB, each hashed by itself, so that a
+single book has validation text too; neighbours that go the same way stay joined, up to 1 MB. With --val_input
+nothing is hashed: that is validation, and all of --input is training.
 
-Killed at any time, the same command goes on where it was and ends with the same bytes: input becomes chunks of about
-1 MB in a fixed order, threads encode them (tiktoken leaves Python's lock), one writer appends them in that order, and
+Killed at any time, the same command goes on and ends with the same bytes. Input becomes chunks in a fixed
+order, threads encode them (tiktoken leaves Python's lock), one writer appends them in that order, and
 progress.json says how many chunks of which file are in shards that are safely on disk.
 """
 
@@ -25,6 +26,7 @@ import hashlib
 import http.client
 import json
 import os
+import shutil
 import ssl
 import sys
 import sysconfig
@@ -36,9 +38,10 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import tiktoken
@@ -47,74 +50,87 @@ from tqdm import tqdm
 from config import ArgumentParser, cli
 from model import UserError
 
-CHUNK = 1 << 20           # bytes of text that one thread encodes at a time
-PIECE = 1 << 13           # bytes of running text that are hashed, and so split, as one
-MAX_DOCUMENT = 16 << 20   # bytes of a line of .jsonl or a file of code; longer ones are an error, so memory is bounded
-JOURNAL_SECONDS = 5.0     # between two notes of progress on disk
+CHUNK = 1 << 18          # bytes of text that a thread encodes at a time, where documents are smaller
+SECTION = 1 << 20        # bytes of running text that are read at a time
+PIECE = 1 << 13          # bytes of running text that are hashed, and so split, as one
+MAX_DOCUMENT = 8 << 20   # bytes of a line of .jsonl or a file of code: memory is bounded, so more is Bad
+JOURNAL_SECONDS = 5.0    # between two notes of progress on disk
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-# -------------------------------------------------------------------------------------------------------- tokenizers
+# ----------------------------------------------------------------------------------------------- tokenizers
 
 def get_tokenizer(name: str) -> tiktoken.Encoding:
-    """'bytes', a tiktoken encoding ('gpt2', 'cl100k_base', ...) or 'hf:FOLDER_OR_REPO' -> an object with n_vocab, eot_token,
-    encode_ordinary(str) -> ids, decode(ids) -> str, decode_bytes(ids) -> bytes, name. Raises UserError."""
-    if name == "bytes":  # no merges, so the pattern only sets how much is looked up at a time
+    """'bytes', a tiktoken encoding ('gpt2', 'cl100k_base', ...) or 'hf:FOLDER_OR_REPO' -> an object with
+    n_vocab, eot_token, encode_ordinary(str) -> ids, decode(ids) -> str, decode_bytes(ids) -> bytes, name."""
+    if name == "bytes":  # nothing merges, so the pattern only sets how much text is looked at in one go
         return tiktoken.Encoding("bytes", pat_str=r"(?s:.{1,64})", special_tokens={"<|endoftext|>": 256},
                                  mergeable_ranks={bytes([i]): i for i in range(256)})
     if name.startswith("hf:"):
         from llama import HFTokenizer
         return HFTokenizer(name[3:])
-    if name not in tiktoken.list_encoding_names():
-        raise UserError(f"unknown tokenizer {name!r}\nknown: bytes, {', '.join(tiktoken.list_encoding_names())}, hf:FOLDER")
+    if name not in (known := tiktoken.list_encoding_names()):
+        raise UserError(f"unknown tokenizer {name!r}\nknown: bytes, {', '.join(known)}, hf:FOLDER_OR_REPO")
     try:
         return tiktoken.get_encoding(name)
-    except Exception as error:  # requests' errors, or a wrong hash
-        raise UserError(f"tiktoken cannot get the vocabulary of {name} ({type(error).__name__})\n"
-                        "set TIKTOKEN_CACHE_DIR to a folder that holds it (tiktoken's cache on a machine with network),\n"
-                        "or pass --tokenizer bytes, which needs none") from None
+    except Exception as error:  # whatever the network, a proxy or the cache came up with
+        raise UserError(f"tiktoken cannot load the vocabulary of {name} ({type(error).__name__})\n"
+                        "set TIKTOKEN_CACHE_DIR to a folder that has it (from a machine with network),\n"
+                        "or use --tokenizer bytes, which needs no download") from None
 
 
-def encode(tokenizer, text: str, dtype) -> np.ndarray:
-    """text -> ids (n,) and end-of-text. The array comes straight from tiktoken where it can: a list of Python integers
-    would hold Python's lock, and with it the other threads, for a third of the time."""
+def token_dtype(vocab_size: int) -> np.dtype:
+    return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
+
+
+def encode(tokenizer, text: str) -> np.ndarray:
+    """text -> its n ids and end-of-text, (n + 1,). tiktoken's array spares a list of Python integers, whose
+    making holds Python's lock and so keeps the other threads waiting."""
     if hasattr(tokenizer, "encode_to_numpy"):
-        ids = tokenizer.encode_to_numpy(text, disallowed_special=())  # = encode_ordinary
+        ids = tokenizer.encode_to_numpy(text, disallowed_special=())  # the ids of encode_ordinary
     else:
         ids = tokenizer.encode_ordinary(text)
-    return np.append(np.asarray(ids, dtype), np.asarray([tokenizer.eot_token], dtype))
+    tokens = np.empty(len(ids) + 1, token_dtype(tokenizer.n_vocab))
+    tokens[:-1], tokens[-1] = ids, tokenizer.eot_token
+    return tokens
 
 
-# ----------------------------------------------------------------------------------------------------- files -> text
+# --------------------------------------------------------------------------------------- files -> documents
 
 class Bad(NamedTuple):
-    """A document that cannot be used, and why."""
+    """What stands in the place of a document that cannot be used."""
     why: str
 
 
+class Input(NamedTuple):
+    """A file of documents. split: 'train', 'val' or 'hash'. With a url: fetched first, deleted after."""
+    path: Path
+    size: int  # bytes, or what is expected of the url
+    split: str = "hash"
+    url: str = ""
+    stories: bool = False  # a .txt whose documents lie between lines of <|endoftext|>
+
+
 def cut(data: bytes, size: int) -> int:
-    """Where to cut data so that the first part has at most size bytes: after a paragraph, else a line, else a word, else
-    a character of UTF-8."""
+    """Where to cut so that at most size bytes come first: after a paragraph, line, word or character."""
     for mark in (b"\n\n", b"\n", b" "):
         if (at := data.rfind(mark, size // 2, size)) >= 0:
             return at + len(mark)
-    while size > 1 and data[size] & 0xC0 == 0x80:
-        size -= 1
-    return size
+    return next((at for at in range(size, size - 4, -1) if data[at] & 0xC0 != 0x80), size)
 
 
-def pieces(data: bytes, size: int = PIECE) -> Iterator[bytes]:
-    while len(data) > size:
-        at = cut(data, size)
+def pieces(data: bytes) -> Iterator[bytes]:
+    while len(data) > PIECE:
+        at = cut(data, PIECE)
         yield data[:at]
         data = data[at:]
     yield data
 
 
-def read_text(file) -> Iterator[bytes]:
-    """Running text in sections of at most 1 MB."""
-    data = file.read(CHUNK + 1)
-    while len(data) > CHUNK:
-        at = cut(data, CHUNK)
+def read_running(file) -> Iterator[bytes]:
+    data = file.read(SECTION + 1)
+    while len(data) > SECTION:
+        at = cut(data, SECTION)
         yield data[:at]
         data = data[at:] + file.read(at)
     yield data
@@ -126,16 +142,15 @@ def read_whole(file) -> Iterator[bytes | Bad]:
 
 
 def read_stories(file) -> Iterator[bytes]:
-    """Documents between lines that say <|endoftext|>, as TinyStories has them."""
     story = []
     for line in file:
-        if line.strip() == b"<|endoftext|>":
+        if line.strip() != b"<|endoftext|>":
+            story.append(line)
+        elif story:
             yield b"".join(story).strip()
             story = []
-        else:
-            story.append(line)
-    if rest := b"".join(story).strip():
-        yield rest
+    if story:
+        yield b"".join(story).strip()
 
 
 def read_jsonl(file, field: str) -> Iterator[bytes | Bad]:
@@ -148,98 +163,96 @@ def read_jsonl(file, field: str) -> Iterator[bytes | Bad]:
             yield Bad(f"line {number} is longer than {MAX_DOCUMENT >> 20} MB")
         elif line.strip():
             try:
-                text = json.loads(line)[field]
-                yield text.encode()
-            except (KeyError, TypeError, AttributeError, IndexError):
-                yield Bad(f"line {number} has no text under {field!r} (see --field)")
-            except (ValueError, RecursionError) as error:
-                what = "text that is no Unicode" if isinstance(error, UnicodeEncodeError) else "broken JSON"
-                yield Bad(f"line {number} is {what}")
+                yield json.loads(line)[field].encode()
+            except UnicodeError:
+                yield Bad(f"line {number} is invalid UTF-8")
+            except (ValueError, RecursionError):
+                yield Bad(f"line {number} is broken JSON")
+            except (LookupError, TypeError, AttributeError):
+                yield Bad(f"line {number} has no text under {field!r} (--field names the key)")
 
 
-def read_parquet(file, field: str) -> Iterator[bytes | Bad]:
+def pyarrow_parquet():
     try:
         import pyarrow.parquet
     except ImportError:
         raise UserError("reading .parquet needs pyarrow\npip install pyarrow") from None
+    return pyarrow.parquet
+
+
+def read_parquet(file, field: str) -> Iterator[bytes | Bad]:
     try:
-        table = pyarrow.parquet.ParquetFile(file)
+        table = pyarrow_parquet().ParquetFile(file)
         if field not in table.schema_arrow.names:
-            raise UserError(f"{file.name} has no column {field!r}, but {', '.join(table.schema_arrow.names)}\npass --field")
-        for batch in table.iter_batches(batch_size=256, columns=[field], use_threads=False):
+            yield Bad(f"no column {field!r} (--field names it), only {', '.join(table.schema_arrow.names)}")
+            return
+        for batch in table.iter_batches(batch_size=64, columns=[field], use_threads=False):
             for text in batch.column(0).to_pylist():
                 yield text.encode() if isinstance(text, str) else Bad(f"a row has no text under {field!r}")
-    except pyarrow.ArrowException as error:
+    except (OSError, ValueError) as error:  # pyarrow's errors are these
         yield Bad(f"broken parquet ({str(error).splitlines()[0]})")
 
 
-SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".jsonl.gz", ".json.gz", ".parquet")
-
-
-class Input(NamedTuple):
-    """A file of documents. split is 'train', 'val' or 'hash'; a url says where to get it, its copy being deleted after."""
-    path: Path
-    split: str = "hash"
-    url: str = ""
-    stories: bool = False
+FORMATS = (".txt", ".md", ".py", ".jsonl", ".jsonl.gz", ".json.gz", ".parquet")  # C4's .json.gz has lines
 
 
 def read(item: Input, file, field: str) -> Iterator[bytes | Bad]:
-    """The documents of an open file, valid UTF-8 and not empty, each at most 16 MB."""
+    """The documents of an open file: valid UTF-8, not empty."""
     name = item.path.name.lower()
     if name.endswith(".gz"):
         file = gzip.GzipFile(fileobj=file)
     if name.endswith(".parquet"):
-        documents = read_parquet(file, field)
-    elif name.endswith((".jsonl", ".jsonl.gz", ".json.gz")):
-        documents = read_jsonl(file, field)
+        found = read_parquet(file, field)
+    elif name.endswith((".jsonl", ".gz")):
+        found = read_jsonl(file, field)
+    elif name.endswith(".py"):
+        found = read_whole(file)
     else:
-        documents = read_stories(file) if item.stories else (read_whole if name.endswith(".py") else read_text)(file)
-    empty = True
+        found = read_stories(file) if item.stories else read_running(file)
+    document = None
     try:
-        for document in documents:
-            empty = False
-            if isinstance(document, bytes):
-                try:
-                    document.decode()
-                except UnicodeDecodeError as error:
-                    document = Bad(f"invalid UTF-8 ({error.reason} {document[error.start:error.end].hex(' ')})")
-                else:
-                    document = document or Bad("an empty document")
-            yield document
+        for document in found:
+            try:
+                usable = isinstance(document, Bad) or document.decode()
+                yield document if usable else Bad("an empty document")
+            except UnicodeDecodeError as error:
+                yield Bad(f"invalid UTF-8, bytes {document[error.start:error.end].hex(' ')}")
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         yield Bad(f"broken gzip ({error})")
-    if empty:
-        yield Bad("no document in it")
+    else:
+        if document is None:
+            yield Bad("no document in it")
 
 
 class Chunk(NamedTuple):
+    item: Input
     documents: list[bytes]
-    bad: int       # left out since the chunk before
+    bad: int       # documents left out since the chunk before
     position: int  # bytes of the file, as it lies on disk, that have been read
+    last: bool     # of the file
 
 
 def chunks(item: Input, field: str, skip_bad: bool) -> Iterator[Chunk]:
-    """A file's documents about 1 MB at a time; where the cuts fall depends on the file alone."""
+    """A file's documents, about CHUNK bytes at a time; where the cuts fall depends on the file alone."""
     documents, size, bad = [], 0, 0
     with open(item.path, "rb") as file:
         for document in read(item, file, field):
             if isinstance(document, Bad):
                 if not skip_bad:
-                    raise UserError(f"{item.path}: {document.why}\nmend it, or pass --skip_bad: such documents are then "
-                                    "left out and counted")
+                    raise UserError(f"{item.path}: {document.why}\n"
+                                    "mend it, or use --skip_bad to leave out and count what cannot be read")
                 tqdm.write(f"left out: {item.path}: {document.why}", file=sys.stderr)
                 bad += 1
             else:
                 documents.append(document)
                 size += len(document)
             if size >= CHUNK:
-                yield Chunk(documents, bad, file.tell())
+                yield Chunk(item, documents, bad, file.tell(), last=False)
                 documents, size, bad = [], 0, 0
-        yield Chunk(documents, bad, file.tell())
+        yield Chunk(item, documents, bad, file.tell(), last=True)
 
 
-# --------------------------------------------------------------------------------------------------- text -> shards
+# -------------------------------------------------------------------------------------- documents -> shards
 
 def file_sha256(path: Path) -> str:
     digest = hashlib.sha256()
@@ -249,50 +262,50 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def sync_folder(folder: Path):
-    """Make renames in folder durable (Windows has no such call)."""
+def rename(temporary: Path, final: Path):
+    """Give a synced file its final name, so that a power cut keeps it (Windows cannot sync a folder)."""
+    os.replace(temporary, final)
     if hasattr(os, "O_DIRECTORY"):
-        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        os.fsync(fd)
-        os.close(fd)
+        folder = os.open(final.parent, os.O_RDONLY | os.O_DIRECTORY)
+        os.fsync(folder)
+        os.close(folder)
 
 
 def write_json(path: Path, value):
-    """All of it or nothing, and on disk when this returns."""
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "w") as file:
         json.dump(value, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(temporary, path)
-    sync_folder(path.parent)
-
-
-def token_dtype(vocab_size: int) -> np.dtype:
-    return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
+    rename(temporary, path)
 
 
 class SplitWriter:
-    """Appends tokens to shards of one split. `done` is its entry of meta.json; the shard being written is FILE.tmp."""
+    """Appends tokens to a split's shards. `entry` is its part of meta.json; the open shard is FILE.tmp."""
 
-    def __init__(self, folder: Path, split: str, dtype: np.dtype, shard_tokens: int, done: dict):
-        self.folder, self.split, self.dtype, self.shard_tokens, self.done = folder, split, dtype, shard_tokens, done
-        self.held = done["tokens"] - sum(shard["tokens"] for shard in done["shards"])  # tokens of the open shard
+    def __init__(self, folder: Path, split: str, dtype: np.dtype, shard_tokens: int, entry: dict):
+        self.folder, self.split, self.shard_tokens, self.entry = folder, split, shard_tokens, entry
+        self.held = entry["tokens"] - sum(shard["tokens"] for shard in entry["shards"])  # in the open shard
         self.file = None
-        if self.held:
+        if self.held:  # go on: what was written after progress.json is cut off
             final, temporary = self.paths()
-            if not temporary.exists() and final.exists():  # stopped between its completion and the note of it
+            if final.exists():  # stopped between a shard's end and the note of it
                 os.replace(final, temporary)
+            size = self.held * dtype.itemsize
+            if not temporary.exists() or temporary.stat().st_size < size:
+                raise broken(temporary, "does not hold what progress.json says")
             self.file = open(temporary, "r+b")
-            self.file.truncate(self.held * dtype.itemsize)
-            self.file.seek(0, os.SEEK_END)
+            self.file.truncate(size)
+            self.file.seek(size)
 
     def paths(self) -> tuple[Path, Path]:
-        final = self.folder / f"{self.split}_{len(self.done['shards']):05d}.bin"
+        final = self.folder / f"{self.split}_{len(self.entry['shards']):05d}.bin"
         return final, final.with_name(final.name + ".tmp")
 
-    def append(self, tokens: np.ndarray):
-        self.done["tokens"] += len(tokens)
+    def append(self, tokens: np.ndarray, n_bytes: int):
+        self.entry["documents"] += 1
+        self.entry["bytes"] += n_bytes
+        self.entry["tokens"] += len(tokens)
         while len(tokens):
             if self.file is None:
                 self.file = open(self.paths()[1], "wb")
@@ -303,214 +316,231 @@ class SplitWriter:
                 self.finish_shard()
 
     def sync(self):
-        if self.file is not None:
+        if self.file:
             self.file.flush()
             os.fsync(self.file.fileno())
 
     def finish_shard(self):
-        if self.file is None:
-            return
-        self.sync()
-        self.file.close()
-        final, temporary = self.paths()
-        digest = file_sha256(temporary)
-        os.replace(temporary, final)
-        sync_folder(self.folder)
-        self.done["shards"].append({"file": final.name, "tokens": self.held, "sha256": digest})
-        self.file, self.held = None, 0
+        if self.file:
+            self.sync()
+            self.file.close()
+            final, temporary = self.paths()
+            digest = file_sha256(temporary)
+            rename(temporary, final)
+            self.entry["shards"].append({"file": final.name, "tokens": self.held, "sha256": digest})
+            self.file, self.held = None, 0
 
 
-def in_order(pool: ThreadPoolExecutor, work: Callable, chunks: Iterable[Chunk], ahead: int):
-    """(chunk, work(chunk)) in order, with at most `ahead` chunks and 64 MB of text under way."""
-    pending, size = deque(), 0
-    for chunk in chunks:
-        pending.append((chunk, pool.submit(work, chunk)))
-        size += sum(map(len, chunk.documents))
-        while len(pending) > ahead or (size > 64 << 20 and pending):
-            chunk, result = pending.popleft()
-            size -= sum(map(len, chunk.documents))
-            yield chunk, result.result()
-    for chunk, result in pending:
-        yield chunk, result.result()
-
-
-def prepare(folder: Path, inputs: list[Input], source: str, identity, *, tokenizer: str, val_fraction: float,
-            shard_tokens: int, workers: int, field: str = "text", skip_bad: bool = False, timeout: float = 30.0):
-    """Inputs -> shards and meta.json in folder. identity is whatever tells this job from another of the same source;
-    a folder that holds another job's data is refused, an interrupted job goes on, a finished one is left alone."""
-    if not 0 < val_fraction < 1 or shard_tokens < 2 or workers < 1:
-        raise UserError("--val_fraction must lie between 0 and 1, --shard_tokens be at least 2, --workers at least 1")
-    meta_path, journal_path = folder / "meta.json", folder / "progress.json"
-    job = hashlib.sha256(json.dumps([source, identity, tokenizer, val_fraction, shard_tokens, field]).encode()).hexdigest()
-    if meta_path.exists():
-        meta = json.loads(meta_path.read_text())
-        if meta.get("job") != job:
-            raise UserError(f"{folder} holds other data: {meta.get('source')}, tokenizer {meta.get('tokenizer')}\n"
-                            "remove that folder, or choose another with --out")
-        if all((folder / shard["file"]).exists() for split in meta["splits"].values() for shard in split["shards"]):
-            print(f"{folder} is complete: {summary(meta)}")
-            return
-        meta_path.unlink()  # a shard is gone: make all of them again
-    enc = get_tokenizer(tokenizer)
-    dtype = token_dtype(enc.n_vocab)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        state = json.loads(journal_path.read_text()) if journal_path.exists() else None
-        if state and state["job"] == job:
-            print(f"{folder}: going on at file {state['file'] + 1} of {len(inputs)}")
-        else:
-            state = new_state(job, val_fraction)
-        while True:
-            write_shards(folder, inputs, state, enc, dtype, shard_tokens, workers, field, skip_bad, timeout)
-            splits = state["splits"]
-            if splits["val"]["documents"] or splits["train"]["documents"] < 2:
-                break
-            state = new_state(job, (state["lowest"] + 1) / 2 ** 64)  # the hash chose none: take the smallest
-    except OSError as error:
-        raise UserError(f"{error.filename or folder}: {error.strerror or error}\n"
-                        "the same command goes on from here once that is mended") from error
-    for split, what in (("train", "to train on"), ("val", "for validation")):
-        if not splits[split]["documents"]:
-            raise UserError(f"{source}: no document is left {what}\ngive more text, or validation text of its own by --val_input")
-    meta = {"tokenizer": tokenizer, "vocab_size": enc.n_vocab, "source": source, "splits": splits,
-            "skipped": state["skipped"], "job": job}
-    write_json(meta_path, meta)
-    journal_path.unlink(missing_ok=True)
-    print(f"{folder}: {summary(meta)}")
-
-
-def new_state(job: str, val_fraction: float) -> dict:
-    """What progress.json holds: the next chunk of input, and what the shards on disk hold so far."""
-    return {"job": job, "threshold": int(val_fraction * 2 ** 64), "lowest": 2 ** 64, "file": 0, "chunks": 0, "skipped": 0,
-            "splits": {split: {"documents": 0, "tokens": 0, "bytes": 0, "shards": []} for split in ("train", "val")}}
-
-
-def summary(meta: dict) -> str:
-    text = ", ".join(f"{s['documents']:,} documents = {s['tokens']:,} tokens ({split})" for split, s in meta["splits"].items())
-    return f"{text}, {meta['skipped']} left out; {meta['source']}"
-
-
-def encode_chunk(enc, dtype, item: Input, threshold: int, chunk: Chunk):
-    """-> (split, documents, bytes, tokens) in order, and the lowest hash seen. Runs in a thread."""
-    result, lowest = [], 2 ** 64
+def encode_chunk(tokenizer, threshold: int, chunk: Chunk):
+    """-> [(split, bytes, tokens), ...] in order, and the lowest hash seen. The threads' work."""
+    encoded, lowest, item = [], 1 << 64, chunk.item
     running = item.path.suffix.lower() in (".txt", ".md") and not item.stories
     for document in chunk.documents:
-        runs = [(item.split, [document])]
-        if item.split == "hash":
-            runs = []
-            for piece in pieces(document) if running else [document]:
+        runs = []  # [split, text], neighbours of one split joined
+        for piece in pieces(document) if running and item.split == "hash" else [document]:
+            split = item.split
+            if split == "hash":
                 number = int.from_bytes(hashlib.sha256(piece).digest()[:8], "big")
                 lowest = min(lowest, number)
                 split = "val" if number < threshold else "train"
-                if runs and runs[-1][0] == split:
-                    runs[-1][1].append(piece)
-                else:
-                    runs.append((split, [piece]))
-        for split, parts in runs:
-            data = b"".join(parts)
-            result.append((split, len(data), encode(enc, data.decode(), dtype)))
-    return result, lowest
+            if runs and runs[-1][0] == split:
+                runs[-1][1] += piece
+            else:
+                runs.append([split, piece])
+        encoded += [(split, len(text), encode(tokenizer, text.decode())) for split, text in runs]
+    return encoded, lowest
 
 
-def write_shards(folder, inputs, state, enc, dtype, shard_tokens, workers, field, skip_bad, timeout):
+def in_order(work: Callable, chunks: Iterable[Chunk], workers: int) -> Iterator[tuple[Chunk, Any]]:
+    """(chunk, work(chunk)) in order, some chunks ahead but never more than memory allows."""
+    pending, size = deque(), 0
+    with ThreadPoolExecutor(workers) as pool:
+        for chunk in chunks:
+            pending.append((chunk, pool.submit(work, chunk)))
+            size += sum(map(len, chunk.documents))
+            while pending and (len(pending) > 4 * workers or size > max(MAX_DOCUMENT, workers * SECTION)):
+                chunk, result = pending.popleft()
+                size -= sum(map(len, chunk.documents))
+                yield chunk, result.result()
+        for chunk, result in pending:
+            yield chunk, result.result()
+
+
+class Job(NamedTuple):
+    """What to prepare. identity: whatever tells it from other jobs of the same source."""
+    folder: Path
+    inputs: list[Input]
+    source: str
+    identity: Any
+    tokenizer: str
+    val_fraction: float
+    shard_tokens: int
+    workers: int = CORES
+    field: str = "text"
+    skip_bad: bool = True
+    timeout: float = 30.0
+
+    def digest(self) -> str:
+        """Of all that decides the output."""
+        decides = [self.source, self.identity, self.tokenizer, self.val_fraction, self.shard_tokens,
+                   self.field]
+        return hashlib.sha256(json.dumps(decides).encode()).hexdigest()
+
+    def start(self, threshold: int) -> dict:
+        """What progress.json holds: which chunk of which file is next, and what the shards on disk hold."""
+        splits = {name: {"documents": 0, "tokens": 0, "bytes": 0, "shards": []} for name in ("train", "val")}
+        return {"job": self.digest(), "threshold": threshold, "lowest": 1 << 64, "file": 0, "chunks": 0,
+                "skipped": 0, "splits": splits}
+
+
+def write_shards(job: Job, state: dict, tokenizer):
     """Take state from where it stands to the end of the inputs."""
-    writers = {split: SplitWriter(folder, split, dtype, shard_tokens, done) for split, done in state["splits"].items()}
+    dtype, splits = token_dtype(tokenizer.n_vocab), state["splits"]
+    writers = {name: SplitWriter(job.folder, name, dtype, job.shard_tokens, splits[name]) for name in splits}
 
-    def note():
-        for writer in writers.values():
-            writer.sync()
-        write_json(folder / "progress.json", state)
-        return time.monotonic()
-
-    noted, first, started = time.monotonic(), sum(w.done["tokens"] for w in writers.values()), time.monotonic()
-    total = sum(item.path.stat().st_size for item in inputs if not item.url) or None
-    with ThreadPoolExecutor(workers) as pool, ThreadPoolExecutor(1) as fetcher, \
-            tqdm(total=total, unit="B", unit_scale=True, disable=None, desc="reading") as bar:
-        fetched = {}
-        for index in range(len(inputs)):
-            item, position = inputs[index], 0
-            if index < state["file"]:
-                bar.update(0 if item.url else item.path.stat().st_size)
-                continue
-            if item.url:  # this file, and the next one while this one is encoded
-                for ahead in (index, index + 1):
-                    if ahead < len(inputs) and ahead not in fetched:
-                        fetched[ahead] = fetcher.submit(download, inputs[ahead].url, inputs[ahead].path, timeout=timeout)
-                fetched[index].result()
-            left = islice(chunks(item, field, skip_bad), state["chunks"], None)
-            threshold = state["threshold"]
-            for chunk, (encoded, lowest) in in_order(
-                    pool, lambda chunk: encode_chunk(enc, dtype, item, threshold, chunk), left, 2 * workers):
-                for split, size, tokens in encoded:
-                    writers[split].append(tokens)
-                    writers[split].done["documents"] += 1
-                    writers[split].done["bytes"] += size
-                state["lowest"] = min(state["lowest"], lowest)
-                state["skipped"] += chunk.bad
-                state["chunks"] += 1
-                bar.update(max(0, chunk.position - position))
-                position = max(position, chunk.position)
-                tokens = sum(w.done["tokens"] for w in writers.values())
-                bar.set_postfix_str(f"{tokens / 1e6:.1f}M tokens, "
-                                    f"{(tokens - first) / (time.monotonic() - started) / 1e6:.2f}M/s", refresh=False)
-                if time.monotonic() - noted > JOURNAL_SECONDS:
-                    noted = note()
-            state["file"], state["chunks"] = index + 1, 0
+    def left() -> Iterator[Chunk]:
+        skip = state["chunks"]
+        for item in job.inputs[state["file"]:]:
             if item.url:
-                noted = note()
-                item.path.unlink()
+                download(item.url, item.path, job.timeout)
+            yield from islice(chunks(item, job.field, job.skip_bad), skip, None)
+            skip = 0
+
+    def n_tokens() -> int:
+        return sum(entry["tokens"] for entry in splits.values())
+
+    started, noted, first, position = time.monotonic(), time.monotonic(), n_tokens(), 0
+    with tqdm(total=sum(item.size for item in job.inputs), unit="B", unit_scale=True, disable=None) as bar:
+        bar.update(sum(item.size for item in job.inputs[:state["file"]]))
+        work = partial(encode_chunk, tokenizer, state["threshold"])
+        for chunk, (encoded, lowest) in in_order(work, left(), job.workers):
+            for name, n_bytes, tokens in encoded:
+                writers[name].append(tokens, n_bytes)
+            state["lowest"] = min(state["lowest"], lowest)
+            state["skipped"] += chunk.bad
+            state["file"] += chunk.last
+            state["chunks"] = 0 if chunk.last else state["chunks"] + 1
+            used_up = chunk.last and chunk.item.url
+            if used_up or time.monotonic() - noted > JOURNAL_SECONDS:
+                for writer in writers.values():
+                    writer.sync()
+                write_json(job.folder / "progress.json", state)
+                noted = time.monotonic()
+            if used_up:
+                chunk.item.path.unlink()
+            rate = (n_tokens() - first) / (time.monotonic() - started)
+            bar.set_postfix_str(f"{n_tokens() / 1e6:.1f}M tokens, {rate / 1e6:.2f}M/s", refresh=False)
+            bar.update(max(0, chunk.position - position))
+            position = 0 if chunk.last else max(position, chunk.position)
     for writer in writers.values():
         writer.finish_shard()
 
 
-# ------------------------------------------------------------------------------------------------- shards -> windows
+def prepare(job: Job):
+    """Shards and meta.json in job.folder. Goes on where the same job stopped, and leaves it alone once it is
+    done. A folder with other data, finished or not, is refused: what took long to make is never deleted."""
+    if not 0 < job.val_fraction < 1 or job.shard_tokens < 2 or job.workers < 1:
+        raise UserError("--val_fraction must lie between 0 and 1, --shard_tokens be at least 2, --workers 1")
+    if any(item.path.suffix.lower() == ".parquet" for item in job.inputs):
+        pyarrow_parquet()  # if it is missing, say so before the download
+    meta_path, journal = job.folder / "meta.json", job.folder / "progress.json"
+    state = job.start(int(job.val_fraction * 2 ** 64))
+    for path in (meta_path, journal):
+        if not path.exists():
+            continue
+        earlier = json.loads(path.read_text())
+        if earlier["job"] != state["job"]:
+            raise UserError(f"{job.folder} holds other data, or of other settings, files or Python\n"
+                            f"remove {job.folder}, or choose another folder with --out")
+        if path == journal:
+            state = earlier
+            print(f"{job.folder}: going on after {state['file']} of {len(job.inputs)} files")
+        elif all((job.folder / shard["file"]).exists() for entry in earlier["splits"].values()
+                 for shard in entry["shards"]):
+            journal.unlink(missing_ok=True)
+            print(f"{job.folder} is complete\n{describe(earlier)}")
+            return
+        else:
+            path.unlink()  # a shard is gone: make them all again
+    tokenizer = get_tokenizer(job.tokenizer)
+    try:
+        job.folder.mkdir(parents=True, exist_ok=True)
+        write_shards(job, state, tokenizer)
+        if not state["splits"]["val"]["documents"] and state["lowest"] < 1 << 64:
+            state = job.start(state["lowest"] + 1)  # too little text for chance: take the smallest hash
+            write_shards(job, state, tokenizer)
+        for name, entry in state["splits"].items():
+            if not entry["documents"]:
+                raise UserError(f"{job.source}: no document is left for the {name} split\n"
+                                "give more text, or validation text of its own with --val_input")
+        meta = {"tokenizer": job.tokenizer, "vocab_size": tokenizer.n_vocab, "source": job.source,
+                "splits": state["splits"], "skipped": state["skipped"], "job": state["job"]}
+        write_json(meta_path, meta)
+        journal.unlink(missing_ok=True)
+        shutil.rmtree(job.folder / "download", ignore_errors=True)
+    except OSError as error:
+        raise UserError(f"{error.filename or job.folder}: {error.strerror or error}\n"
+                        "nothing is lost: once that is mended, the same command goes on") from error
+    print(f"{job.folder} is ready\n{describe(meta)}")
+
+
+def describe(meta: dict) -> str:
+    lines = [f"{meta['source']}; tokenizer {meta['tokenizer']}; {meta['skipped']} documents left out"]
+    lines += [f"{name}: {entry['documents']:,} documents, {entry['bytes']:,} bytes, "
+              f"{entry['tokens']:,} tokens" for name, entry in meta["splits"].items()]
+    return "\n".join(lines)
+
+
+# --------------------------------------------------------------------------------------- shards -> windows
+
+def broken(path: Path, why: str) -> UserError:
+    return UserError(f"{path} {why}\nremove {path.parent} and prepare the data again")
+
 
 def read_meta(folder: str | Path) -> dict:
-    """meta.json of a folder of shards; a UserError that names the command which makes them."""
+    """meta.json of a folder of shards, or a UserError that names the command which makes them."""
     folder = Path(folder)
     try:
         meta = json.loads((folder / "meta.json").read_text())
-        meta["splits"]["train"]["shards"], meta["splits"]["val"]["shards"], meta["tokenizer"], meta["vocab_size"]
+        for name in ("tokenizer", "vocab_size", "splits"):
+            meta[name]
         return meta
-    except FileNotFoundError:
-        where = "" if folder.parts[-2:] == ("data", folder.name) else f" --out {folder}"
-        command = f"{folder.name}{where}" if folder.name in COMMANDS else f"text --input FILE_OR_DIR --out {folder}"
-        raise UserError(f"{folder} holds no prepared data (or its preparation was interrupted)\n"
-                        f"python prepare_data.py {command}") from None
+    except (FileNotFoundError, NotADirectoryError):
+        out = "" if folder == Path("data", folder.name) else f" --out {folder}"
+        command = folder.name + out if folder.name in DEFAULTS else f"text --input FILE_OR_DIR --out {folder}"
+        raise UserError(f"{folder} holds no prepared data, or its preparation was interrupted\n"
+                        f"make it: python prepare_data.py {command}") from None
     except (ValueError, KeyError, TypeError):
-        raise UserError(f"{folder / 'meta.json'} is broken\nremove the folder and prepare the data again") from None
+        raise broken(folder / "meta.json", "does not describe token shards") from None
 
 
 class Shards:
-    """One split of a folder of shards, in windows of block_size + 1 tokens at stride block_size.
+    """A split of a folder of shards as windows of block_size + 1 tokens, at stride block_size in each shard.
 
-    .meta, .tokenizer (name), .vocab_size, .n_windows, .n_tokens, .n_bytes (of text, for bits per byte).
-    Reads at positions and maps nothing, so that memory stays small over any amount of data. With verify, each shard's
-    SHA-256 is checked once and remembered beside the data. Raises UserError where files are missing or differ from
-    meta.json, or where no window fits."""
+    .meta, .tokenizer (name), .vocab_size, .n_windows, .n_tokens, .n_bytes (of the text: for bits per byte).
+    Windows are read at their positions and nothing is mapped, so that memory does not grow with the data.
+    With verify, each shard's SHA-256 is checked once and remembered beside it by size and time. Raises
+    UserError where files are missing or differ from meta.json, or where no window fits."""
 
     def __init__(self, folder: str | Path, split: str, block_size: int, verify: bool = True):
-        self.folder, self.split, self.block_size = Path(folder), split, block_size
-        self.meta = read_meta(folder)
+        self.folder, self.block_size, self.meta = Path(folder), block_size, read_meta(folder)
         self.tokenizer, self.vocab_size = self.meta["tokenizer"], self.meta["vocab_size"]
         self.dtype = token_dtype(self.vocab_size)
         entry = self.meta["splits"][split]
         self.n_tokens, self.n_bytes = entry["tokens"], entry["bytes"]
         self.paths = [self.folder / shard["file"] for shard in entry["shards"]]
         for path, shard in zip(self.paths, entry["shards"]):
-            size = path.stat().st_size if path.exists() else 0
-            if size != shard["tokens"] * self.dtype.itemsize:
-                raise UserError(f"{path} has {size} bytes, not {shard['tokens'] * self.dtype.itemsize}\n"
-                                "remove the folder and prepare the data again")
+            size = shard["tokens"] * self.dtype.itemsize
+            if not path.exists() or path.stat().st_size != size:
+                raise broken(path, f"is missing or has not {size} bytes")
         if verify:
             self.verify(entry["shards"])
-        # first[i] is the number of the first window of shard i
         windows = [max(0, (shard["tokens"] - 1) // block_size) for shard in entry["shards"]]
-        self.first = np.concatenate([[0], np.cumsum(windows)]).astype(np.int64)
+        self.first = np.cumsum([0, *windows])  # first[i]: number of the first window of shard i
         self.n_windows = int(self.first[-1])
         if not self.n_windows:
-            raise UserError(f"{self.folder}: no window of {block_size} + 1 tokens in the {split} split of {self.n_tokens} "
-                            "tokens\nprepare more text or choose a smaller block_size")
+            raise UserError(f"{self.folder}: the {split} split of {self.n_tokens} tokens has no window of "
+                            f"{block_size} + 1\nprepare more text, or choose a smaller block_size")
 
     def verify(self, shards: list[dict]):
         memory = self.folder / "verified.json"
@@ -518,143 +548,365 @@ class Shards:
             known = json.loads(memory.read_text())
         except (OSError, ValueError):
             known = {}
-        before = dict(known)
+        new = {}
         for path, shard in zip(self.paths, shards):
             stat = path.stat()
-            entry = [stat.st_size, stat.st_mtime_ns, shard["sha256"]]
-            if known.get(path.name) != entry:
+            mark = [stat.st_size, stat.st_mtime_ns, shard["sha256"]]
+            if known.get(path.name) != mark:
                 if file_sha256(path) != shard["sha256"]:
-                    raise UserError(f"{path} differs from what was prepared (SHA-256)\n"
-                                    "remove the folder and prepare the data again")
-                known[path.name] = entry
-        if known != before:
+                    raise broken(path, "is not what was prepared (its SHA-256 differs)")
+                new[path.name] = mark
+        if new:
             try:
-                write_json(memory, known)
-            except OSError:  # a folder that we may only read: check again next time
+                write_json(memory, {**known, **new})
+            except OSError:  # a folder that we may only read: the next run checks again
                 pass
 
     def window_order(self, seed: int, epoch: int) -> np.ndarray:
         """A permutation of range(n_windows), a pure function of (seed, epoch)."""
         return np.random.default_rng([seed, epoch]).permutation(self.n_windows)
 
-    def batch(self, window_indices):
-        """n window numbers -> x, y (n, T) int64, y being x shifted by one token."""
+    def batch(self, window_indices) -> tuple:
+        """n window numbers -> x, y (n, T) int64, y one token ahead of x."""
         import torch
-        T = self.block_size
-        indices = np.asarray(window_indices, dtype=np.int64)
-        if len(indices) and not 0 <= indices.min() <= indices.max() < self.n_windows:
-            raise IndexError(f"windows are 0 to {self.n_windows - 1}")
+        T, indices = self.block_size, np.asarray(window_indices, dtype=np.int64)
+        if indices.size and not 0 <= indices.min() <= indices.max() < self.n_windows:
+            raise IndexError(f"windows are numbered 0 to {self.n_windows - 1}")
         tokens = np.empty((len(indices), T + 1), dtype=np.int64)
-        shards = np.searchsorted(self.first, indices, side="right") - 1
-        for row, (index, shard) in enumerate(zip(indices, shards)):
+        for row, index, shard in zip(tokens, indices, np.searchsorted(self.first, indices, side="right") - 1):
             offset = int(index - self.first[shard]) * T * self.dtype.itemsize
             window = np.fromfile(self.paths[shard], self.dtype, T + 1, offset=offset)
-            if len(window) != T + 1:
-                raise UserError(f"{self.paths[shard]} has become shorter\nremove the folder and prepare the data again")
-            tokens[row] = window
-        if len(indices) and tokens.max() >= self.vocab_size:
-            raise UserError(f"{self.folder} holds token {tokens.max()}, but its vocabulary ends at {self.vocab_size - 1}\n"
-                            "remove the folder and prepare the data again")
+            if len(window) != T + 1 or window.max() >= self.vocab_size:
+                raise broken(self.paths[shard], f"is cut short, or has a token over {self.vocab_size - 1}")
+            row[:] = window
         tokens = torch.from_numpy(tokens)
         return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
 
 def documents(folder: str | Path, split: str) -> Iterator[np.ndarray]:
-    """The documents of a split, each (n,) int64 without its end-of-text."""
+    """The documents of a split in order, each (n,) int64 without its end-of-text."""
     meta = read_meta(folder)
     dtype, eot = token_dtype(meta["vocab_size"]), get_tokenizer(meta["tokenizer"]).eot_token
     begun = []
     for shard in meta["splits"][split]["shards"]:
         for start in range(0, shard["tokens"], 1 << 20):
             block = np.fromfile(Path(folder) / shard["file"], dtype, 1 << 20, offset=start * dtype.itemsize)
-            parts = np.split(block.astype(np.int64), np.flatnonzero(block == eot) + 1)
-            for part in parts[:-1]:
+            *ended, rest = np.split(block.astype(np.int64), np.flatnonzero(block == eot) + 1)
+            for part in ended:
                 yield np.concatenate([*begun, part[:-1]])
                 begun = []
-            begun.append(parts[-1])
+            begun.append(rest)
 
 
-# ------------------------------------------------------------------------------------------------------------ download
+# -------------------------------------------------------------------------------------------------- network
 
-def download(url: str, path: Path, timeout: float):
-    raise NotImplementedError
+TRIES, PAUSE = 6, 1.0  # failures in a row without progress that end it; seconds after the first, then doubled
+NETWORK = (urllib.error.URLError, TimeoutError, ConnectionError, http.client.HTTPException, ssl.SSLError)
 
 
-# ------------------------------------------------------------------------------------------------------------ commands
+class Redirect(urllib.request.HTTPRedirectHandler):
+    """Keeps the headers of the answers that redirect: Hugging Face states a large file's SHA-256 there."""
+
+    def __init__(self):
+        self.headers = {}
+
+    def redirect_request(self, request, fp, code, msg, headers, newurl):
+        self.headers.update(headers.items())
+        return super().redirect_request(request, fp, code, msg, headers, newurl)
+
+
+def open_url(url: str, timeout: float, start: int = 0):
+    """-> the response from byte `start` on, and the SHA-256 that the server states for the file, or ''."""
+    redirect = Redirect()
+    request = urllib.request.Request(url, headers={"User-Agent": "prepare_data.py"})
+    if start:
+        request.add_header("Range", f"bytes={start}-")
+    response = urllib.request.build_opener(redirect).open(request, timeout=timeout)
+    headers = {name.lower(): value for name, value in [*redirect.headers.items(), *response.headers.items()]}
+    stated = headers.get("x-linked-etag", "").strip('"')
+    return response, stated if len(stated) == 64 else ""
+
+
+def retrying(url: str, attempt: Callable, progress: Callable[[], int] = lambda: 0):
+    """attempt() until it succeeds, waiting longer each time, or as long as the server asks. Raises UserError
+    for an answer that will not change, and after TRIES failures without progress (twice as many of 429)."""
+    failures, best = 0, progress()
+    while True:
+        try:
+            return attempt()
+        except NETWORK as error:
+            problem, asked, tries = getattr(error, "reason", None) or error or type(error).__name__, "", TRIES
+            if isinstance(error, urllib.error.HTTPError):
+                problem = f"HTTP {error.code} {error.reason}"
+                if error.code < 500 and error.code not in (408, 416, 425, 429):
+                    raise UserError(f"{url}: {problem}\nif it has moved, --base_url may help") from None
+                asked, tries = error.headers.get("Retry-After", ""), TRIES * (2 if error.code == 429 else 1)
+        failures, best = (1, progress()) if progress() > best else (failures + 1, best)
+        if failures >= tries:
+            raise UserError(f"{url}: {problem}, {failures} times in a row\n"
+                            "nothing is lost: the same command goes on from here")
+        wait = min(float(asked), 300) if asked.isdigit() else min(PAUSE * 2 ** (failures - 1), 60)
+        tqdm.write(f"{url}: {problem}; again in {wait:.0f} s", file=sys.stderr)
+        time.sleep(wait)
+
+
+def download(url: str, path: Path, timeout: float, sha256: str = ""):
+    """url -> path, which exists only once size and SHA-256 are what the server or the caller says they are.
+    FILE.part goes on by an HTTP Range. Where a .gz has no stated hash, its own checksums are read instead."""
+    part = path.with_name(path.name + ".part")
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+    def have() -> int:
+        return part.stat().st_size if part.exists() else 0
+
+    def attempt():
+        start = have()
+        try:
+            response, stated = open_url(url, timeout, start)
+        except urllib.error.HTTPError as error:
+            if error.code == 416:  # nothing follows, yet it was not found right: afresh
+                part.unlink()
+            raise
+        with response, open(part, "ab" if response.status == 206 else "wb") as file:  # 200: from 0
+            start = file.tell()
+            length = response.headers.get("Content-Length")
+            total = start + int(length) if length else None
+            with tqdm(total=total, initial=start, unit="B", unit_scale=True, disable=None, leave=False,
+                      desc=path.name) as bar:
+                while block := response.read(1 << 18):
+                    file.write(block)
+                    bar.update(len(block))
+            file.flush()
+            os.fsync(file.fileno())
+        if total and have() < total:
+            raise ConnectionError(f"cut off after {have()} of {total} bytes")
+        expected = sha256 or stated
+        if file_sha256(part) != expected if expected else path.suffix == ".gz" and not sound_gzip(part):
+            part.unlink()
+            raise ConnectionError("the file arrived corrupted")
+
+    if not path.exists():
+        retrying(url, attempt, have)
+        rename(part, path)
+
+
+def sound_gzip(path: Path) -> bool:
+    try:
+        with gzip.open(path) as file:
+            while file.read(1 << 20):
+                pass
+        return True
+    except (EOFError, zlib.error, gzip.BadGzipFile):
+        return False
+
+
+class Source(NamedTuple):
+    """Text on Hugging Face; what one of its files is expected to be in bytes of download and GPT-2 tokens."""
+    repo: str
+    revision: str
+    name: str  # with {} for the file's number
+    files: int
+    default: int
+    size: float
+    tokens: float
+
+
+SOURCES = {
+    "c4": Source("allenai/c4", "1588ec454efa1a09f29cd18ddd04fe05fc8653a2",
+                 "en/c4-train.{:05d}-of-01024.json.gz", 1024, 48, 319e6, 152e6),
+    "tinystories": Source("roneneldan/TinyStories", "main", "TinyStoriesV2-GPT4-train.txt",
+                          1, 1, 2.23e9, 0.54e9),
+    "fineweb_edu": Source("HuggingFaceFW/fineweb-edu", "main", "sample/10BT/{:03d}_00000.parquet",
+                          14, 10, 2.15e9, 0.73e9),
+}
+
+
+def web_inputs(command: str, shards: int, folder: Path, base_url: str, workers: int) -> list[Input]:
+    """The files to fetch, after a word on what that takes."""
+    source = SOURCES[command]
+    if not 1 <= shards <= source.files:
+        raise UserError(f"--shards {shards}: {command} has 1 to {source.files} files")
+    size, tokens = shards * source.size, shards * source.tokens
+    place = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    free = shutil.disk_usage(place).free
+    print(f"{command}: {shards} of {source.files} files, about {size / 1e9:.1f} GB to download, "
+          f"{tokens / 1e9:.2f}B GPT-2 tokens\n"
+          f"disk: {2 * tokens / 1e9:.1f} GB of shards, {source.size / 1e9:.1f} GB for the file at work; "
+          f"{free / 1e9:.1f} GB are free{'' if free > 2 * tokens + source.size else ', TOO LITTLE'}\n"
+          f"time: about {tokens / 3e6 / workers / 60:.0f} min of tokenising on {workers} cores, and "
+          f"{size / 20e6 / 60:.0f} min of download at 20 MB/s", flush=True)
+    base = f"{base_url or 'https://huggingface.co'}/datasets/{source.repo}/resolve/{source.revision}/"
+    names = [source.name.format(number) for number in range(shards)]
+    return [Input(folder / "download" / Path(name).name, int(source.size), url=base + name,
+                  stories=name.endswith(".txt")) for name in names]
+
+
+ICL = {  # task: dataset, configuration ('': its only one), split, rows
+    "hellaswag": ("Rowan/hellaswag", "default", "validation", 10042),
+    "lambada_openai": ("EleutherAI/lambada_openai", "default", "test", 5153),
+    "arc_easy": ("allenai/ai2_arc", "ARC-Easy", "test", 2376),
+    "arc_challenge": ("allenai/ai2_arc", "ARC-Challenge", "test", 1172),
+    "commonsense_qa": ("tau/commonsense_qa", "default", "validation", 1221),
+    "piqa": ("baber/piqa", "", "validation", 1838),
+    "openbookqa": ("allenai/openbookqa", "main", "test", 500),
+    "sciq": ("allenai/sciq", "default", "test", 1000),
+    "winogrande": ("allenai/winogrande", "winogrande_xl", "validation", 1267),
+}
+LAMBADA_SHA256 = "4aa8d02cd17c719165fc8a7887fddd641f43fcafa4b1c806ca8abc31fabdb226"
+HELLASWAG_NOTICE = """hellaswag: its WikiHow rows are under a copyright takedown claim of September 2026, for
+which GitHub disabled the authors' repository. You fetch them for yourself; do not pass them on."""
+
+
+def fetch_icl(folder: Path, tasks: list[str], base_url: str, timeout: float):
+    """Evaluation sets -> folder/TASK/SPLIT.jsonl, a Hugging Face row a line."""
+    if unknown := [task for task in tasks if task not in ICL]:
+        raise UserError(f"unknown tasks: {', '.join(unknown)}\nknown: {', '.join(ICL)}")
+    for task in tasks:
+        dataset, config, split, n_rows = ICL[task]
+        path = folder / task / f"{split}.jsonl"
+        if task == "hellaswag":
+            print(HELLASWAG_NOTICE, flush=True)
+        if path.exists():
+            print(f"{path} is there")
+            continue
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if task == "lambada_openai":
+            base = base_url or "https://openaipublic.blob.core.windows.net"
+            download(f"{base}/gpt-2/data/lambada_test.jsonl", path, timeout, LAMBADA_SHA256)
+        else:
+            base = base_url or "https://datasets-server.huggingface.co"
+            fetch_rows(base, dataset, config, split, n_rows, path, timeout)
+        print(f"{path}: {n_rows} rows", flush=True)
+
+
+def fetch_rows(api: str, dataset: str, config: str, split: str, n_rows: int, path: Path, timeout: float):
+    """A split by the JSON rows API, 100 rows a call; FILE.part goes on after its last whole line."""
+    def get(route: str, **query) -> dict:
+        url = f"{api}/{route}?{urllib.parse.urlencode(dict(dataset=dataset, **query))}"
+
+        def attempt():
+            with open_url(url, timeout)[0] as response:
+                try:
+                    return json.loads(response.read())
+                except ValueError:
+                    raise ConnectionError("the answer is not JSON") from None
+        return retrying(url, attempt)
+
+    config = config or get("splits")["splits"][0]["config"]
+    part = path.with_name(path.name + ".part")
+    with open(part, "a+b") as file, tqdm(total=n_rows, unit="row", disable=None, leave=False) as bar:
+        file.seek(0)
+        whole = file.read()
+        file.truncate(whole.rfind(b"\n") + 1)
+        done = whole.count(b"\n")
+        while done < n_rows:
+            bar.update(done - bar.n)
+            page = get("rows", config=config, split=split, offset=done, length=100)
+            rows, total = page.get("rows", []), page.get("num_rows_total")
+            in_turn = [row["row_idx"] for row in rows] == list(range(done, done + len(rows)))
+            if not rows or not in_turn or total != n_rows or any(row.get("truncated_cells") for row in rows):
+                raise UserError(f"{api}: {dataset} does not give the {n_rows} whole rows of the task, but "
+                                f"{total}\nthe set may have changed")
+            file.write("".join(json.dumps(row["row"], ensure_ascii=False) + "\n" for row in rows).encode())
+            file.flush()
+            done += len(rows)
+        os.fsync(file.fileno())
+    rename(part, path)
+
+
+# ------------------------------------------------------------------------------------------------- commands
 
 def stdlib_files() -> tuple[list[Path], str]:
-    """The library's source without site-packages and test folders, and its SHA-256 over names and contents."""
+    """The library's source without site-packages and test folders, and a SHA-256 over file names and text."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    leave = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
-    found, digest = [], hashlib.sha256()
+    left_out = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
+    found, digest = {}, hashlib.sha256()
     for folder, folders, names in os.walk(root):
-        folders[:] = [name for name in folders if name not in leave]
-        found += [Path(folder, name) for name in names if name.endswith(".py")]
-    found = sorted((path for path in found if path.stat().st_size), key=lambda path: path.relative_to(root).as_posix())
-    for path in found:
-        data = path.read_bytes()
-        digest.update(f"{path.relative_to(root).as_posix()}\0{len(data)}\0".encode() + data)
+        folders[:] = [name for name in folders if name not in left_out]
+        paths = [Path(folder, name) for name in names if name.endswith(".py")]
+        found.update({path.relative_to(root).as_posix(): path for path in paths if path.stat().st_size})
+    found = dict(sorted(found.items()))
+    for name, path in found.items():
+        digest.update(f"{name}\0{path.stat().st_size}\0".encode() + path.read_bytes())
     if not found:
         raise UserError(f"this Python has no library source under {root}\n"
-                        "use your own text: python prepare_data.py text --input FILE_OR_DIR --out data/NAME")
-    return found, digest.hexdigest()
+                        "use text of yours: python prepare_data.py text --input FILE_OR_DIR --out data/NAME")
+    return list(found.values()), digest.hexdigest()
 
 
-def find_inputs(names: list[str], split: str) -> list[Input]:
-    """Files, and those below folders, sorted by name."""
+def text_inputs(names: list[str], split: str) -> list[Input]:
+    """Files, and the files below folders in the order of their names."""
     inputs = []
-    for name in names:
-        path = Path(name)
-        if path.is_dir():
-            found = sorted(file for file in path.rglob("*") if file.name.lower().endswith(SUFFIXES) and file.is_file())
-            if not found:
-                raise UserError(f"no file in {path} ends in {', '.join(SUFFIXES)}\ngive --input another file or folder")
-            inputs += [Input(file, split) for file in found]
-        elif not path.exists():
-            raise UserError(f"{path} is neither a file nor a folder\ngive --input text that exists")
-        elif not name.lower().endswith(SUFFIXES):
-            raise UserError(f"{path}: cannot tell what kind of file that is\nknown endings: {', '.join(SUFFIXES)}")
-        else:
-            inputs.append(Input(path, split))
+    for path in map(Path, names):
+        found = sorted(path.rglob("*")) if path.is_dir() else [path]
+        found = [file for file in found if file.name.lower().endswith(FORMATS) and file.is_file()]
+        if not found:
+            raise UserError(f"{path} {'holds' if path.is_dir() else 'is'} no file that can be read\n"
+                            f"files must exist and end in {', '.join(FORMATS)}")
+        inputs += [Input(file, file.stat().st_size, split) for file in found]
     return inputs
 
 
-COMMANDS = ("stdlib", "c4", "tinystories", "fineweb_edu")
+DEFAULTS = {  # command: tokenizer, part of the documents that validation gets, what it is
+    "stdlib": ("bytes", 0.05, "the source of this Python's standard library, as bytes"),
+    "text": ("bytes", 0.05, f"your own files ({' '.join(FORMATS)})"),
+    "c4": ("gpt2", 0.002, "C4 (English), 1024 files of about 152M tokens"),
+    "tinystories": ("gpt2", 0.002, "TinyStories V2 (GPT-4), about 540M tokens"),
+    "fineweb_edu": ("gpt2", 0.002, "FineWeb-Edu's sample of 10B tokens, 14 files (needs pyarrow)"),
+}
 
 
 def main(argv: list[str]):
-    parser = ArgumentParser(prog="prepare_data.py", description=__doc__.split("\n\n")[1])
-    commands = parser.add_subparsers(dest="command", required=True)
-
-    def command(name, tokenizer, val_fraction, out, help):
+    parser = ArgumentParser(prog="prepare_data.py", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (tokenizer, fraction, help) in DEFAULTS.items():
         sub = commands.add_parser(name, help=help, description=help)
-        sub.add_argument("--out", default=out, required=out is None, help=f"folder to write (default {out})")
-        sub.add_argument("--tokenizer", default=tokenizer, help=f"bytes, gpt2, ..., hf:FOLDER (default {tokenizer})")
-        sub.add_argument("--val_fraction", type=float, default=val_fraction, help=f"default {val_fraction}")
-        sub.add_argument("--shard_tokens", type=int, default=100_000_000, help="tokens of a shard (default 100 million)")
-        sub.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="threads (default: one for each core)")
-        return sub
-
-    command("stdlib", "bytes", 0.05, "data/stdlib", "the source of this Python's standard library")
-    text = command("text", "bytes", 0.05, None, f"your own files ({' '.join(SUFFIXES)})")
-    text.add_argument("--input", nargs="+", required=True, metavar="FILE_OR_DIR")
-    text.add_argument("--val_input", nargs="+", default=[], metavar="FILE_OR_DIR",
-                      help="validation text; all of --input is then for training")
-    text.add_argument("--field", default="text", help="key or column of .jsonl and .parquet (default text)")
-    text.add_argument("--skip_bad", action="store_true", help="leave out and count what cannot be read")
+        if name == "text":
+            sub.add_argument("--input", nargs="+", required=True, metavar="FILE_OR_DIR")
+            sub.add_argument("--val_input", nargs="+", default=[], metavar="FILE_OR_DIR",
+                             help="validation text; --input is then all for training")
+            sub.add_argument("--field", default="text", help="key or column of .jsonl and .parquet (text)")
+            sub.add_argument("--skip_bad", action="store_true", help="leave out, count what cannot be read")
+        if name in SOURCES:
+            default = SOURCES[name].default
+            sub.add_argument("--shards", type=int, default=default, help=f"files to take ({default})")
+        out = None if name == "text" else f"data/{name}"
+        sub.add_argument("--out", default=out, required=not out, help=f"folder to write ({out})")
+        sub.add_argument("--tokenizer", default=tokenizer, help=f"bytes, gpt2, ..., hf:FOLDER ({tokenizer})")
+        sub.add_argument("--val_fraction", type=float, default=fraction, help=f"for validation ({fraction})")
+        sub.add_argument("--shard_tokens", type=int, default=10 ** 8, help="tokens of a shard (100 million)")
+        sub.add_argument("--workers", type=int, default=CORES, help="threads (as many as cores)")
+    sub = commands.add_parser("icl", help="the evaluation sets", description="the evaluation sets")
+    sub.add_argument("--tasks", default=",".join(ICL), help="with commas between them (all)")
+    sub.add_argument("--out", default="data/icl", help="folder to write (data/icl)")
+    for name in (*SOURCES, "icl"):
+        sub = commands.choices[name]
+        sub.add_argument("--base_url", default="", help="a mirror: another server, the same paths")
+        sub.add_argument("--timeout", type=float, default=30, help="seconds of silence before a retry (30)")
     args = parser.parse_args(argv)
 
-    common = {name: getattr(args, name) for name in ("tokenizer", "val_fraction", "shard_tokens", "workers")}
+    folder, extra = Path(args.out), {}
+    base_url = getattr(args, "base_url", "").rstrip("/")
+    if args.command == "icl":
+        return fetch_icl(folder, args.tasks.split(","), base_url, args.timeout)
     if args.command == "stdlib":
-        found, digest = stdlib_files()
+        files, digest = stdlib_files()
+        inputs, identity = [Input(path, path.stat().st_size) for path in files], None
         version = ".".join(map(str, sys.version_info[:3]))
-        source = f"standard library of Python {version}, {len(found)} files, sha256 {digest}"
-        prepare(Path(args.out), [Input(path) for path in found], source, None, skip_bad=True, **common)
+        source = f"standard library of Python {version}, {len(files)} files, SHA-256 {digest}"
     elif args.command == "text":
-        inputs = find_inputs(args.input, "train" if args.val_input else "hash") + find_inputs(args.val_input, "val")
-        identity = [(str(item.path), item.split, item.path.stat().st_size, item.path.stat().st_mtime_ns) for item in inputs]
-        source = f"{len(inputs)} files from {' '.join(args.input + args.val_input)}"
-        prepare(Path(args.out), inputs, source, identity, field=args.field, skip_bad=args.skip_bad, **common)
+        inputs = text_inputs(args.input, "train" if args.val_input else "hash")
+        inputs += text_inputs(args.val_input, "val")
+        identity = [(str(item.path.absolute()), item.split, item.size, item.path.stat().st_mtime_ns)
+                    for item in inputs]
+        source = f"{len(inputs)} files of {', '.join(args.input + args.val_input)}"
+        extra = {"field": args.field, "skip_bad": args.skip_bad}
+    else:
+        inputs = web_inputs(args.command, args.shards, folder, base_url, args.workers)
+        identity = [item.path.name for item in inputs]
+        source, extra = f"{args.command}, {len(inputs)} files", {"timeout": args.timeout}
+    prepare(Job(folder, inputs, source, identity, args.tokenizer, args.val_fraction, args.shard_tokens,
+                args.workers, **extra))
 
 
 if __name__ == "__main__":
