@@ -94,7 +94,7 @@ class AbbIEConfig:
     n_body_blocks: int = key(8, "blocks of the Body, applied `iters` times")
     n_tail_blocks: int = key(8, "blocks of the Tail, applied once")
     rope_base: float = key(10000.0, "base of the rotary embedding's wavelengths")
-    rope_scaling: dict | None = key(None, "Llama-3 stretching of the rotary wavelengths, as Hugging Face has it")
+    rope_scaling: dict | None = key(None, "Llama-3 stretching of rotary wavelengths, as in Hugging Face")
     norm_eps: float = key(1e-5, "epsilon of every RMSNorm")
     tie_embeddings: bool = key(True, "the unembedding is the embedding")
     rule: str = key("abbie_d", f"how an iteration follows the last: {', '.join(RULES)}")
@@ -106,12 +106,13 @@ class AbbIEConfig:
             object.__setattr__(self, "n_kv_heads", self.n_attn_heads)
         problems = [f"{name}={getattr(self, name)} must be at least {least}" for name, least in (
             ("vocab_size", 0), ("block_size", 2), ("n_embd", 1), ("n_attn_heads", 1), ("n_kv_heads", 1),
-            ("ffn_dim", 1), ("n_head_blocks", 0), ("n_body_blocks", 1), ("n_tail_blocks", 0), ("backprop_iters", 0))
+            ("ffn_dim", 1),
+            ("n_head_blocks", 0), ("n_body_blocks", 1), ("n_tail_blocks", 0), ("backprop_iters", 0))
             if getattr(self, name) < least]
         if not problems and self.n_embd % (2 * self.n_attn_heads):
             problems.append(f"n_embd={self.n_embd} is no even multiple of n_attn_heads={self.n_attn_heads}")
         if not problems and self.n_attn_heads % self.n_kv_heads:
-            problems.append(f"n_attn_heads={self.n_attn_heads} is no multiple of n_kv_heads={self.n_kv_heads}")
+            problems.append(f"n_kv_heads={self.n_kv_heads} must divide n_attn_heads={self.n_attn_heads}")
         problems += [f"{name}={getattr(self, name)} must be positive" for name in ("rope_base", "norm_eps")
                      if not getattr(self, name) > 0]
         if self.rope_scaling is not None:
@@ -162,7 +163,7 @@ def rope_table(config: AbbIEConfig) -> tuple[Tensor, Tensor]:
     """Cosines and sines (block_size, E/2) in fp32 of the rotary embedding (RoFormer, arXiv 2104.09864, eq.
     15), with the wavelengths stretched as in Llama 3.1 where rope_scaling says so."""
     E, s = config.attn_head_dim, config.rope_scaling
-    freq = config.rope_base ** (-torch.arange(0, E, 2, dtype=torch.int64).float() / E)  # (E/2,) per token
+    freq = 1 / config.rope_base ** (torch.arange(0, E, 2, dtype=torch.int64).float() / E)  # (E/2,) per token
     if s is not None:
         turns = s["original_max_position_embeddings"] * freq / (2 * math.pi)  # within the first context
         low, high = s["low_freq_factor"], s["high_freq_factor"]
@@ -469,7 +470,7 @@ class AbbIE(nn.Module):
         body = partial(self._run_body, k=k, rope=rope, kv=kv, backprop=backprop)
         match self.config.rule:
             case "abbie_d":  # the paper's AbbIE-D at its natural size (see the top of this file)
-                scale = torch.full((), 2.0 ** -k, dtype=x.dtype, device=x.device)  # a tensor: never recompiles
+                scale = torch.full((), 2.0 ** -k, dtype=x.dtype, device=x.device)  # tensor: no recompiling
                 u = body(x, scale)
                 return u, (u + x) / 2
             case "abbie_d_literal":  # the printed formula at every iteration, on the raw scale
@@ -624,12 +625,12 @@ class AbbIE(nn.Module):
         saved = AbbIEConfig(**{f.name: meta[f.name] for f in fields(AbbIEConfig) if f.name in meta})
         model = cls(replace(saved, **changes))
         if saved.n_blocks != model.config.n_blocks:
-            raise UserError(f"{folder} has {saved.n_blocks} blocks, not the {model.config.n_blocks} asked for")
+            raise UserError(f"{folder} has {saved.n_blocks} blocks, not {model.config.n_blocks}")
         moved = dict(zip(saved.block_names, model.config.block_names))
         state = load_tensors(folder / "model.pt")
         state = {".".join([moved.get(name, name), *rest]): tensor for key, tensor in state.items()
                  for name, rest in [(".".join(key.split(".")[:2]), key.split(".")[2:])]}
-        if model.config.rule == "zero_pt" != saved.rule:  # its own weight starts afresh
+        if model.config.rule == "zero_pt" != saved.rule:  # its own starts afresh
             state["project.weight"] = model.project.weight
         try:
             model.load_state_dict(state)
