@@ -358,7 +358,8 @@ def in_order(work: Callable, chunks: Iterable[Chunk], workers: int) -> Iterator[
         for chunk in chunks:
             pending.append((chunk, pool.submit(work, chunk)))
             size += sum(map(len, chunk.documents))
-            while pending and (len(pending) > 4 * workers or size > max(MAX_DOCUMENT, workers * SECTION)):
+            most = 0 if chunk.last and chunk.item.url else 4 * workers  # 0: use up a download before the next
+            while pending and (len(pending) > most or size > max(MAX_DOCUMENT, workers * SECTION)):
                 chunk, result = pending.popleft()
                 size -= sum(map(len, chunk.documents))
                 yield chunk, result.result()
@@ -439,8 +440,6 @@ def write_shards(job: Job, state: dict, tokenizer):
 def prepare(job: Job):
     """Shards and meta.json in job.folder. Goes on where the same job stopped, and leaves it alone once it is
     done. A folder with other data, finished or not, is refused: what took long to make is never deleted."""
-    if not 0 < job.val_fraction < 1 or job.shard_tokens < 2 or job.workers < 1:
-        raise UserError("--val_fraction must lie between 0 and 1, --shard_tokens be at least 2, --workers 1")
     if any(item.path.suffix.lower() == ".parquet" for item in job.inputs):
         pyarrow_parquet()  # if it is missing, say so before the download
     meta_path, journal = job.folder / "meta.json", job.folder / "progress.json"
@@ -673,7 +672,7 @@ def download(url: str, path: Path, timeout: float, sha256: str = ""):
             total = start + int(length) if length else None
             with tqdm(total=total, initial=start, unit="B", unit_scale=True, disable=None, leave=False,
                       desc=path.name) as bar:
-                while block := response.read(1 << 18):
+                while block := response.read1(1 << 18):  # what has come, so that a stall loses nothing
                     file.write(block)
                     bar.update(len(block))
             file.flush()
@@ -883,12 +882,16 @@ def main(argv: list[str]):
         sub = commands.choices[name]
         sub.add_argument("--base_url", default="", help="a mirror: another server, the same paths")
         sub.add_argument("--timeout", type=float, default=30, help="seconds of silence before a retry (30)")
-    args = parser.parse_args(argv)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        commands.choices[args.command].error(f"unrecognized arguments: {' '.join(unknown)}")
 
     folder, extra = Path(args.out), {}
     base_url = getattr(args, "base_url", "").rstrip("/")
     if args.command == "icl":
         return fetch_icl(folder, args.tasks.split(","), base_url, args.timeout)
+    if not 0 < args.val_fraction < 1 or args.shard_tokens < 2 or args.workers < 1:
+        raise UserError("--val_fraction must lie between 0 and 1, --shard_tokens be at least 2, --workers 1")
     if args.command == "stdlib":
         files, digest = stdlib_files()
         inputs, identity = [Input(path, path.stat().st_size) for path in files], None
