@@ -398,7 +398,17 @@ def sync_folder(path: Path):
 
 def save_checkpoint(run: Path, step: int, model: dict, train: dict, config: dict) -> Path:
     """Write run/step_XXXXXXXX so that it is there whole or not at all: under another name, synced, then
-    renamed."""
+    renamed. Raises UserError where the disk fails; earlier checkpoints are as they were."""
+    try:
+        return write_checkpoint(run, step, model, train, config)
+    except (OSError, RuntimeError) as error:  # torch.save covers a failed write with a RuntimeError
+        while error.__context__ is not None:
+            error = error.__context__
+        raise UserError(f"{run}: step {step} could not be saved ({error}); earlier ones are untouched\n"
+                        "make room, then run the same command again") from None
+
+
+def write_checkpoint(run: Path, step: int, model: dict, train: dict, config: dict) -> Path:
     folder, temp = run / f"step_{step:08d}", run / f".step_{step:08d}.tmp"
     shutil.rmtree(temp, ignore_errors=True)
     temp.mkdir(parents=True)
