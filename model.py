@@ -258,8 +258,9 @@ class KVCache:
             return self.n_once + i + (k * self.config.n_body_blocks if self.mode == "full" else 0)
         return i + (self.config.n_head_blocks if part == "tail" else 0)
 
-    def chunk(self, starts: list[int], T: int, rows: list[int] | None = None) -> "Chunk":
-        """T new tokens in each of `rows` (default: all), from position starts[b] on."""
+    def chunk(self, starts: list[int] | Tensor, T: int, rows: list[int] | None = None) -> "Chunk":
+        """T new tokens in each of `rows` (default: all), from position starts[b] on. starts as a tensor (B,)
+        keeps every shape the same from step to step, as a compiled or recorded step needs."""
         return Chunk(self, starts, T, rows)
 
 
@@ -267,12 +268,13 @@ class Chunk:
     """New tokens in some rows of a cache: where their keys and values go, and what they may attend to. One
     chunk serves every block and iteration; `at` picks the slot."""
 
-    def __init__(self, cache: KVCache, starts: list[int], T: int, rows: list[int] | None):
-        self.cache, self.end, device = cache, max(starts) + T, cache.k.device
+    def __init__(self, cache: KVCache, starts: list[int] | Tensor, T: int, rows: list[int] | None):
+        self.cache, device, static = cache, cache.k.device, isinstance(starts, Tensor)
+        self.end = cache.config.block_size if static else max(starts) + T
         if self.end > cache.config.block_size:
             raise UserError(f"{self.end} tokens do not fit into a context of {cache.config.block_size}")
         # Rows of equal length are written and read as slices; others through their indices, under a mask.
-        self.together = rows is None and len(set(starts)) == 1
+        self.together = not static and rows is None and len(set(starts)) == 1
         self.causal, self.mask, keys = False, None, torch.arange(self.end, device=device)
         if self.together:
             self.where = (slice(None), slice(None), slice(starts[0], self.end))  # of (B, K, S, E)
@@ -282,7 +284,8 @@ class Chunk:
                 self.mask = keys <= self.positions[:, None]  # (T, S)
         else:
             self.rows = torch.tensor(range(len(starts)) if rows is None else rows, device=device)
-            self.positions = torch.tensor(starts, device=device)[:, None] + torch.arange(T, device=device)
+            starts = starts if static else torch.tensor(starts, device=device)
+            self.positions = starts[:, None] + torch.arange(T, device=device)  # (B, T)
             self.where = (self.rows[:, None], slice(None), self.positions)
             self.mask = keys <= self.positions[:, None, :, None]  # (B, 1, T, S)
 
@@ -304,9 +307,8 @@ class Chunk:
             return
         for table in (cache.k, cache.v):
             body = table[cache.n_once:].unflatten(0, (cache.max_iters, -1))  # (iters, blocks, B, K, S, E)
-            for k in range(iters, cache.max_iters):
-                for i in range(cache.config.n_body_blocks):
-                    body[k, i][self.where] = body[iters - 1, i][self.where]
+            last = body[(slice(iters - 1, iters), slice(None), *self.where)]
+            body[(slice(iters, None), slice(None), *self.where)] = last
 
 
 class Slot:
@@ -475,8 +477,8 @@ class AbbIE(nn.Module):
 
     def iterate(self, x, h, k: int, rope, kv=None, backprop=True):
         """Iteration k = 0, 1, ...: the state x and the Head's output h, both (B, T, D) -> (u, next x), u
-        being what the Tail reads if this iteration is the last. All five rules, DESIGN table order; u = x
-        except where it says so."""
+        being what the Tail reads if this iteration is the last. These are all five rules; u = next x
+        except where it says otherwise."""
         body = partial(self._run_body, k=k, rope=rope, kv=kv, backprop=backprop)
         match self.config.rule:
             case "abbie_d":  # the paper's AbbIE-D at its natural size (see the top of this file)
@@ -607,20 +609,28 @@ class AbbIE(nn.Module):
         return 3 * once + r * (again + 3 * project) + 2 * reached * again
 
     @torch.no_grad()
-    def step(self, idx: Tensor, cache: KVCache, iters: int | None = None, n_new: list[int] | None = None):
-        """Append idx (B, T) to the rows of a cache -> logits (B, V) after each row's last new token. Rows may
-        be padded on the right: n_new (default T) says how many tokens of each count."""
+    def step(self, idx: Tensor, cache: KVCache, iters: int | None = None, n_new: list[int] | None = None,
+             rows: list[int] | None = None):
+        """Append idx (B, T) to `rows` of a cache (default: all) -> logits (B, V) after each row's last new
+        token. Rows may be padded on the right: n_new (default T) says how many tokens of each count."""
         iters, n_new = self.check_iters(iters), n_new or [idx.shape[1]] * idx.shape[0]
-        kv = cache.chunk(cache.lengths, idx.shape[1])
-        h = self.run_head(idx, kv.rope(self), kv)
-        x, u = self.start(h), None
-        for k in range(iters):
-            u, x = self.iterate(x, h, k, kv.rope(self), kv)
+        chosen = range(idx.shape[0]) if rows is None else rows
+        kv = cache.chunk([cache.lengths[b] for b in chosen], idx.shape[1], rows)
+        z = self.run(idx, kv, iters)
         kv.fill_deeper(iters)
-        z = self.run_tail(u, kv.rope(self), kv)
-        cache.lengths = [length + n for length, n in zip(cache.lengths, n_new)]
+        for b, n in zip(chosen, n_new):
+            cache.lengths[b] += n
         last = torch.tensor(n_new, device=z.device) - 1
         return self.logits(z[torch.arange(len(n_new), device=z.device), last])
+
+    def run(self, idx, kv: Chunk, iters: int):
+        """idx (B, T), whose places in a cache kv knows -> the normed state (B, T, D)."""
+        rope = kv.rope(self)
+        h = self.run_head(idx, rope, kv)
+        x, u = self.start(h), None
+        for k in range(iters):
+            u, x = self.iterate(x, h, k, rope, kv)
+        return self.run_tail(u, rope, kv)
 
     @classmethod
     def from_checkpoint(cls, path: str | Path, device: str = "cpu", **changes) -> "AbbIE":
