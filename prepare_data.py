@@ -234,15 +234,16 @@ class Chunk(NamedTuple):
 
 def chunks(item: Input, field: str, skip_bad: bool) -> Iterator[Chunk]:
     """A file's documents, about CHUNK bytes at a time; where the cuts fall depends on the file alone."""
-    documents, size, bad = [], 0, 0
+    documents, size, bad, all_bad = [], 0, 0, 0
     with open(item.path, "rb") as file:
         for document in read(item, file, field):
             if isinstance(document, Bad):
                 if not skip_bad:
                     raise UserError(f"{item.path}: {document.why}\n"
                                     "mend it, or use --skip_bad to leave out and count what cannot be read")
-                tqdm.write(f"left out: {item.path}: {document.why}", file=sys.stderr)
-                bad += 1
+                bad, all_bad = bad + 1, all_bad + 1
+                if all_bad <= 10:
+                    tqdm.write(f"left out: {item.path}: {document.why}", file=sys.stderr)
             else:
                 documents.append(document)
                 size += len(document)
@@ -407,10 +408,16 @@ def write_shards(job: Job, state: dict, tokenizer):
             yield from islice(chunks(item, job.field, job.skip_bad), skip, None)
             skip = 0
 
+    def note() -> float:
+        for writer in writers.values():
+            writer.sync()
+        write_json(job.folder / "progress.json", state)
+        return time.monotonic()
+
     def n_tokens() -> int:
         return sum(entry["tokens"] for entry in splits.values())
 
-    started, noted, first, position = time.monotonic(), time.monotonic(), n_tokens(), 0
+    started, noted, first, position = time.monotonic(), note(), n_tokens(), 0
     with tqdm(total=sum(item.size for item in job.inputs), unit="B", unit_scale=True, disable=None) as bar:
         bar.update(sum(item.size for item in job.inputs[:state["file"]]))
         work = partial(encode_chunk, tokenizer, state["threshold"])
@@ -423,10 +430,7 @@ def write_shards(job: Job, state: dict, tokenizer):
             state["chunks"] = 0 if chunk.last else state["chunks"] + 1
             used_up = chunk.last and chunk.item.url
             if used_up or time.monotonic() - noted > JOURNAL_SECONDS:
-                for writer in writers.values():
-                    writer.sync()
-                write_json(job.folder / "progress.json", state)
-                noted = time.monotonic()
+                noted = note()
             if used_up:
                 chunk.item.path.unlink()
             rate = (n_tokens() - first) / (time.monotonic() - started)
@@ -447,8 +451,13 @@ def prepare(job: Job):
     for path in (meta_path, journal):
         if not path.exists():
             continue
-        earlier = json.loads(path.read_text())
-        if earlier["job"] != state["job"]:
+        try:
+            earlier = json.loads(path.read_text())
+        except ValueError:
+            earlier = {}
+        if path == journal and earlier and not any(entry["tokens"] for entry in earlier["splits"].values()):
+            continue  # it had only just begun
+        if earlier.get("job") != state["job"]:
             raise UserError(f"{job.folder} holds other data, or of other settings, files or Python\n"
                             f"remove {job.folder}, or choose another folder with --out")
         if path == journal:
@@ -791,7 +800,7 @@ def fetch_rows(api: str, dataset: str, config: str, split: str, n_rows: int, pat
                     raise ConnectionError("the answer is not JSON") from None
         return retrying(url, attempt)
 
-    config = config or get("splits")["splits"][0]["config"]
+    config = config or (get("splits").get("splits") or [{}])[0].get("config", "default")
     part = path.with_name(path.name + ".part")
     with open(part, "a+b") as file, tqdm(total=n_rows, unit="row", disable=None, leave=False) as bar:
         file.seek(0)

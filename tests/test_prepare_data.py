@@ -179,6 +179,7 @@ def test_too_little_text_for_chance_still_has_validation_text(tmp_path):
     out = prepare(tmp_path / "out", poems, val_fraction=1e-9)
     smallest = min((f"poem {i}" for i in range(3)), key=lambda t: hashlib.sha256(t.encode()).digest())
     assert texts(out, "val") == [smallest] and len(texts(out, "train")) == 2
+    assert (out / "meta.json").exists() and not (out / "progress.json").exists()
     with pytest.raises(UserError, match="no document is left for the train split\n.*--val_input"):
         prepare(tmp_path / "one", write_jsonl(tmp_path / "one.jsonl", ["alone"]))
 
@@ -333,6 +334,7 @@ def test_a_folder_with_other_data_is_refused_and_left_alone(tmp_path, corpus):
     other = tmp_path / "other"
     with pytest.raises(UserError, match="broken JSON"):
         prepare(other, tmp_path / "bad.jsonl")
+    prepare(other, corpus[0])  # nothing had come of it
     assert shards(out) == before
     (out / "train_00000.bin").unlink()  # but what has lost a shard is made again
     prepare(out, corpus[0])
@@ -397,13 +399,16 @@ def test_killed_at_any_time_it_goes_on_and_ends_with_the_same_bytes(tmp_path, lo
     assert (out / "meta.json").read_text() == (whole / "meta.json").read_text()
 
 
-def test_a_damaged_open_shard_is_noticed(tmp_path, long_text):
+def test_unfinished_data_is_not_given_up_and_its_damage_is_noticed(tmp_path, long_text, corpus):
     process = start("text", "--input", long_text, "--out", tmp_path / "out",
                     before="prepare_data.JOURNAL_SECONDS = 0")
-    while not (tmp_path / "out" / "progress.json").exists():
+    journal = tmp_path / "out" / "progress.json"
+    while not journal.exists() or not json.loads(journal.read_text())["splits"]["train"]["tokens"]:
         time.sleep(0.005)
     process.kill()
     process.communicate()
+    with pytest.raises(UserError, match="holds other data"):
+        prepare(tmp_path / "out", corpus[0])
     (tmp_path / "out" / "train_00000.bin.tmp").write_bytes(b"")
     with pytest.raises(UserError, match="progress.json"):
         prepare(tmp_path / "out", long_text)
@@ -435,14 +440,25 @@ def test_memory_does_not_grow_with_the_input(tmp_path, long_text):
 
 @pytest.mark.soak
 def test_soak_several_gb_in_500_mb(tmp_path):
-    """Made input of 4 GB, then all its windows; what results/prepare_data_soak.json reports."""
-    block = words(1_000_000)
+    """3 GB of made text become shards, and every window is read: -> results/prepare_data_soak.json."""
+    block, sizes = words(1_000_000), {}
     for name in ("a.txt", "b.jsonl"):
         with open(tmp_path / name, "w") as file:
-            for i in range(1200):
+            for i in range(1000):
                 text = f"{i}\n\n{block}"
                 file.write(text if name == "a.txt" else json.dumps({"text": text}) + "\n")
-    assert peak_mb("text", "--input", tmp_path, "--out", tmp_path / "out") < 500
+        sizes[name] = (tmp_path / name).stat().st_size
+    writing = peak_mb("text", "--input", tmp_path, "--out", tmp_path / "out")
+    sweep = ("data = prepare_data.Shards(sys.argv[1], 'train', 1024); order = data.window_order(1, 0); "
+             "count = sum(len(data.batch(order[i:i + 64])[0]) for i in range(0, len(order), 64)); "
+             "assert count == data.n_windows; prepare_data.main = lambda argv: None")
+    reading = peak_mb(tmp_path / "out", before=f"{PEAK}; {sweep}")
+    meta = json.loads((tmp_path / "out" / "meta.json").read_text())
+    result = {"command": "python -m pytest -m soak tests/test_prepare_data.py", "input_bytes": sizes,
+              "tokenizer": "bytes", "tokens": [meta["splits"][name]["tokens"] for name in ("train", "val")],
+              "write": {"peak_mb": round(writing)}, "read_every_window": {"peak_mb": round(reading)}}
+    (ROOT / "results" / "prepare_data_soak.json").write_text(json.dumps(result, indent=1) + "\n")
+    assert sum(sizes.values()) > 2.5e9 and writing < 500 and reading < 500, result
 
 
 # -------------------------------------------------------------------------------------------------- windows
@@ -682,7 +698,7 @@ def test_a_corrupted_download_is_noticed_and_never_tokenised(tmp_path, server, c
     server.faults = ["corrupt"] * 20
     with pytest.raises(UserError, match="arrived corrupted, 6 times in a row"):
         fetch(server, tmp_path / "always")
-    assert not [path for path in (tmp_path / "always").rglob("*") if path.is_file()]
+    assert [path.name for path in (tmp_path / "always").rglob("*") if path.is_file()] == ["progress.json"]
 
 
 def test_a_missing_file_is_an_error_at_once_and_a_dead_server_after_some_tries(tmp_path, server):
