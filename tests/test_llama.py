@@ -1,6 +1,7 @@
 """The specification of llama.py. Folders are written by transformers itself, with random weights."""
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -19,7 +20,9 @@ tokenizers = pytest.importorskip("tokenizers")
 
 from transformers.initialization import no_init_weights  # noqa: E402
 
+import eval_icl  # noqa: E402
 import llama  # noqa: E402
+import prepare_data  # noqa: E402
 from llama import HFTokenizer  # noqa: E402
 from model import AbbIE, AbbIEConfig, KVCache, UserError, save_checkpoint  # noqa: E402
 from prepare_data import get_tokenizer  # noqa: E402
@@ -157,6 +160,16 @@ def test_the_shape_of_smollm2_135m(tmp_path):
     assert_the_same_model(ours, theirs, 49152)
 
 
+@pytest.mark.parametrize("rope", [
+    {"rope_type": "default"}, {**LLAMA3, "original_max_position_embeddings": 512}])
+def test_a_long_context_is_as_exact(tmp_path, rope):  # angles of a thousand radians show every rounding
+    theirs = write_llama(tmp_path, hidden_size=128, max_position_embeddings=2048,
+                         rope_parameters={**rope, "rope_theta": 5e5})
+    idx = tokens(300, length=2048)
+    with torch.no_grad():
+        assert torch.allclose(load(tmp_path)(idx, iters=1)[0], theirs(idx).logits, atol=1e-5, rtol=1e-5)
+
+
 def test_rope_in_the_form_of_older_configs(tmp_path):
     theirs = write_llama(tmp_path, rope_parameters={**LLAMA3, "rope_theta": 500.0})
     raw = json.loads((tmp_path / "config.json").read_text())
@@ -193,7 +206,7 @@ def test_the_recurrence_and_context_are_chosen_at_loading(folder):
     assert model.meta["tokenizer"] == model.meta["ckpt"] == f"hf:{folder}"
     idx = tokens(300)
     assert torch.equal(model(idx, iters=1)[0], load(folder)(idx, iters=1)[0])
-    with pytest.raises(UserError, match="has 5 layers, .* cut into 2 . 4 . 0\nset n_head_blocks and n_body"):
+    with pytest.raises(UserError, match="has 5 layers, .* cut into 2 . 4 . 0\nset n_head_blocks, n_body"):
         load(folder, n_head_blocks=2, n_body_blocks=4)
 
 
@@ -536,3 +549,76 @@ def test_a_user_meets_short_errors(damaged, tmp_path):
     assert len(done.stderr.splitlines()) <= 3 and done.stderr.startswith("error: ")
     with pytest.raises(UserError, match="unrecognized arguments: --exprt.*did you mean --export"):
         llama.main(["--exprt", "x", "--export", "y"])
+
+
+# ---------------------------------------------------------------------------------------------- with the rest
+
+@pytest.fixture(scope="module")
+def data(folder, tmp_path_factory):
+    """Text in the tokens of the tiny Llama."""
+    path = tmp_path_factory.mktemp("data")
+    text = "".join(f"the dog {i} sat on the log, naïve 中 {i % 7}\n\n" for i in range(800))
+    (path / "text.txt").write_text(text)
+    prepare_data.main(["text", "--input", str(path / "text.txt"), "--tokenizer", f"hf:{folder}",
+                       "--val_fraction", "0.2", "--out", str(path / "data")])
+    return path / "data"
+
+
+def test_a_retrofit_starts_at_the_llama_and_resumes_exactly(folder, data, tmp_path, monkeypatch):
+    import train
+    monkeypatch.chdir(tmp_path)
+    command = [str(ROOT / "config/abbie_tiny.py"), f"--init_from=hf:{folder}", f"--data={data}",
+               "--out_dir=out/x", "--iters=2", "--device=cpu", "--dtype=float32", "--block_size=64",
+               "--tokens_per_step=512", "--micro_batch=4", "--max_steps=4", "--save_every=2",
+               "--eval_every=4", "--eval_iters=1,2"]
+    train.main(command)
+    log = [json.loads(line) for line in Path("out/x/log.jsonl").read_text().splitlines()]
+    start, end = (line["val_loss"] for line in log if "val_loss" in line)
+
+    shards = prepare_data.Shards(data, "val", 64)
+    x, y = shards.batch(range(shards.n_windows))
+    theirs = transformers.LlamaForCausalLM.from_pretrained(folder).eval()
+    with torch.no_grad():
+        loss = torch.nn.functional.cross_entropy(theirs(x).logits.flatten(0, 1), y.flatten()).item()
+    assert start["1"] == pytest.approx(loss, abs=1e-5) and end["2"] < start["2"] - 0.05
+
+    def saved():
+        step = Path("out/x/step_00000004")
+        return [torch.load(step / name, weights_only=True) for name in ("model.pt", "train.pt")]
+
+    whole, model = saved(), AbbIE.from_checkpoint("out/x")
+    assert model.config == load(folder).config  # cut in thirds
+    shutil.rmtree("out/x/step_00000004")
+    train.main(command)  # from step 2
+    assert '"resumed_at": 2' in Path("out/x/log.jsonl").read_text()
+    torch.testing.assert_close(saved(), whole, rtol=0, atol=0)
+
+    llama.main(["--ckpt", "out/x", "--export", "exported"])  # and back out, tokenizer included
+    exported = transformers.LlamaForCausalLM.from_pretrained("exported").eval()
+    assert_the_same_model(model, exported, 300)
+    assert transformers.AutoTokenizer.from_pretrained("exported")("the cat").input_ids[0] == 0
+
+
+def test_sampling_speaks_as_the_llama_does(folder):
+    theirs, tokenizer = transformers.LlamaForCausalLM.from_pretrained(folder).eval(), HFTokenizer(str(folder))
+    ids = torch.tensor([tokenizer.encode_ordinary("the cat 中")])
+    ids = theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
+    done = run("sample.py", "--ckpt", f"hf:{folder}", "--iters=1", "--temperature=0", "--max_new_tokens=12",
+               "--prompt", "the cat 中")
+    assert done.returncode == 0, done.stderr
+    assert "the cat 中" + done.stdout == tokenizer.decode(ids[0].tolist()) + "\n"
+
+
+def test_a_llama_is_evaluated_with_its_own_tokenizer(folder, tmp_path, capsys):
+    (tmp_path / "lambada_openai").mkdir()
+    (tmp_path / "lambada_openai/test.jsonl").write_text(json.dumps({"text": "the cat sat on the mat"}) + "\n")
+    out = tmp_path / "r.json"
+    eval_icl.main(["--ckpt", f"hf:{folder}", "--iters", "1", "--tasks", "lambada_openai",
+                   "--data_dir", str(tmp_path), "--out", str(out)])
+    theirs, tokenizer = transformers.LlamaForCausalLM.from_pretrained(folder).eval(), HFTokenizer(str(folder))
+    context, word = (tokenizer.encode_ordinary(text) for text in ("the cat sat on the", " mat"))
+    with torch.no_grad():
+        logp = theirs(torch.tensor([context + word])).logits[0, len(context) - 1:-1].log_softmax(-1)
+    nll = -sum(row[i].item() for row, i in zip(logp, word))
+    result = json.loads(out.read_text())["tasks"]["lambada_openai"]["iters"]["1"]
+    assert result["perplexity"] == pytest.approx(math.exp(nll), rel=1e-4)
