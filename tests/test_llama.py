@@ -58,6 +58,7 @@ def write_tokenizer(folder) -> None:
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
     bpe.post_processor = tokenizers.processors.TemplateProcessing(
         single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)])
+    bpe.add_tokens(["two words"])
     bpe.enable_truncation(8)
     bpe.enable_padding(length=8)
     fast = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|endoftext|>")
@@ -431,6 +432,7 @@ def test_the_tokenizer_reads_and_spells_exactly(folder):
     every_byte = bytes(range(256)).decode("latin-1")
     assert tokenizer.decode(tokenizer.encode_ordinary(every_byte)) == every_byte
     assert len(ids) > 8 and tokenizer.eot_token not in ids  # nothing is cut or added; specials are text
+    assert tokenizer.decode_bytes(tokenizer.encode_ordinary("two words")) == b"two words"  # one added token
     assert tokenizer.decode([0]) == "<|endoftext|>" and tokenizer.decode([299]) == ""  # an id without a token
     plain = transformers.AutoTokenizer.from_pretrained(folder)("the cat", add_special_tokens=False).input_ids
     assert tokenizer.encode_ordinary("the cat") == plain and len(plain) < 7
