@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 import prepare_data  # noqa: E402
 from config import cli  # noqa: E402
 
-ROUNDS = 3
+ROUNDS, SOME = 5, 60  # books of a round
 
 
 def timed(function) -> float:
@@ -33,9 +33,10 @@ def timed(function) -> float:
 def main(argv: list[str]):
     books, shakespeare = map(Path, argv)
     folder = Path(tempfile.mkdtemp())
-    text = ["text", "--input", str(books / "train"), "--val_input", str(books / "val"), "--tokenizer", "gpt2"]
+    paths = sorted((books / "train").iterdir())[:SOME]
+    val = ["--val_input", str(books / "val"), "--tokenizer", "gpt2"]
     enc = tiktoken.get_encoding("gpt2")
-    contents = [path.read_text(encoding="utf-8") for path in sorted((books / "train").iterdir())]
+    contents = [path.read_text(encoding="utf-8") for path in [*paths, *sorted((books / "val").iterdir())]]
     size = sum(len(content.encode()) for content in contents)
 
     def prepared(name: str, args: list[str]) -> float:
@@ -43,18 +44,18 @@ def main(argv: list[str]):
         return timed(lambda: prepare_data.main([*args, "--out", str(folder / name)]))
 
     def alone(threads: int) -> float:  # lists of ids, discarded: neither arrays nor hashes nor files
-        return timed(lambda: [enc.encode_ordinary_batch(contents[i:i + 32], num_threads=threads) and None
-                              for i in range(0, len(contents), 32)])
+        return timed(lambda: [enc.encode_ordinary_batch(contents[i:i + 16], num_threads=threads) and None
+                              for i in range(0, len(contents), 16)])
 
     seconds = {"1 worker": [], "2 workers": [], "tiktoken, 1 thread": [], "tiktoken, 2 threads": []}
     for _ in range(ROUNDS):
         for workers in (1, 2):
             seconds[f"{workers} worker{'s'[:workers - 1]}"].append(
-                prepared("books", [*text, "--workers", str(workers)]))
+                prepared("some", ["text", "--input", *map(str, paths), *val, "--workers", str(workers)]))
             seconds[f"tiktoken, {workers} thread{'s'[:workers - 1]}"].append(alone(workers))
     median = {name: statistics.median(values) for name, values in seconds.items()}
+    whole = prepared("books", ["text", "--input", str(books / "train"), *val])
     meta = json.loads((folder / "books" / "meta.json").read_text())
-    tokens = {name: entry["tokens"] for name, entry in meta["splits"].items()}
     play = prepared("shakespeare", ["text", "--input", str(shakespeare)])
     shakespeare_meta = json.loads((folder / "shakespeare" / "meta.json").read_text())
     result = {
@@ -66,17 +67,14 @@ def main(argv: list[str]):
                        "--tokenizer gpt2 --out data/books",
             "splits": {name: {key: entry[key] for key in ("documents", "bytes", "tokens")}
                        for name, entry in meta["splits"].items()},
+            "seconds": round(whole, 2),
+        },
+        "workers": {
+            "text": f"{SOME} of the books and the validation books, {size} bytes; gpt2",
             "seconds": {name: [round(value, 2) for value in values] for name, values in seconds.items()},
-            "median_seconds": {name: round(value, 2) for name, value in median.items()},
-            "tokens_per_second_2_workers": round(sum(tokens.values()) / median["2 workers"]),
-            "ratio_2_workers_to_1": round(statistics.median(
-                one / two for one, two in zip(seconds["1 worker"], seconds["2 workers"])), 2),
-            "ratio_tiktoken_2_threads_to_1": round(statistics.median(one / two for one, two in zip(
-                seconds["tiktoken, 1 thread"], seconds["tiktoken, 2 threads"])), 2),
-            "mb_per_second": {
-                "prepare_data, 2 workers": round(sum(e["bytes"] for e in meta["splits"].values())
-                                                 / median["2 workers"] / 1e6, 1),
-                "tiktoken, 2 threads": round(size / median["tiktoken, 2 threads"] / 1e6, 1)},
+            "median_mb_per_second": {name: round(size / value / 1e6, 1) for name, value in median.items()},
+            "ratio_2_workers_to_1": round(median["1 worker"] / median["2 workers"], 2),
+            "ratio_tiktoken_2_to_1": round(median["tiktoken, 1 thread"] / median["tiktoken, 2 threads"], 2),
         },
         "tiny_shakespeare": {
             "command": "python prepare_data.py text --input input.txt --out data/shakespeare",
