@@ -505,7 +505,8 @@ def test_an_exported_checkpoint_is_the_same_model_for_transformers_and_for_us(tm
     assert theirs.config.vocab_size == 257 and theirs.config.eos_token_id is None  # nothing stops it
     assert_the_same_model(ours, theirs.eval(), 257)
 
-    c = ours.config
+    c, raw = ours.config, json.loads((out / "config.json").read_text())
+    assert (raw["rope_theta"], raw["rope_scaling"]) == (c.rope_base, c.rope_scaling)  # for transformers 4
     again = load(out, rule=c.rule, n_head_blocks=c.n_head_blocks, n_body_blocks=c.n_body_blocks)
     assert again.config == c
     assert all(torch.equal(ours(tokens(257), iters=r)[0], again(tokens(257), iters=r)[0]) for r in (1, 2, 4))
