@@ -26,6 +26,7 @@ from model import AbbIE, AbbIEConfig, UserError, find_checkpoint, is_complete, s
 
 ROOT = Path(__file__).parent.parent
 FAULTY = str(ROOT / "tests" / "faulty_train.py")
+ENV = {**os.environ, "OMP_NUM_THREADS": "1"}  # of every process started here: the same number of threads
 T = 32
 
 
@@ -112,13 +113,7 @@ def free_port() -> int:
 
 def ranks(world: int, argv: list[str], ground: Path) -> list[subprocess.CompletedProcess]:
     """Run argv as `world` gloo ranks, as torchrun would start them, and wait."""
-    env = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-        "WORLD_SIZE": str(world),
-    }
+    env = {**ENV, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world)}
     if world == 1:
         started = [
             subprocess.Popen(
@@ -127,7 +122,7 @@ def ranks(world: int, argv: list[str], ground: Path) -> list[subprocess.Complete
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                env=ENV,
             )
         ]
     else:
@@ -153,11 +148,17 @@ def ranks(world: int, argv: list[str], ground: Path) -> list[subprocess.Complete
     return done
 
 
+def faulty(ground: Path, fault: str, step: int, rank: int, marker, out: Path, *flags) -> list[str]:
+    """The arguments of tests/faulty_train.py on the small config."""
+    config = str(ground / "small.py")
+    return [FAULTY, fault, str(step), str(rank), str(marker), config, f"--out_dir={out}", *flags]
+
+
 def torchrun(flags: list[str], argv: list[str], ground: Path):
     return subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", *flags, *argv],
         cwd=ground,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env=ENV,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -169,11 +170,7 @@ def undisturbed(ground, tmp_path_factory):
     """The run that nothing interrupts, as one process and as two: its folder for each."""
     out = tmp_path_factory.mktemp("undisturbed")
     for world in (1, 2):
-        done = ranks(
-            world,
-            [FAULTY, "none", "0", "0", "-", str(ground / "small.py"), f"--out_dir={out / str(world)}"],
-            ground,
-        )
+        done = ranks(world, faulty(ground, "none", 0, 0, "-", out / str(world)), ground)
         assert [d.returncode for d in done] == [0] * world, done[0].stderr
     return {world: out / str(world) for world in (1, 2)}
 
@@ -234,17 +231,9 @@ def test_the_same_step_for_4x1_2x2_1x4_and_for_two_nodes(ground, tmp_path):
     loss."""
 
     def argv(name):
-        return [
-            FAULTY,
-            "grads",
-            "0",
-            "0",
-            str(tmp_path / f"{name}.pt"),
-            str(ground / "small.py"),
-            f"--out_dir={tmp_path / name}",
-            "--max_steps=1",
-            "--eval_every=1",
-        ]
+        return faulty(
+            ground, "grads", 0, 0, tmp_path / f"{name}.pt", tmp_path / name, "--max_steps=1", "--eval_every=1"
+        )
 
     for world in (1, 2, 4):
         assert {d.returncode for d in ranks(world, argv(str(world)), ground)} == {0}
@@ -280,18 +269,7 @@ def test_the_same_step_for_4x1_2x2_1x4_and_for_two_nodes(ground, tmp_path):
 
 def test_no_all_reduce_on_accumulation_micro_steps(ground, tmp_path):
     done = ranks(
-        2,
-        [
-            FAULTY,
-            "count",
-            "0",
-            "0",
-            str(tmp_path / "count"),
-            str(ground / "small.py"),
-            f"--out_dir={tmp_path / 'run'}",
-            "--max_steps=3",
-        ],
-        ground,
+        2, faulty(ground, "count", 0, 0, tmp_path / "count", tmp_path / "run", "--max_steps=3"), ground
     )
     assert {d.returncode for d in done} == {0}, done[0].stderr
     assert " = 2 x 2 x 2" in done[0].stdout, "2 ranks x 2 micro-batches of 2"
@@ -306,15 +284,7 @@ def test_killed_again_and_again_it_ends_bit_for_bit_the_same(ground, undisturbed
     """SIGKILL between steps and in the middle of a save, then a rerun of the same command to the end."""
     out = tmp_path / "run"
     for fault, step in (("kill", 1), ("kill_in_save", 3), ("none", 0)):
-        argv = [
-            FAULTY,
-            fault,
-            str(step),
-            "0",
-            str(tmp_path / f"{fault}{step}"),
-            str(ground / "small.py"),
-            f"--out_dir={out}",
-        ]
+        argv = faulty(ground, fault, step, 0, tmp_path / f"{fault}{step}", out)
         statuses = [d.returncode for d in ranks(world, argv, ground)]
         assert (statuses[0] == -signal.SIGKILL) == (fault != "none")
     assert digest(out) == digest(undisturbed[world])
@@ -325,15 +295,7 @@ def test_killed_again_and_again_it_ends_bit_for_bit_the_same(ground, undisturbed
 def test_torchrun_restarts_after_a_crash_and_ends_the_same(ground, undisturbed, tmp_path):
     process = torchrun(
         ["--nproc_per_node=2", "--max-restarts=1", f"--master_port={free_port()}"],
-        [
-            FAULTY,
-            "crash",
-            "5",
-            "1",
-            str(tmp_path / "crashed"),
-            str(ground / "small.py"),
-            f"--out_dir={tmp_path / 'run'}",
-        ],
+        faulty(ground, "crash", 5, 1, tmp_path / "crashed", tmp_path / "run"),
         ground,
     )
     out, _ = process.communicate(timeout=120)
@@ -343,15 +305,7 @@ def test_torchrun_restarts_after_a_crash_and_ends_the_same(ground, undisturbed, 
 
 
 def test_a_signal_on_one_rank_saves_and_ends_all(ground, undisturbed, tmp_path):
-    argv = [
-        FAULTY,
-        "term",
-        "3",
-        "1",
-        str(tmp_path / "signalled"),
-        str(ground / "small.py"),
-        f"--out_dir={tmp_path / 'run'}",
-    ]
+    argv = faulty(ground, "term", 3, 1, tmp_path / "signalled", tmp_path / "run")
     done = ranks(2, argv, ground)
     assert [d.returncode for d in done] == [143, 143], done[0].stderr
     assert find_checkpoint(tmp_path / "run").name == "step_00000004"
@@ -363,16 +317,7 @@ def test_a_signal_on_one_rank_saves_and_ends_all(ground, undisturbed, tmp_path):
 @pytest.mark.parametrize("fault, status, saved", [("int", 130, 4), ("term_in_save", 143, 5)])
 def test_a_signal_during_a_save_waits_for_it(ground, undisturbed, tmp_path, fault, status, saved):
     """SIGTERM in the middle of the save of step 4 is acted on after step 5; SIGINT between steps at once."""
-    argv = [
-        FAULTY,
-        fault,
-        "3",
-        "0",
-        str(tmp_path / "signalled"),
-        str(ground / "small.py"),
-        f"--out_dir={tmp_path / 'run'}",
-        "--keep_last=9",
-    ]
+    argv = faulty(ground, fault, 3, 0, tmp_path / "signalled", tmp_path / "run", "--keep_last=9")
     assert [d.returncode for d in ranks(1, argv, ground)] == [status]
     assert find_checkpoint(tmp_path / "run").name == f"step_{saved:08d}"
     assert all(is_complete(path) for path in (tmp_path / "run").glob("step_*"))
@@ -599,18 +544,17 @@ def test_init_from_another_shape_is_refused_and_another_cut_is_not(here):
 def test_a_step_that_is_not_finite_on_one_rank_is_skipped_by_all(ground, tmp_path):
     done = ranks(
         2,
-        [
-            FAULTY,
+        faulty(
+            ground,
             "nan",
-            "2",
-            "1",
-            str(tmp_path / "nan"),
-            str(ground / "small.py"),
+            2,
+            1,
+            tmp_path / "nan",
+            tmp_path / "run",
             "--max_steps=4",
-            f"--out_dir={tmp_path / 'run'}",
             "--save_every=1",
             "--keep_last=9",
-        ],
+        ),
         ground,
     )
     assert [d.returncode for d in done] == [0, 0], done[0].stderr
@@ -663,7 +607,7 @@ def test_out_of_memory_names_micro_batch_and_a_value_to_try(ground, tmp_path):
         capture_output=True,
         text=True,
         cwd=ground,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env=ENV,
     )
     assert done.returncode == 2, done.stderr
     assert "micro_batch=32768" in done.stderr and "--micro_batch=16384" in done.stderr
@@ -777,6 +721,7 @@ def test_the_main_job_end_to_end(tmp_path):
         capture_output=True,
         text=True,
         cwd=tmp_path,
+        env=ENV,
     )
     assert done.returncode == 0, done.stderr
     for part in (
