@@ -417,8 +417,8 @@ def test_unfinished_data_is_not_given_up_and_its_damage_is_noticed(tmp_path, lon
 PEAK = "import atexit; atexit.register(lambda: print(open('/proc/self/status').read()))"
 
 
-def peak_mb(*args) -> float:
-    process = start(*args, before=PEAK)
+def peak_mb(*args, before="pass") -> float:
+    process = start(*args, before=f"{PEAK}; {before}")
     stdout, stderr = process.communicate()
     assert process.returncode == 0, stderr
     return int(re.search(r"VmHWM:\s+(\d+) kB", stdout)[1]) / 1024
@@ -442,17 +442,16 @@ def test_memory_does_not_grow_with_the_input(tmp_path, long_text):
 def test_soak_several_gb_in_500_mb(tmp_path):
     """3 GB of made text become shards, and every window is read: -> results/prepare_data_soak.json."""
     block, sizes = words(1_000_000), {}
-    for name in ("a.txt", "b.jsonl"):
+    lines = {"a.txt": f"%d\n\n{block}", "b.jsonl": f'{{"text": "%d {json.dumps(block)[1:]}}}\n'}
+    for name, line in lines.items():
         with open(tmp_path / name, "w") as file:
-            for i in range(1000):
-                text = f"{i}\n\n{block}"
-                file.write(text if name == "a.txt" else json.dumps({"text": text}) + "\n")
+            file.writelines(line % i for i in range(1000))
         sizes[name] = (tmp_path / name).stat().st_size
     writing = peak_mb("text", "--input", tmp_path, "--out", tmp_path / "out")
     sweep = ("data = prepare_data.Shards(sys.argv[1], 'train', 1024); order = data.window_order(1, 0); "
              "count = sum(len(data.batch(order[i:i + 64])[0]) for i in range(0, len(order), 64)); "
              "assert count == data.n_windows; prepare_data.main = lambda argv: None")
-    reading = peak_mb(tmp_path / "out", before=f"{PEAK}; {sweep}")
+    reading = peak_mb(tmp_path / "out", before=sweep)
     meta = json.loads((tmp_path / "out" / "meta.json").read_text())
     result = {"command": "python -m pytest -m soak tests/test_prepare_data.py", "input_bytes": sizes,
               "tokenizer": "bytes", "tokens": [meta["splits"][name]["tokens"] for name in ("train", "val")],
