@@ -44,6 +44,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import skip_init
 from torch.utils.checkpoint import checkpoint
 
 # rule -> largest iters
@@ -261,7 +262,7 @@ class KVCache:
     def chunk(self, starts: list[int] | Tensor, T: int, rows: list[int] | None = None) -> "Chunk":
         """T new tokens in each of `rows` (default: all), from position starts[b] on. starts as a tensor (B,)
         keeps every shape the same from step to step, as a compiled or recorded step needs."""
-        return Chunk(self, starts, T, rows)
+        return Chunk(self, starts, T, None if rows == list(range(len(self.lengths))) else rows)
 
 
 class Chunk:
@@ -444,12 +445,12 @@ class AbbIE(nn.Module):
         self.head = nn.ModuleList(Block(config) for _ in range(config.n_head_blocks))
         self.body = nn.ModuleList(Block(config) for _ in range(config.n_body_blocks))
         self.tail = nn.ModuleList(Block(config) for _ in range(config.n_tail_blocks))
-        if config.rule == "zero_pt":
-            self.project = nn.Linear(2 * config.n_embd, config.n_embd, bias=False)
         self.norm = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
         self.unembed = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
         if config.tie_embeddings:
             self.unembed.weight = self.embed.weight
+        if config.rule == "zero_pt":  # last, and drawn last: the others begin as in every other rule
+            self.project = skip_init(nn.Linear, 2 * config.n_embd, config.n_embd, bias=False)
         self._rope = rope_table(config)  # no buffer: the angles stay fp32 when the weights are bf16
         self.activation_checkpointing = False  # recompute each iteration in the backward pass
         self.init_weights()
