@@ -35,7 +35,7 @@ import random
 import re
 from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,7 +47,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from config import ArgumentParser, cli, nearest, parse_list
-from model import AbbIE, KVCache, UserError
+from model import AbbIE, UserError
 from prepare_data import Shards, documents, get_tokenizer, read_meta
 
 CHUNK = 1 << 24  # logits that are held at a time, so that memory does not grow with batch or vocabulary
@@ -535,7 +535,7 @@ def harness_model(model: AbbIE, tokenizer, iters: int, batch_size: int = 32, ran
         from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
     except ImportError:
         raise UserError("--lm_eval needs the harness\npip install lm_eval==0.4.13") from None
-    T, device = model.config.block_size, model.embed.weight.device
+    T, eot = model.config.block_size, tokenizer.eot_token
 
     class HarnessModel(LM):
         tokenizer_name = getattr(tokenizer, "name", "tokenizer")
@@ -549,56 +549,39 @@ def harness_model(model: AbbIE, tokenizer, iters: int, batch_size: int = 32, ran
             windows, owners = [], []  # a text's tokens, each predicted once, in windows of T
             for number, request in enumerate(requests):
                 ids = list(tokenizer.encode_ordinary(request.args[0]))
-                for window in get_rolling_token_windows(ids, tokenizer.eot_token, T, 1):
+                for window in get_rolling_token_windows(ids, eot, T, 1):
                     windows.append(make_disjoint_window(window))
                     owners.append(number)
             scores = score(model, windows, [iters], batch_size, rank, world, bar="rolling")[0][:, 0]
             return np.bincount(owners, scores, minlength=len(requests)).tolist()
 
         def generate_until(self, requests, disable_tqdm=False):
-            texts, lengths = [None] * len(requests), [len(request.args[0]) for request in requests]
-            order = sorted(range(len(requests)), key=lengths.__getitem__, reverse=True)
-            hidden = None if rank == 0 and not disable_tqdm else True
-            for first in tqdm(range(0, len(order), batch_size), desc="generation", disable=hidden):
-                chosen = order[first:first + batch_size]
-                for number, text in zip(chosen, self.continue_texts([requests[i].args for i in chosen])):
-                    texts[number] = text
-            return texts
+            """What follows each context, up to its first stop string or the end of the text."""
+            from sample import stream
 
-        @torch.no_grad()
-        def continue_texts(self, requests: list[tuple[str, dict]]) -> list[str]:
-            """Contexts and their settings -> what follows each, up to its first stop string."""
-            most = [min(int(settings.get("max_gen_toks", 256)), T - 1) for _, settings in requests]
-            stops = [settings.get("until") or [] for _, settings in requests]
-            stops = [[stop] if isinstance(stop, str) else stop for stop in stops]
-            heat = [float(settings.get("temperature") or 0) * settings.get("do_sample", True)
-                    for _, settings in requests]
-            prompts = [(list(tokenizer.encode_ordinary(text)) or [tokenizer.eot_token])[n - T:]
-                       for (text, _), n in zip(requests, most)]
-            idx = np.zeros((len(prompts), max(map(len, prompts))), np.int64)
-            for row, prompt in zip(idx, prompts):
-                row[:len(prompt)] = prompt
-            cache = KVCache(model.config, len(prompts), iters, device=device, dtype=model.embed.weight.dtype)
-            logits = model.step(torch.as_tensor(idx, device=device), cache, iters, [len(p) for p in prompts])
-            new, texts = [[] for _ in prompts], [""] * len(prompts)
-            going = set(range(len(prompts)))
-            while True:
-                chosen = logits.argmax(-1)
-                for b in going.copy():
-                    if heat[b]:
-                        chosen[b] = torch.multinomial((logits[b].float() / heat[b]).softmax(-1), 1)[0]
-                    if (token := int(chosen[b])) != tokenizer.eot_token:
-                        new[b].append(token)
-                    texts[b] = tokenizer.decode(new[b])
-                    ends = [texts[b].find(stop) for stop in stops[b] if stop and stop in texts[b]]
-                    if ends or token == tokenizer.eot_token or len(new[b]) == most[b]:
-                        texts[b] = texts[b][:min(ends, default=None)]
-                        going.remove(b)
-                if not going:
-                    return texts
-                # A row that has ended rewrites its last place, so that it cannot overrun the cache.
-                cache.lengths = [n - (b not in going) for b, n in enumerate(cache.lengths)]
-                logits = model.step(chosen[:, None], cache, iters)
+            def settings(i):
+                return json.dumps(requests[i].args[1], sort_keys=True)
+
+            texts, batches = [""] * len(requests), []  # a batch shares its settings and has about one length
+            for _, alike in groupby(sorted(range(len(requests)), key=settings), settings):
+                alike = sorted(alike, key=lambda i: len(requests[i].args[0]))
+                batches += [alike[first:first + batch_size] for first in range(0, len(alike), batch_size)]
+            hidden = True if disable_tqdm or rank else None
+            for batch in tqdm(batches, desc="generation", disable=hidden):
+                asked = requests[batch[0]].args[1]
+                n = min(int(asked.get("max_gen_toks", 256)), T - 1)
+                stops = asked.get("until") or []
+                stops = [stops] if isinstance(stops, str) else stops
+                heat = float(asked.get("temperature") or 0) if asked.get("do_sample", True) else 0.0
+                prompts = [tokenizer.encode_ordinary(requests[i].args[0])[n - T:] or [eot] for i in batch]
+                new, done = [[] for _ in batch], set()
+                for b, token in stream(model, prompts, n, iters, temperature=heat, stop_token=eot, done=done):
+                    new[b].append(token)
+                    text = tokenizer.decode(new[b])
+                    if ends := [text.find(stop) for stop in stops if stop and stop in text]:
+                        done.add(b)
+                    texts[batch[b]] = text[:min(ends, default=len(text))]
+            return texts
 
     return HarnessModel()
 
@@ -733,7 +716,7 @@ def main(argv: list[str]):
     log = open(args.log_samples, "w") if args.log_samples and rank == 0 else None
 
     options = {"batch_size": args.batch_size, "rank": rank, "world": world}
-    results = {"ckpt": model.meta["ckpt"], "tasks": {}}
+    results = {"ckpt": model.meta["ckpt"], "trained_iters": model.config.mean_iters, "tasks": {}}
     for name in tasks:
         results["tasks"][name] = run_task(model, tokenizer, name, examples[name], iters, log=log,
                                           bootstrap_iters=args.bootstrap_iters, **options)
