@@ -911,7 +911,8 @@ def main(argv: list[str]):
         inputs += text_inputs(args.val_input, "val")
         identity = [(str(item.path.absolute()), item.split, item.size, item.path.stat().st_mtime_ns)
                     for item in inputs]
-        source = f"{len(inputs)} files of {', '.join(args.input + args.val_input)}"
+        places = args.input + args.val_input
+        source = f"{len(inputs)} files of {', '.join(places[:3])}{', ...' if len(places) > 3 else ''}"
         extra = {"field": args.field, "skip_bad": args.skip_bad}
     else:
         inputs = web_inputs(args.command, args.shards, folder, base_url, args.workers)
