@@ -63,7 +63,8 @@ SCIQ = {"question": "What flies?", "correct_answer": "bee", "distractor1": "ox",
 ROWS = {
     "hellaswag": [
         {"activity_label": "Bee", "ctx_a": "A bee flies [title] home.", "ctx_b": "THE Bee",
-         "label": str(i % 4), "endings": ["[step] sleeps.", "eats [x] a  stone.", f"waits {i} days.", " hums "]}
+         "label": str(i % 4),
+         "endings": ["[step] sleeps.", "eats [x] a  stone.", f"waits {i} days.", " hums "]}
         for i in range(5)],
     "lambada_openai": [{"text": f"It rained for {i} days and then it\nrained some more"} for i in range(5)],
     "arc_easy": [
