@@ -18,12 +18,12 @@ that the model gives to the continuation's tokens, each after the context and th
     "Question: What do bees make?\\nAnswer:"  " honey"  -21.7
     "Question: What do bees make?\\nAnswer:"  " iron"   -15.4
 
-These two scores are of a byte model of 0.8M parameters that has read nothing but Python, at r = 2.
-`acc` asks whether the right continuation has the highest score, `acc_norm` whether it has the highest score per
-character (not counting the space): -21.7 / 5 against -15.4 / 4, wrong both times. A LAMBADA row is one request,
-for the last word of a text: `acc` asks whether each of its tokens is the most probable one, `perplexity` is
-exp(-mean score), per word. Tasks, strings and metrics are those of EleutherAI's lm-evaluation-harness 0.4.13,
-example by example (results/eval_parity.json).
+These two scores are of a byte model of 0.8M parameters that has read nothing but Python, at r = 2. `acc`
+asks whether the right continuation has the highest score, `acc_norm` whether it has the highest score per
+character (not counting the space): -21.7 / 5 against -15.4 / 4, wrong both times. A LAMBADA row is one
+request, for the last word of a text: `acc` asks whether each of its tokens is the most probable one,
+`perplexity` is exp(-mean score), per word. Tasks, strings and metrics are those of EleutherAI's
+lm-evaluation-harness 0.4.13, example by example (results/eval_parity.json).
 
 Shapes: B rows, T tokens, D n_embd, V vocab_size, M scored tokens, R entries of iters, N requests (windows).
 """
