@@ -1,0 +1,125 @@
+"""A task that needs depth: follow a variable to its value, several look-ups away.
+
+    python results/hops.py --most 6 --data data/hops        # write the programs, for train.py to read
+    python train.py config/hops_tiny.py
+    python results/hops.py --ckpt out/hops_tiny             # accuracy by hops and iterations
+
+A program has assignments and then queries, of 4 bytes each:
+
+    a=3;k=8;b=a;m=k;c=b;?c3;?m8
+
+The chains are interleaved at random, every definition before its use, and all variables are distinct letters.
+Only the last variable of a chain is asked for, once, so that no answer gives another away; the assignments of
+the chain are its hops (?m above: 2, m=k and k=8). A program fills a window of the model exactly; its
+end-of-text stands for a last ";".
+"""
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import prepare_data  # noqa: E402
+from config import ArgumentParser, cli, parse_list  # noqa: E402
+from model import AbbIE  # noqa: E402
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+
+def program(rng, slots: int, most: int) -> str:
+    """Chains that fill the slots of 4 bytes with their queries. Their lengths are uniform between 1 and a bound
+    that is itself uniform between 1 and most: many programs are shallow, which is where learning starts."""
+    hops, most = [], int(rng.integers(1, most + 1))
+    while sum(hops) + len(hops) != slots or sum(hops) > len(LETTERS):
+        if sum(hops) + len(hops) >= slots:
+            hops = []
+        hops.append(int(rng.integers(1, most + 1)))
+    names, values = iter(rng.permutation(list(LETTERS))), rng.integers(10, size=len(hops))
+    current, statements = list(values), []
+    for chain in rng.permutation(np.repeat(np.arange(len(hops)), hops)):  # whose assignment comes next
+        name = next(names)
+        statements.append(f"{name}={current[chain]}")
+        current[chain] = name
+    statements += [f"?{current[chain]}{values[chain]}" for chain in rng.permutation(len(hops))]
+    return ";".join(statements)
+
+
+def write(folder: str, block_size: int, most: int, n_train: int, n_val: int, seed: int):
+    """data/NAME in the format of prepare_data.py, a document a window."""
+    with tempfile.TemporaryDirectory() as temp:
+        for split, n in (("train", n_train), ("val", n_val)):
+            rng = np.random.default_rng([seed, split == "val"])
+            with open(Path(temp) / f"{split}.jsonl", "w") as file:
+                for _ in range(n):
+                    file.write(json.dumps({"text": program(rng, block_size // 4, most)}) + "\n")
+        prepare_data.main(["text", "--input", f"{temp}/train.jsonl", "--val_input", f"{temp}/val.jsonl",
+                           "--tokenizer", "bytes", "--out", folder])
+
+
+def questions(tokens: np.ndarray):
+    """A program's tokens (T,) -> (position of the variable asked for, hops) of each query."""
+    source = {}
+    for at in range(0, len(tokens), 4):
+        first, second, third = map(chr, tokens[at:at + 3])
+        if first == "?":
+            hops, name = 0, second
+            while name in source:
+                hops, name = hops + 1, source[name]
+            yield at + 1, hops
+        else:
+            source[first] = third
+
+
+@torch.no_grad()
+def accuracy(model: AbbIE, shards: prepare_data.Shards, iters: list[int], n_programs: int) -> dict:
+    """{"n": {hops: queries}, "acc": {iters: {hops: share answered right}}} over the first programs."""
+    n, right = {}, {r: {} for r in iters}
+    for first in range(0, n_programs, 64):
+        x, y = shards.batch(range(first, min(first + 64, n_programs)))
+        asked = [(row, at, hops) for row in range(len(x)) for at, hops in questions(x[row].numpy())]
+        rows, ats, hops = torch.tensor(asked).T
+        for h, count in zip(*hops.unique(return_counts=True)):
+            n[int(h)] = n.get(int(h), 0) + int(count)
+        for r, logits in zip(iters, model.logits_at(x, iters)):
+            hit = logits[rows, ats].argmax(-1) == y[rows, ats]
+            for h in hops.unique().tolist():
+                right[r][h] = right[r].get(h, 0) + int(hit[hops == h].sum())
+    return {"n": dict(sorted(n.items())),
+            "acc": {r: {h: round(right[r][h] / n[h], 4) for h in sorted(n)} for r in iters}}
+
+
+def show(result: dict):
+    hops = list(result["n"])
+    print("iters  " + "".join(f"{h} hop{'s' * (h > 1):5s}" for h in hops))
+    for r, row in result["acc"].items():
+        print(f"{r:>5}  " + "".join(f"{row[h]:<7.3f}" for h in hops))
+
+
+def main(argv: list[str]):
+    parser = ArgumentParser(prog="results/hops.py", description=__doc__)
+    parser.add_argument("--data", default="data/hops", help="the programs")
+    parser.add_argument("--ckpt", help="checkpoint to examine; without one, the programs are written")
+    parser.add_argument("--iters", default="1,2,3,4,6,8,12,16")
+    parser.add_argument("--n_programs", type=int, default=1000)
+    parser.add_argument("--block_size", type=int, default=128)
+    parser.add_argument("--most", type=int, default=6, help="longest chain")
+    parser.add_argument("--n_train", type=int, default=200_000)
+    parser.add_argument("--seed", type=int, default=1)
+    args = parser.parse_args(argv)
+    if args.ckpt is None:
+        return write(args.data, args.block_size, args.most, args.n_train, 2000, args.seed)
+    model = AbbIE.from_checkpoint(args.ckpt).eval()
+    shards = prepare_data.Shards(args.data, "val", model.config.block_size)
+    result = accuracy(model, shards, parse_list(args.iters, "iters"), args.n_programs)
+    show(result)
+    return result
+
+
+if __name__ == "__main__":
+    cli(main)
