@@ -48,7 +48,7 @@ import tiktoken
 from tqdm import tqdm
 
 from config import ArgumentParser, cli
-from model import UserError
+from model import UserError, sha256
 
 CHUNK = 1 << 18          # bytes of text that a thread encodes at a time, where documents are smaller
 SECTION = 1 << 20        # bytes of running text that are read at a time
@@ -255,14 +255,6 @@ def chunks(item: Input, field: str, skip_bad: bool) -> Iterator[Chunk]:
 
 # -------------------------------------------------------------------------------------- documents -> shards
 
-def file_sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def rename(temporary: Path, final: Path):
     """Give a synced file its final name, so that a power cut keeps it (Windows cannot sync a folder)."""
     os.replace(temporary, final)
@@ -326,7 +318,7 @@ class SplitWriter:
             self.sync()
             self.file.close()
             final, temporary = self.paths()
-            digest = file_sha256(temporary)
+            digest = sha256(temporary)
             rename(temporary, final)
             self.entry["shards"].append({"file": final.name, "tokens": self.held, "sha256": digest})
             self.file, self.held = None, 0
@@ -561,7 +553,7 @@ class Shards:
             stat = path.stat()
             mark = [stat.st_size, stat.st_mtime_ns, shard["sha256"]]
             if known.get(path.name) != mark:
-                if file_sha256(path) != shard["sha256"]:
+                if sha256(path) != shard["sha256"]:
                     raise broken(path, "is not what was prepared (its SHA-256 differs)")
                 new[path.name] = mark
         if new:
@@ -689,7 +681,7 @@ def download(url: str, path: Path, timeout: float, sha256: str = ""):
         if total and have() < total:
             raise ConnectionError(f"cut off after {have()} of {total} bytes")
         expected = sha256 or stated
-        if file_sha256(part) != expected if expected else path.suffix == ".gz" and not sound_gzip(part):
+        if sha256(part) != expected if expected else path.suffix == ".gz" and not sound_gzip(part):
             part.unlink()
             raise ConnectionError("the file arrived corrupted")
 
