@@ -420,12 +420,16 @@ def score(model: AbbIE, requests: list[tuple[list[int], list[int]]], iters: list
     (N, R), and the numbers of the requests whose context was truncated. Batches hold rows of about equal
     length and are the same for every number of ranks, each of which takes a stride of them."""
     groups, truncated = group(requests, model.config.block_size)
-    groups.sort(key=Group.size, reverse=True)
+    batches = []  # of rows at least 3/4 as long as the longest, which comes first
+    for row in sorted(groups, key=Group.size, reverse=True):
+        if not batches or len(batches[-1]) == batch_size or row.size() < 0.75 * batches[-1][0].size():
+            batches.append([])
+        batches[-1].append(row)
     device, step = model.embed.weight.device, max(1, CHUNK // model.config.vocab_size)
     total, misses = (torch.zeros(len(requests), len(iters), dtype=torch.float64) for _ in range(2))
     hidden = None if bar and rank == 0 else True
-    for first in tqdm(range(rank * batch_size, len(groups), world * batch_size), desc=bar, disable=hidden):
-        *packed, owners = pack(groups[first:first + batch_size])
+    for batch in tqdm(batches[rank::world], desc=bar, disable=hidden):
+        *packed, owners = pack(batch)
         idx, positions, branch, places, tokens = (t.to(device) for t in packed)
         rope = tuple(table[positions][:, None] for table in model.rope_on(device))  # (B, 1, T, E/2) each
         tree = Tree(branch) if branch.max() > 1 else None  # without branches: plain causal attention
@@ -737,7 +741,7 @@ def main(argv: list[str]):
         results["lm_eval"] = run_harness(model, tokenizer, args.lm_eval.split(","), iters, args.num_fewshot,
                                          args.limit, args.bootstrap_iters, **options)
     if args.out and rank == 0:
-        Path(args.out).write_text(json.dumps(results, indent=1))
+        Path(args.out).write_text(json.dumps(results, indent=1, default=float) + "\n")
     if world > 1:
         dist.destroy_process_group()
 

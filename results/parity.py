@@ -10,6 +10,7 @@ random weights, large enough for its answers to differ from example to example. 
 thread, which other work on the machine disturbs little; the two sides take turns, task by task.
 """
 
+import copy
 import json
 import logging
 import sys
@@ -109,6 +110,14 @@ def run_harness(model, name: str, data_dir: Path, limit: int | None, bootstrap_i
     return sum(seconds), metrics, scores
 
 
+def in_double(model: AbbIE, request: tuple[list[int], list[int]], iters: int) -> float:
+    """The log-likelihood of one request with everything in fp64."""
+    context, continuation = request
+    ids = torch.tensor([(context + continuation)[:-1]])
+    logits = copy.deepcopy(model).double()(ids, iters=iters)[0][0, -len(continuation):]
+    return logits.log_softmax(-1).gather(1, torch.tensor(continuation)[:, None]).sum().item()
+
+
 def main(argv: list[str]):
     parser = ArgumentParser(prog="results/parity.py", description=__doc__)
     parser.add_argument("--data_dir", type=Path, default=Path("data/icl"))
@@ -136,16 +145,21 @@ def main(argv: list[str]):
         requests = encode(tokenizer, [request for example in examples for request in example.requests])
         lls, greedy, truncated = score(model, requests, [args.iters])
         ours = time.process_time() - start
-        flat = [pair for example in scores for pair in example]
+        lls, flat = lls[:, 0], [pair for example in scores for pair in example]
+        difference = np.abs(lls - [ll for ll, _ in flat])
         own = run_task(model, tokenizer, name, examples, [args.iters], bootstrap_iters=args.bootstrap_iters)
         own = own["iters"][str(args.iters)]
         result["tasks"][name] = entry = {
             "examples": len(examples), "requests": len(requests), "truncated": len(truncated),
-            "max_abs_difference": float(np.abs(lls[:, 0] - [ll for ll, _ in flat]).max()),
-            "mean_loglikelihood": float(lls.mean()),
+            "max_abs_difference": float(difference.max()), "above_1e-4": int((difference > 1e-4).sum()),
+            "lowest_loglikelihood": float(lls.min()), "mean_loglikelihood": float(lls.mean()),
             "greedy_differs": int((greedy[:, 0] != [g for _, g in flat]).sum()),
             "metrics": {metric: {"ours": own[metric], "harness": metrics[metric]} for metric in own},
             "cpu_seconds": {"ours": ours, "harness": seconds}, "times_as_fast": seconds / ours}
+        if len(worst := np.flatnonzero(difference > 1e-4)):  # which side is off? The harness adds up in fp32
+            true = np.array([in_double(model, requests[i], args.iters) for i in worst])
+            entry["against_fp64"] = {"ours": float(np.abs(lls[worst] - true).max()),
+                                     "harness": float(np.abs([flat[i][0] for i in worst] - true).max())}
         print(name, json.dumps(entry), flush=True)
     seconds = [entry["cpu_seconds"] for entry in result["tasks"].values()]
     result["times_as_fast"] = sum(s["harness"] for s in seconds) / sum(s["ours"] for s in seconds)
