@@ -302,8 +302,6 @@ class Chunk:
         """Tokens that ran fewer iterations than another may read lend their last keys and values to the
         deeper slots."""
         cache = self.cache
-        if iters > cache.max_iters:
-            raise UserError(f"iters={iters}, but the cache was made for {cache.max_iters} iterations")
         if cache.mode == "last" or iters == cache.max_iters:
             return
         for table in (cache.k, cache.v):
@@ -617,6 +615,8 @@ class AbbIE(nn.Module):
         """Append idx (B, T) to `rows` of a cache (default: all) -> logits (B, V) after each row's last new
         token. Rows may be padded on the right: n_new (default T) says how many tokens of each count."""
         iters, n_new = self.check_iters(iters), n_new or [idx.shape[1]] * idx.shape[0]
+        if iters > cache.max_iters:
+            raise UserError(f"iters={iters}, but the cache was made for {cache.max_iters} iterations")
         chosen = range(idx.shape[0]) if rows is None else rows
         kv = cache.chunk([cache.lengths[b] for b in chosen], idx.shape[1], rows)
         z = self.run(idx, kv, iters)

@@ -104,13 +104,12 @@ def generate(model: AbbIE, prompts: list[list[int]], max_new_tokens: int, iters:
     return new
 
 
-@torch.no_grad()
 def stream(model: AbbIE, prompts: list[list[int]], max_new_tokens: int, iters: int | None = None, *,
            temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, seed: int = 1,
            stop_token: int | None = None, cache_mode: str = "full", draft_iters: int = 0,
            draft_tokens: int = 4, exit: str = "", compile: bool | None = None, done: set[int] | None = None,
            stats: Stats | None = None) -> Iterator[tuple[int, int]]:
-    """Yield (row, id) for every new token of the prompts, at most max_new_tokens each. A row ends before
+    """An iterator of (row, id): the new tokens of the prompts, at most max_new_tokens each. A row ends before
     stop_token, and when the caller adds it to the set `done`. Row b draws from seed + b, so that a batch of N
     equals N batches of 1. cache_mode: see KVCache; draft_iters > 0: see stream_drafted (one prompt after the
     other); exit, "kl:1e-3" or "u:1e-2": see adaptive_step; compile (None: on CUDA): see static_step. `stats`
@@ -150,6 +149,10 @@ def stream(model: AbbIE, prompts: list[list[int]], max_new_tokens: int, iters: i
             def step(idx, rows):
                 return model.step(idx, cache, iters, rows=rows)
         tokens = stream_plain(model, cache, prompts, max_new_tokens, iters, step, sample, rngs, done)
+    return until_done(tokens, stop_token, done, stats, start)
+
+
+def until_done(tokens, stop_token, done, stats, start):
     for b, token in tokens:
         if token == stop_token:
             done.add(b)
@@ -180,6 +183,7 @@ def feed(model, cache, contexts, rows, iters, step) -> Tensor:
     return torch.stack([logits[b] for b in rows])
 
 
+@torch.no_grad()
 def stream_plain(model, cache, prompts, max_new_tokens, iters, step, sample, rngs, done):
     """Every row's next token, again and again; rows in `done` leave the batch."""
     contexts = {b: list(prompt) for b, prompt in enumerate(prompts)}
@@ -280,6 +284,7 @@ def adaptive_step(model, cache, iters, kind, threshold, stats, idx, rows):
     return logits
 
 
+@torch.no_grad()
 def stream_drafted(model, cache, prompts, max_new_tokens, iters, draft_iters, draft_tokens, sample, rngs,
                    done, stats):
     """Self-speculative decoding (LayerSkip, arXiv 2404.16710), one prompt after the other: draft some tokens
@@ -298,9 +303,7 @@ def stream_drafted(model, cache, prompts, max_new_tokens, iters, draft_iters, dr
                                           rngs[b], stats)
             context[0] += tokens
             n += len(tokens)
-            for token in tokens:
-                if b not in done:
-                    yield b, token
+            yield from ((b, token) for token in tokens)
 
 
 def draft_and_verify(model, cache, token, n, iters, draft_iters, sample, rng, stats) -> list[int]:
@@ -364,9 +367,11 @@ class Text:
 
     def end(self) -> str:
         """What is left when no token follows."""
-        return "" if self.stopped else self._release(self.utf8.decode(b"", final=True), last=True)
+        return self._release(self.utf8.decode(b"", final=True), last=True)
 
     def _release(self, new: str, last=False) -> str:
+        if self.stopped:
+            return ""
         text = self.held + new
         found = [text.find(stop) for stop in self.stops if stop in text]
         if found:
@@ -402,9 +407,10 @@ def show_samples(model, tokenizer, prompt: str, args, options: dict):
     ids = encode(model, tokenizer, prompt)
     texts = [Text(tokenizer, args.stop) for _ in range(args.num_samples)]
     later, done, stats = [""] * len(texts), set(), Stats()
+    tokens = stream(model, [ids] * len(texts), args.max_new_tokens, args.iters,
+                    stop_token=tokenizer.eot_token, done=done, stats=stats, **options)
     say(prompt, end="")
-    for b, token in stream(model, [ids] * len(texts), args.max_new_tokens, args.iters,
-                           stop_token=tokenizer.eot_token, done=done, stats=stats, **options):
+    for b, token in tokens:
         text = texts[b].add(token)
         if texts[b].stopped:
             done.add(b)
