@@ -646,7 +646,8 @@ def print_table(results: dict):
                 line += f"{text:>23s}" + ("*" if value == values[best] else " ")
             print(f"{name:{width}s}  {metric:13s} {count:>10s}{line}")
             paired = section.get("paired", {})
-            if test := paired.get(best, {}).get(metric):
+            test = paired.get(best, {}).get(metric)
+            if test and test["gained"] > test["lost"]:
                 notes.append(f"{name} {metric}: r={best} gains {test['gained']} and loses {test['lost']} "
                              f"examples against r={paired['reference']}, McNemar p = {test['p']:.2g}")
         if cut := section.get("truncated"):

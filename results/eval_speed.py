@@ -34,7 +34,8 @@ def main(argv: list[str]):
     tokenizer = get_tokenizer("bytes")
     config = load_config(["config/abbie_tiny.py", "--block_size=1024"])  # room for every row
     model = AbbIE(config.model_config(tokenizer.n_vocab))
-    result = {"command": "python results/eval_speed.py " + " ".join(argv), "rows": args.limit, "tasks": {}}
+    command = f"python results/eval_speed.py --data_dir DIR --limit {args.limit} --rounds {args.rounds}"
+    result = {"command": command, "rows": args.limit, "tasks": {}}
     for name in ("hellaswag", "arc_easy"):
         examples = load_tasks([name], None, args.data_dir, model.config.block_size, args.limit)[name]
         shared = encode(tokenizer, [request for example in examples for request in example.requests])

@@ -134,7 +134,8 @@ def main(argv: list[str]):
     model, tokenizer = make_model(), get_tokenizer("gpt2")
     theirs = HFLM(hugging_face(model, args.iters), tokenizer=gpt2_tokenizer(args.vocab), batch_size=32)
     names = [name for name, task in TASKS.items() if (args.data_dir / name / f"{task.split}.jsonl").is_file()]
-    result = {"command": "python results/parity.py " + " ".join(argv), "iters": args.iters,
+    limit = f" --limit {args.limit}" if args.limit else ""
+    result = {"command": f"python results/parity.py --data_dir DIR --vocab DIR{limit}", "iters": args.iters,
               "n_params": model.n_params(), "bootstrap_iters": args.bootstrap_iters,
               "torch": torch.__version__, "transformers": transformers.__version__,
               "lm_eval": version("lm_eval"), "tasks": {}}

@@ -86,15 +86,111 @@ def fixed_point(path: Path, out: Path):
             ax.plot(points.keys(), points.values(), style, marker=".", label=which)
         if quantity != "settled":
             ax.set_yscale("log")
+        if quantity == "from_noise":  # a flat line is to look flat
+            ax.set_ylim(min(0.1, ax.get_ylim()[0]), 2)
         powers = [2 ** i for i in range(8) if 2 ** i <= max(points)]
-        ylabel = "fraction" if quantity == "settled" else "relative change"
+        ylabel = {"change": "relative change", "settled": "fraction"}.get(quantity, "relative distance")
         finish(ax, title, ylabel, powers, found.get("trained_iters"))
     figure.savefig(out)
     plt.close(figure)
 
 
+def runs_of(path: Path) -> dict:
+    """results/study.json -> {row: its runs}."""
+    rows = {}
+    for run in json.loads(path.read_text()).values():
+        rows.setdefault(run["row"], []).append(run)
+    return rows
+
+
+RULES = ("std", "std_deep", "abbie_d", "recall", "abbie_c", "zero_pt")  # rows; the others are variants
+
+
+def study_loss(path: Path, out: Path):
+    """Validation loss against r for every row of the study, mean and range over its seeds."""
+    figure, axes = subplots(2)
+    for row, runs in runs_of(path).items():
+        panel = axes[:1] if row in RULES else axes[1:]
+        for ax in axes if row == "abbie_d" else panel:
+            losses = {int(r): [run["val_loss"][r] for run in runs] for r in runs[0]["val_loss"]}
+            mean = {r: sum(values) / len(values) for r, values in losses.items()}
+            line, = ax.plot(mean.keys(), mean.values(), marker="o", label=f"{row} ({len(runs)})")
+            ax.fill_between(list(mean), *zip(*((min(v), max(v)) for v in losses.values())),
+                            color=line.get_color(), alpha=0.2)
+    for ax, title in zip(axes, ("the rules (number of seeds)", "variants of the rules")):
+        ax.set_ylim(top=min(ax.get_ylim()[1], 2.0))
+        finish(ax, title, "validation loss, nats per byte", mean, 2)
+    figure.savefig(out)
+    plt.close(figure)
+
+
+def study_flops(path: Path, out: Path):
+    """Validation loss at the trained r against the FLOPs spent in training, mean over seeds."""
+    figure, (ax,) = subplots(1)
+    for row, runs in runs_of(path).items():
+        if row in RULES:
+            r = "1" if row.startswith("std") else "2"
+            points = list(zip(*(run["curve"][1:] for run in runs)))  # per evaluation, its seeds
+            ax.plot([seeds[0]["flops"] for seeds in points],
+                    [sum(e["val_loss"][r] for e in seeds) / len(seeds) for seeds in points],
+                    marker="o", label=f"{row}, r = {r}")
+    ax.set(title="loss against training compute", xlabel="training FLOPs", ylabel="validation loss")
+    ax.legend(fontsize="small")
+    figure.savefig(out)
+    plt.close(figure)
+
+
+def study_change(path: Path, out: Path):
+    """How much the state that the Tail reads changes with each iteration, trained and untrained."""
+    figure, axes = subplots(2)
+    for row, runs in runs_of(path).items():
+        if row in RULES and not row.startswith("std"):
+            for ax, which in zip(axes, ("trained", "untrained")):
+                entries = runs[0]["convergence"][which].items()
+                change = {int(r): entry["change"] for r, entry in entries if "change" in entry}
+                ax.plot(change.keys(), change.values(), marker=".", label=row)
+    for ax, which in zip(axes, ("trained at r = 2", "untrained")):
+        ax.set_yscale("log")
+        finish(ax, which, "relative change from the iteration before", [2, 4, 8, 16], None)
+    figure.savefig(out)
+    plt.close(figure)
+
+
+def study_tasks(path: Path, out: Path):
+    """Accuracy of the tasks against r, mean over seeds."""
+    rows = {row: runs for row, runs in runs_of(path).items() if row in RULES}
+    tasks = next(iter(rows.values()))[0]["tasks"]
+    figure, axes = subplots(len(tasks))
+    for ax, task in zip(axes, tasks):
+        for row, runs in rows.items():
+            found = [run["tasks"][task]["iters"] for run in runs]
+            acc = {int(r): 100 * sum(f[r]["acc"] for f in found) / len(found) for r in found[0]}
+            ax.plot(acc.keys(), acc.values(), marker="o", label=row)
+        finish(ax, f"{task}, {tasks[task]['n']} examples", "accuracy, %", acc, 2)
+    figure.savefig(out)
+    plt.close(figure)
+
+
+def hops(path: Path, out: Path):
+    """Accuracy of variable chains against r, a line for each number of hops, a panel for each model."""
+    tries = [entry for entry in json.loads(path.read_text()) if entry.get("figure")]
+    figure, axes = subplots(len(tries))
+    for ax, entry in zip(axes, tries):
+        for n in entry["n"]:
+            acc = {int(r): 100 * row[n] for r, row in entry["acc"].items()}
+            ax.plot(acc.keys(), acc.values(), marker="o", color=plt.cm.viridis((int(n) - 1) / 6),
+                    label=f"{n} hop" + "s" * (n != "1"))
+        ax.set_ylim(0, 102)
+        finish(ax, entry["figure"], "answers that are right, %", acc, None)
+    figure.savefig(out)
+    plt.close(figure)
+
+
 # figure -> (function, the results that it is drawn from)
-FIGURES = {"evaluation": (evaluation, "eval_tiny.json"), "fixed_point": (fixed_point, "eval_tiny.json")}
+FIGURES = {"evaluation": (evaluation, "eval_tiny.json"), "fixed_point": (fixed_point, "eval_tiny.json"),
+           "study_loss": (study_loss, "study.json"), "study_flops": (study_flops, "study.json"),
+           "study_change": (study_change, "study.json"), "study_tasks": (study_tasks, "study.json"),
+           "hops": (hops, "hops.json")}
 
 
 def main(argv: list[str]):
