@@ -106,6 +106,13 @@ def choose_dtype(config: Config, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type in fast and fast[device.type]() else torch.float32
 
 
+def choose_attention(device: torch.device, dtype: torch.dtype):
+    """On CPUs the backward pass of PyTorch's fused attention is slow in bf16: there, take its plain one."""
+    if device.type == "cpu" and dtype == torch.bfloat16:
+        torch.backends.cuda.enable_flash_sdp(False)  # of CPUs too, in spite of the name
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # without a detour through fp32
+
+
 def compile_blocks(model: AbbIE, config: Config, device: torch.device) -> bool:
     """torch.compile each block in place (one compilation serves all blocks and iterations) and the loss.
     Returns whether it was done. auto: on CUDA only, since a short run on a CPU does not earn the compilation
@@ -117,9 +124,11 @@ def compile_blocks(model: AbbIE, config: Config, device: torch.device) -> bool:
     except Exception as error:  # a missing compiler shows in many ways
         print(f"torch.compile does not work here ({type(error).__name__}): running without", file=sys.stderr)
         return False
+    # On a CPU the compiler would recognise plain attention, and put the fused one in its place.
+    options = {"pattern_matcher": False} if device.type == "cpu" else None
     for block in [*model.head, *model.body, *model.tail]:
-        block.compile()
-    model.logits_and_loss = torch.compile(model.logits_and_loss)
+        block.compile(options=options)
+    model.logits_and_loss = torch.compile(model.logits_and_loss, options=options)
     return True
 
 
@@ -340,6 +349,7 @@ def run(config: Config, device: torch.device, rank: int, world: int) -> int:
     max_steps = config.max_steps or round(config.tokens_per_param * model.n_params() / config.tokens_per_step)
     max_steps = max(max_steps, start)
     dtype = choose_dtype(config, device)
+    choose_attention(device, dtype)
     compiled = compile_blocks(model, config, device)
     autocast = functools.partial(torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32)
     net = model if world == 1 else DistributedDataParallel(
@@ -348,7 +358,8 @@ def run(config: Config, device: torch.device, rank: int, world: int) -> int:
     peak = next((peak for name, peak in PEAK_FLOPS.items() if name in facts["device"]), None)
     print(f"{facts['device']}, {str(dtype)[6:]}{', compiled' if compiled else ''}, {world} process(es), "
           f"{sequences} sequences of {T} per step = {world} x {accumulation} x {micro_batch}")
-    print(f"{model.n_params():,} parameters, rule {model.config.rule}, iters {model.config.iters}; "
+    cut = "+".join(str(getattr(model.config, f"n_{part}_blocks")) for part in ("head", "body", "tail"))
+    print(f"{model.n_params():,} parameters, blocks {cut}, rule {config.rule}, iters {config.iters}; "
           f"{max_steps:,} steps, {max_steps * config.tokens_per_step:,} tokens, "
           f"{max_steps * sequences / shards.n_windows:.2f} epochs"
           + (f"; from step {start} of {resume_from}" if resume_from else ""))
