@@ -12,7 +12,7 @@ Generated text goes to stdout and nothing else; the prompt and reports go to std
 In Python, prompts are lists of token ids, and decoding is greedy unless a temperature is given:
 
     generate(model, prompts, max_new_tokens, iters=None, *, temperature=0.0, top_k=0, top_p=1.0, seed=1,
-             stop_token=None, cache_mode="full", draft_iters=0, draft_tokens=4, exit="", compile=None,
+             stop_token=None, cache_mode="full", draft_iters=0, draft_tokens=4, exit="", compile=False,
              done=None, stats=None)           -> the new ids of every prompt
     stream(the same)                          yields (row, id), each id as soon as it is certain
 
@@ -107,14 +107,14 @@ def generate(model: AbbIE, prompts: list[list[int]], max_new_tokens: int, iters:
 def stream(model: AbbIE, prompts: list[list[int]], max_new_tokens: int, iters: int | None = None, *,
            temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, seed: int = 1,
            stop_token: int | None = None, cache_mode: str = "full", draft_iters: int = 0,
-           draft_tokens: int = 4, exit: str = "", compile: bool | None = None, done: set[int] | None = None,
+           draft_tokens: int = 4, exit: str = "", compile: bool = False, done: set[int] | None = None,
            stats: Stats | None = None) -> Iterator[tuple[int, int]]:
     """An iterator of (row, id): the new tokens of the prompts, at most max_new_tokens each. A row ends before
     stop_token, and when the caller adds it to the set `done`. Row b draws from seed + b, so that a batch of N
     equals N batches of 1. cache_mode: see KVCache; draft_iters > 0: see stream_drafted (one prompt after the
-    other); exit, "kl:1e-3" or "u:1e-2": see adaptive_step; compile (None: on CUDA): see static_step. `stats`
-    is filled on the way. Raises UserError for values that are out of range or contradict one another."""
-    iters, S, device = model.check_iters(iters), model.config.block_size, model.embed.weight.device
+    other); exit, "kl:1e-3" or "u:1e-2": see adaptive_step; compile: see static_step. `stats` is filled on the
+    way. Raises UserError for values that are out of range or contradict one another."""
+    iters, S = model.check_iters(iters), model.config.block_size
     for problem, wrong in {
             "a prompt has no tokens": not prompts or not all(prompts),
             f"a prompt is longer than the context of {S} tokens": any(len(p) > S for p in prompts),
@@ -129,22 +129,24 @@ def stream(model: AbbIE, prompts: list[list[int]], max_new_tokens: int, iters: i
                 draft_iters and cache_mode == "last",
             "drafting and exit exclude each other: a verified token runs all iterations":
                 draft_iters and exit,
+            "compile is for plain decoding: leave out draft_iters and exit":
+                compile and (draft_iters or exit),
             }.items():
         if wrong:
             raise UserError(problem)
     stats, done, start = stats or Stats(), set() if done is None else done, time.perf_counter()
     sample = partial(distribution, temperature=temperature, top_k=top_k, top_p=top_p)
     rngs = [random.Random(seed + b) for b in range(len(prompts))]
-    cache = KVCache(model.config, 1 if draft_iters else len(prompts), iters, cache_mode, device,
-                    model.embed.weight.dtype)
+    cache = KVCache(model.config, 1 if draft_iters else len(prompts), iters, cache_mode,
+                    model.embed.weight.device, model.embed.weight.dtype)  # pages are taken as they fill
     if draft_iters:
         tokens = stream_drafted(model, cache, prompts, max_new_tokens, iters, draft_iters, draft_tokens,
                                 sample, rngs, done, stats)
     else:
         if exit:
             step = partial(adaptive_step, model, cache, iters, *parse_exit(exit), stats)
-        elif compile or (compile is None and device.type == "cuda"):
-            step = static_step(model, cache, iters)
+        elif compile:
+            cache, step = static_step(model, len(prompts), iters, cache_mode)
         else:
             def step(idx, rows):
                 return model.step(idx, cache, iters, rows=rows)
@@ -197,10 +199,17 @@ def stream_plain(model, cache, prompts, max_new_tokens, iters, step, sample, rng
             return
 
 
-def static_step(model, cache, iters, **how):
-    """A step -> logits (B, V) for one token idx (B, 1) of each of `rows`, with the same shapes whatever the
-    rows and lengths: positions are a tensor, all rows and the whole cache take part, under a mask. So it can
-    be compiled and, on CUDA, recorded as a graph whose replay needs no Python."""
+def static_step(model, batch_size, iters, cache_mode, **how):
+    """A cache and a step -> logits (B, V) for one token idx (B, 1) of each of `rows`, with the same shapes
+    whatever the rows and lengths: positions are a tensor; all rows and the whole cache take part, under a
+    mask. So it can be compiled and, on CUDA, recorded as a graph whose replay needs no Python. That takes a
+    minute, so the model keeps both for the next call."""
+    kept, key = model.__dict__.setdefault("static_steps", {}), (batch_size, iters, cache_mode)
+    if key in kept:
+        kept[key][0].lengths = [0] * batch_size
+        return kept[key]
+    cache = KVCache(model.config, batch_size, iters, cache_mode, model.embed.weight.device,
+                    model.embed.weight.dtype)
     model.rope_on(cache.k.device)
     for table in (cache.k, cache.v):
         torch._dynamo.mark_static_address(table)
@@ -219,7 +228,9 @@ def static_step(model, cache, iters, **how):
         for b in rows:
             cache.lengths[b] += 1
         return logits
-    return step
+
+    kept[key] = cache, step
+    return kept[key]
 
 
 def parse_exit(text: str) -> tuple[str, float]:
@@ -465,6 +476,7 @@ def parse_args(argv: list[str]):
     add("--exit", default="", help="kl:1e-3 or u:1e-2: a token stops iterating when it changes less")
     add("--cache", dest="cache_mode", default="full", help="full, or last: one slot for all iterations")
     add("--compare", help="show the prompt at several iters side by side: 1,2,4,8")
+    add("--compile", action="store_true", help="record each step as one graph (a minute's wait; for CUDA)")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     add("--dtype", default="float32", help="of weights and cache: float32 or bfloat16")
     args = parser.parse_args(argv)
@@ -485,7 +497,7 @@ def parse_args(argv: list[str]):
 def main(argv: list[str]):
     args = parse_args(argv)
     options = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "seed", "cache_mode",
-                                                      "draft_iters", "draft_tokens", "exit")}
+                                                      "draft_iters", "draft_tokens", "exit", "compile")}
     prompt = args.prompt
     if args.prompt_file:
         prompt = read_text(args.prompt_file)

@@ -1,7 +1,8 @@
 """What decoding costs at r iterations, and what the ways around it save: results/decoding.json.
 
     python results/decoding.py draft exit cache --ckpt out/NAME     # a trained model
-    python results/decoding.py speed --nanogpt FOLDER               # random weights; needs transformers too
+    python results/decoding.py hugging_face                         # random weights; needs transformers
+    python results/decoding.py nanogpt --nanogpt FOLDER             # random weights
 
 Every ratio comes from one process, with the sides in turn; medians over rounds. Each part replaces its own
 key of the file. FOLDER is a checkout of github.com/karpathy/nanoGPT.
@@ -28,14 +29,16 @@ from sample import Stats, adaptive_step, generate, lay_out_for_decoding, parse_e
 
 
 def race(sides: dict, rounds: int) -> dict:
-    """{name: function} -> {name: median seconds}, each side run once to warm up and then in turn."""
+    """{name: function} -> {name: median seconds}, each side run once to warm up and then in turn. On one
+    thread they are CPU seconds, so that other programs do not count."""
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     seconds = {name: [] for name in sides}
     for i in range(rounds + 1):
         for name, side in sides.items():
-            start = time.perf_counter()
+            start = clock()
             side()
             if i:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(clock() - start)
     return {name: statistics.median(times) for name, times in seconds.items()}
 
 
@@ -212,13 +215,9 @@ def against_nanogpt(args):
             "tokens_per_s": {k: 256 / t for k, t in s.items()}, "ours_over_nanogpt": s["nanogpt"] / s["ours"]}
 
 
-def measure_speed(args):
-    return {"10m": against_nanogpt(args), "124m": against_hugging_face(args)}
-
-
 def main(argv: list[str]):
     parser = ArgumentParser(prog="results/decoding.py", description=__doc__)
-    parser.add_argument("parts", nargs="+", choices=["draft", "exit", "cache", "speed"])
+    parser.add_argument("parts", nargs="+", choices=["draft", "exit", "cache", "hugging_face", "nanogpt"])
     parser.add_argument("--ckpt")
     parser.add_argument("--data", help="folder of validation text (default: the checkpoint's)")
     parser.add_argument("--nanogpt")
@@ -232,12 +231,14 @@ def main(argv: list[str]):
         torch.set_num_threads(args.threads)
     torch.manual_seed(1)
     measures = {"draft": measure_draft, "exit": measure_exit, "cache": measure_cache,
-                "speed": measure_speed}
+                "hugging_face": against_hugging_face, "nanogpt": against_nanogpt}
     for part in args.parts:
+        print(part, flush=True)
         result = {"command": "python results/decoding.py " + " ".join(argv),
                   "threads": torch.get_num_threads(), "load_average": os.getloadavg()[0],
                   "torch": torch.__version__, **measures[part](args)}
         path = Path(args.out)
+        print(json.dumps(result, indent=1), flush=True)
         whole = json.loads(path.read_text()) if path.exists() else {}
         path.write_text(json.dumps({**whole, part: result}, indent=1) + "\n")
 
