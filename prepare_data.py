@@ -48,7 +48,8 @@ import tiktoken
 from tqdm import tqdm
 
 from config import ArgumentParser, cli
-from model import UserError, sha256
+from model import UserError
+from model import sha256 as file_sha256
 
 CHUNK = 1 << 18          # bytes of text that a thread encodes at a time, where documents are smaller
 SECTION = 1 << 20        # bytes of running text that are read at a time
@@ -318,7 +319,7 @@ class SplitWriter:
             self.sync()
             self.file.close()
             final, temporary = self.paths()
-            digest = sha256(temporary)
+            digest = file_sha256(temporary)
             rename(temporary, final)
             self.entry["shards"].append({"file": final.name, "tokens": self.held, "sha256": digest})
             self.file, self.held = None, 0
@@ -553,7 +554,7 @@ class Shards:
             stat = path.stat()
             mark = [stat.st_size, stat.st_mtime_ns, shard["sha256"]]
             if known.get(path.name) != mark:
-                if sha256(path) != shard["sha256"]:
+                if file_sha256(path) != shard["sha256"]:
                     raise broken(path, "is not what was prepared (its SHA-256 differs)")
                 new[path.name] = mark
         if new:
@@ -681,7 +682,7 @@ def download(url: str, path: Path, timeout: float, sha256: str = ""):
         if total and have() < total:
             raise ConnectionError(f"cut off after {have()} of {total} bytes")
         expected = sha256 or stated
-        if sha256(part) != expected if expected else path.suffix == ".gz" and not sound_gzip(part):
+        if file_sha256(part) != expected if expected else path.suffix == ".gz" and not sound_gzip(part):
             part.unlink()
             raise ConnectionError("the file arrived corrupted")
 

@@ -288,7 +288,10 @@ def main(argv: list[str]):
     if world > 1:
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # Apart from what the store may still hold of ranks that died before a restart: their addresses.
+        attempt, [store, *_] = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), next(dist.rendezvous("env://"))
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=world,
+                                store=dist.PrefixStore(attempt, store))
     try:
         status = run(config, device, rank, world)
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
@@ -468,7 +471,7 @@ def show_off(model: AbbIE, config: Config, shards: Shards):
             print(f"no tasks: {error}")
         prompt = "def " if shards.tokenizer == "bytes" else "The "
         ids = generate(model, [tokenizer.encode_ordinary(prompt)], 200, temperature=0.8, top_k=50,
-                       seed=config.seed)[0]
+                       seed=config.seed, stop_token=tokenizer.eot_token)[0]
     print(f"\na sample at iters {model.config.mean_iters} (python sample.py makes more):\n"
           f"{prompt}{tokenizer.decode(ids)}")
 

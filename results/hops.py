@@ -1,8 +1,8 @@
 """A task that needs depth: follow a variable to its value, several look-ups away.
 
-    python results/hops.py --most 6 --data data/hops        # write the programs, for train.py to read
-    python train.py config/hops_tiny.py
-    python results/hops.py --ckpt out/hops_tiny             # accuracy by hops and iterations
+    python results/hops.py --train                          # all stages, into out/hops/1 to 5
+    python results/hops.py --ckpt out/hops/5 --data data/hops_128_6      # accuracy by hops and iterations
+    python results/hops.py --data data/hops                 # write programs only: train.py reads them
 
 A program has assignments and then queries, of 4 bytes each:
 
@@ -29,11 +29,22 @@ import prepare_data  # noqa: E402
 from config import ArgumentParser, cli, parse_list  # noqa: E402
 from model import AbbIE  # noqa: E402
 
+KEYS = ("rule", "iters", "n_embd", "n_head_blocks", "n_body_blocks", "n_tail_blocks", "block_size", "data",
+        "tokens_per_step", "lr", "seed", "step")
+# (bytes of a program, longest chain, flags). In one go the model only learns which digits occur. So: one
+# look-up, in short programs and at r = 1; longer chains; look-ups of results of look-ups; long programs.
+STAGES = [
+    (32, 1, ["--iters=1", "--max_steps=1000", "--lr=3e-3"]),
+    (32, 3, ["--iters=1-3", "--max_steps=800"]),
+    (64, 2, ["--iters=2-3", "--max_steps=800"]),
+    (64, 6, ["--iters=2-6", "--max_steps=250"]),
+    (128, 6, ["--iters=2-6", "--max_steps=1000"]),
+]
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
 def program(rng, slots: int, most: int) -> str:
-    """Chains that fill the slots of 4 bytes with their queries. Their lengths are uniform between 1 and a bound
+    """Chains that fill the slots of 4 bytes with their queries. Lengths are uniform between 1 and a bound
     that is itself uniform between 1 and most: many programs are shallow, which is where learning starts."""
     hops, most = [], int(rng.integers(1, most + 1))
     while sum(hops) + len(hops) != slots or sum(hops) > len(LETTERS):
@@ -60,6 +71,19 @@ def write(folder: str, block_size: int, most: int, n_train: int, n_val: int, see
                     file.write(json.dumps({"text": program(rng, block_size // 4, most)}) + "\n")
         prepare_data.main(["text", "--input", f"{temp}/train.jsonl", "--val_input", f"{temp}/val.jsonl",
                            "--tokenizer", "bytes", "--out", folder])
+
+
+def train_stages(out: str, seed: int, flags: list[str]):
+    """Every stage starts from the last one's checkpoint; finished ones are not run again."""
+    import train
+    before = ""
+    for stage, (block_size, most, changes) in enumerate(STAGES, 1):
+        data, run = f"data/hops_{block_size}_{most}", f"{out}/{stage}"
+        if not Path(data, "meta.json").exists():
+            write(data, block_size, most, 100_000 if block_size == 32 else 50_000, 2000, seed)
+        train.main(["config/hops_tiny.py", f"--data={data}", f"--block_size={block_size}", f"--seed={seed}",
+                    f"--out_dir={run}", f"--init_from={before}", *changes, *flags])
+        before = run
 
 
 def questions(tokens: np.ndarray):
@@ -103,6 +127,9 @@ def show(result: dict):
 
 def main(argv: list[str]):
     parser = ArgumentParser(prog="results/hops.py", description=__doc__)
+    parser.add_argument("--train", action="store_true", help="train through all stages")
+    parser.add_argument("--out_dir", default="out/hops", help="folder of the stages (out/hops)")
+    parser.add_argument("--flags", default="", help="more flags for train.py: --flags='--rule=abbie_d'")
     parser.add_argument("--data", default="data/hops", help="the programs")
     parser.add_argument("--ckpt", help="checkpoint to examine; without one, the programs are written")
     parser.add_argument("--iters", default="1,2,3,4,6,8,12,16")
@@ -111,14 +138,24 @@ def main(argv: list[str]):
     parser.add_argument("--most", type=int, default=6, help="longest chain")
     parser.add_argument("--n_train", type=int, default=200_000)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--title", default="", help="what was tried, for --out")
+    parser.add_argument("--figure", default="", help="title of its panel in the figure, if it has one")
+    parser.add_argument("--out", type=Path, help="JSON list that the try is added to, results/hops.json")
     args = parser.parse_args(argv)
+    if args.train:
+        return train_stages(args.out_dir, args.seed, args.flags.split())
     if args.ckpt is None:
         return write(args.data, args.block_size, args.most, args.n_train, 2000, args.seed)
     model = AbbIE.from_checkpoint(args.ckpt).eval()
     shards = prepare_data.Shards(args.data, "val", model.config.block_size)
     result = accuracy(model, shards, parse_list(args.iters, "iters"), args.n_programs)
     show(result)
-    return result
+    if args.out:
+        tries = json.loads(args.out.read_text()) if args.out.exists() else []
+        config = {**{key: model.meta[key] for key in KEYS}, "init_from": Path(model.meta["init_from"]).name}
+        tries.append({"title": args.title, "figure": args.figure, "config": config,
+                      "programs": args.data, **result})
+        args.out.write_text(json.dumps(tries, indent=1))
 
 
 if __name__ == "__main__":

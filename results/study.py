@@ -162,7 +162,7 @@ def main(argv: list[str]):
     parser.add_argument("--out", default="out/study", help="folder of the runs (out/study)")
     parser.add_argument("--results", help="results/study.json or results/study_gpu.json")
     parser.add_argument("--table", action="store_true", help="print the results")
-    parser.add_argument("--flags", default="", help="more flags for train.py, such as '--max_steps=10'")
+    parser.add_argument("--flags", default="", help="more flags for train.py: --flags='--max_steps=10'")
     args = parser.parse_args(argv)
     path = Path(args.results or ROOT / "results" / ("study_gpu.json" if args.gpu else "study.json"))
     rows = GPU_ROWS if args.gpu else list(ROWS)

@@ -654,6 +654,7 @@ def test_changing_iters_never_recompiles(monkeypatch):
     compile_module = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compile_module(self, backend="eager"))
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     net = AbbIE(
         AbbIEConfig(
             vocab_size=64,
