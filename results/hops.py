@@ -26,8 +26,8 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import prepare_data  # noqa: E402
-from config import ArgumentParser, cli, parse_list  # noqa: E402
-from model import AbbIE  # noqa: E402
+from config import ArgumentParser, cli, load_config, parse_list  # noqa: E402
+from model import AbbIE, save_checkpoint  # noqa: E402
 
 KEYS = ("rule", "iters", "n_embd", "n_head_blocks", "n_body_blocks", "n_tail_blocks", "block_size", "data",
         "tokens_per_step", "lr", "seed", "step")
@@ -73,10 +73,27 @@ def write(folder: str, block_size: int, most: int, n_train: int, n_val: int, see
                            "--tokenizer", "bytes", "--out", folder])
 
 
+@torch.no_grad()
+def start(folder: str, seed: int, flags: list[str]) -> str:
+    """The weights before stage 1: normal, std 1/sqrt(fan-in), at this width 1.6 times the model's own, from
+    which stage 1 was not through after 2000 steps."""
+    config = load_config(["config/hops_tiny.py", f"--block_size={STAGES[0][0]}", "--iters=1", *flags])
+    torch.manual_seed(seed)
+    model = AbbIE(config.model_config(prepare_data.get_tokenizer("bytes").n_vocab))
+    for name, p in model.named_parameters():
+        if p.dim() == 2:
+            joins = name.endswith(("proj.weight", "down.weight"))  # the residual stream
+            p.normal_(std=(p.shape[1] * (2 * config.n_blocks if joins else 1)) ** -0.5)
+    if not list(Path(folder).glob("step_*")):
+        save_checkpoint(Path(folder), 0, model.state_dict(), {}, {**vars(config), **vars(model.config),
+                                                                  "tokenizer": "bytes", "step": 0})
+    return folder
+
+
 def train_stages(out: str, seed: int, flags: list[str]):
-    """Every stage starts from the last one's checkpoint; finished ones are not run again."""
+    """Every stage starts from the last one's checkpoint."""
     import train
-    before = ""
+    before = start(f"{out}/0", seed, flags)
     for stage, (block_size, most, changes) in enumerate(STAGES, 1):
         data, run = f"data/hops_{block_size}_{most}", f"{out}/{stage}"
         if not Path(data, "meta.json").exists():

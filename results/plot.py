@@ -108,17 +108,20 @@ RULES = ("std", "std_deep", "abbie_d", "recall", "abbie_c", "zero_pt")  # rows; 
 
 def study_loss(path: Path, out: Path):
     """Validation loss against r for every row of the study, mean and range over its seeds."""
-    figure, axes = subplots(2)
-    for row, runs in runs_of(path).items():
-        panel = axes[:1] if row in RULES else axes[1:]
-        for ax in axes if row == "abbie_d" else panel:
+    found = runs_of(path)
+    panels = {"the rules (number of seeds)": [row for row in found if row in RULES],
+              "variants": [row for row in found if row not in RULES]}
+    panels = {title: rows for title, rows in panels.items() if rows}
+    figure, axes = subplots(len(panels))
+    for ax, (title, rows) in zip(axes, panels.items()):
+        for row in rows if rows[0] in RULES else ["abbie_d", *rows]:
+            runs = found[row]
             losses = {int(r): [run["val_loss"][r] for run in runs] for r in runs[0]["val_loss"]}
             mean = {r: sum(values) / len(values) for r, values in losses.items()}
             line, = ax.plot(mean.keys(), mean.values(), marker="o", label=f"{row} ({len(runs)})")
             ax.fill_between(list(mean), *zip(*((min(v), max(v)) for v in losses.values())),
                             color=line.get_color(), alpha=0.2)
-    for ax, title in zip(axes, ("the rules (number of seeds)", "variants of the rules")):
-        ax.set_ylim(top=min(ax.get_ylim()[1], 2.0))
+        ax.set_ylim(top=min(ax.get_ylim()[1], 1.8))
         finish(ax, title, "validation loss, nats per byte", mean, 2)
     figure.savefig(out)
     plt.close(figure)
@@ -172,16 +175,19 @@ def study_tasks(path: Path, out: Path):
 
 
 def hops(path: Path, out: Path):
-    """Accuracy of variable chains against r, a line for each number of hops, a panel for each model."""
-    tries = [entry for entry in json.loads(path.read_text()) if entry.get("figure")]
+    """Accuracy of variable chains against r: a panel for each model, a line for each number of hops."""
+    tries = [entry for entry in json.loads(path.read_text()) if entry["figure"]]
     figure, axes = subplots(len(tries))
     for ax, entry in zip(axes, tries):
+        low, high = map(int, entry["config"]["iters"].split("-"))
+        ax.axvspan(low, high, color="grey", alpha=0.15, label=f"trained: r = {low} to {high}")
         for n in entry["n"]:
             acc = {int(r): 100 * row[n] for r, row in entry["acc"].items()}
             ax.plot(acc.keys(), acc.values(), marker="o", color=plt.cm.viridis((int(n) - 1) / 6),
                     label=f"{n} hop" + "s" * (n != "1"))
         ax.set_ylim(0, 102)
         finish(ax, entry["figure"], "answers that are right, %", acc, None)
+        ax.legend(loc="lower right", fontsize="small", ncols=2)
     figure.savefig(out)
     plt.close(figure)
 
