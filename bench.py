@@ -139,11 +139,17 @@ def machine(device: torch.device):
 
 def settings(config: Config) -> tuple[torch.device, torch.dtype]:
     """Device and precision, as train.py chooses them."""
-    device = train.choose_device(config, 0)
-    dtype = train.choose_dtype(config, device)
-    train.choose_attention(device, dtype)
     torch.manual_seed(config.seed)
-    return device, dtype
+    device = train.choose_device(config, 0)
+    return device, train.choose_dtype(config, device)
+
+
+def fitting(run):
+    """What run() returns, None where it runs out of memory."""
+    try:
+        return run()
+    except torch.OutOfMemoryError:
+        return None
 
 
 def vocab_size(config: Config) -> int:
@@ -184,6 +190,7 @@ def train_side(config: Config, depths: list[int], steps: int, nanogpt: str = "")
         net = torch.compile(model) if compiled else model
         depths, loss_of = [1], lambda x, y, iters: net(x, y)[1]
     else:
+        train.choose_attention(device, dtype)
         model, optimizer = ours, train.adamw(ours, config)
         model.activation_checkpointing = config.activation_checkpointing
         compiled = train.compile_blocks(model, config, device)
@@ -203,25 +210,18 @@ def train_side(config: Config, depths: list[int], steps: int, nanogpt: str = "")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    def attempt(run):
-        try:
-            return run()
-        except torch.OutOfMemoryError:
-            optimizer.zero_grad(set_to_none=True)
-            return None
-
     def free():  # the other sides need memory too
+        optimizer.zero_grad(set_to_none=True)
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(device)
 
     graphs = torch._dynamo.utils.counters["stats"]
-    first_step = seconds(lambda: attempt(lambda: step(depths[0])), device)
+    first_step = seconds(lambda: fitting(lambda: step(depths[0])), device)
     seen = graphs["unique_graphs"]
-    fits = []
     for iters in depths:
-        fits.append(attempt(lambda iters=iters: step(iters) or True))
+        fitting(lambda iters=iters: step(iters))
         free()
     cells = []
     for iters in depths:
@@ -245,8 +245,8 @@ def train_side(config: Config, depths: list[int], steps: int, nanogpt: str = "")
 
     while True:
         results = []
-        for iters, fit in zip(depths, fits):
-            results.append(attempt(lambda iters=iters: measure(iters)) if fit else None)
+        for iters in depths:
+            results.append(fitting(lambda iters=iters: measure(iters)))
             free()
         yield results
 
@@ -257,8 +257,10 @@ def decode_side(config: Config, ckpt: str, batches: list[int], depths: list[int]
                 tokens: int):
     """Greedy decoding after prompts of a quarter of the context: yields the side's facts, then tokens/s of
     all rows together for every batch size and iters; at batch 1 also drafted at draft_iters. Weights and
-    cache have the run's precision. Bytes are those of the weights, and of the cache at half of the tokens."""
+    cache have the run's precision, and plain steps are compiled where training would be. Bytes are those of
+    the weights, and of the cache at half of the tokens."""
     device, dtype = settings(config)
+    compiled = config.compile == "on" or config.compile == "auto" and device.type == "cuda"
     if ckpt:
         model = AbbIE.from_checkpoint(ckpt, device=str(device))
     else:
@@ -283,23 +285,25 @@ def decode_side(config: Config, ckpt: str, batches: list[int], depths: list[int]
         cells.append(cell)
         if batch == 1 and 0 < draft_iters < iters:
             cells.append({**cell, "draft_iters": draft_iters, "bytes_per_token": None})
-    yield {"ckpt": ckpt or None, "n_params": model.n_params(), "dtype": str(dtype)[6:],
-           "prompt_tokens": prompt, "new_tokens": tokens, "cells": cells}
 
     def measure(cell):
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        batch, stats = cell["batch"], Stats()
-        run = stream(model, prompts[:batch], tokens, cell["iters"], draft_iters=cell["draft_iters"],
-                     stats=stats)
+        batch, draft, stats = cell["batch"], cell["draft_iters"], Stats()
+        run = stream(model, prompts[:batch], tokens, cell["iters"], draft_iters=draft,
+                     compile=compiled and not draft, stats=stats)
         for _ in islice(run, batch):  # the first token of every row: the prompts are done
             pass
         took = seconds(lambda: [None for _ in run], device)
         found = {"tokens_per_s": (stats.tokens - batch) / took, "peak_memory_bytes": peak_memory(device)}
         return {**found, "accepted": stats.accepted / stats.drafted} if stats.drafted else found
 
+    for cell in cells:
+        fitting(lambda cell=cell: measure(cell))  # compiles
+    yield {"ckpt": ckpt or None, "n_params": model.n_params(), "dtype": str(dtype)[6:], "compiled": compiled,
+           "prompt_tokens": prompt, "new_tokens": tokens, "cells": cells}
     while True:
-        yield [measure(cell) for cell in cells]
+        yield [fitting(lambda cell=cell: measure(cell)) for cell in cells]
 
 
 # ------------------------------------------------------------------------------------------------ the result

@@ -126,11 +126,11 @@ def test_race_gives_our_side_the_tokens_that_its_speed_buys(capfd, monkeypatch, 
     monkeypatch.chdir(ROOT)
     text = "\n\n".join(f"{i} and {i} make {2 * i}, which is no news." for i in range(2000))
     (tmp_path / "text.txt").write_text(text[:40000])
-    (tmp_path / "val.txt").write_text(text[40000:])
+    (tmp_path / "val.txt").write_text(text[40000:44000])
     prepare_data.main(["text", "--input", f"{tmp_path}/text.txt", "--val_input", f"{tmp_path}/val.txt",
                        "--out", f"{tmp_path}/data"])
     result = run(capfd, "race", *TOY, "--vocab_size=0", *QUICK, f"--data={tmp_path}/data",
-                 f"--nanogpt={peer}", "--nanogpt_steps=10")
+                 f"--nanogpt={peer}", "--nanogpt_steps=10", "--eval_iters=2", "--eval_tokens=1024")
     ours, theirs = result["race"]["ours"], result["race"]["nanoGPT"]
     times = result["cells"][1]["tokens_per_s_to_first"]
     assert theirs["tokens"] == 10 * 12 * 64
