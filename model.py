@@ -398,7 +398,7 @@ def sync_folder(path: Path):
 
 
 def save_checkpoint(run: Path, step: int, model: dict, train: dict, config: dict) -> Path:
-    """Write run/step_XXXXXXXX so that it is there whole or not at all: under another name, synced, then
+    """Write run/step_NNNNNNNN so that it is there whole or not at all: under another name, synced, then
     renamed. Raises UserError where the disk fails; earlier checkpoints are as they were."""
     try:
         return write_checkpoint(run, step, model, train, config)
