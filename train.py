@@ -1,19 +1,19 @@
 """Train a model at `iters` applications of its Body.
 
-    python train.py config/abbie_tiny.py                                     # a laptop: the main job, about 3
-    minutes python train.py config/abbie_tiny.py --iters=1-3 --max_steps 1000        # any key of config/ is a
-    flag torchrun --nproc_per_node=8 train.py config/abbie_350m.py                # one node torchrun
-    --nnodes=2 --nproc_per_node=8 --node_rank=N --master_addr=HOST --master_port=29500 \\
-        train.py config/abbie_350m.py                                        # two nodes, N = 0 on HOST and 1
-        on the other
+    python train.py config/abbie_tiny.py                                     # a laptop: the main job
+    python train.py config/abbie_tiny.py --iters=1-3 --max_steps 1000        # any key of config/ is a flag
+    torchrun --nproc_per_node=8 train.py config/abbie_350m.py                # one node
+    torchrun --nnodes=2 --nproc_per_node=8 --node_rank=N --master_addr=HOST --master_port=29500 \\
+        train.py config/abbie_350m.py                                        # two: N = 0 on HOST, else 1
     srun --nodes=2 --ntasks-per-node=1 torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d \\
-        --rdzv_endpoint=$(scontrol show hostnames | head -1):29500 train.py config/abbie_350m.py      # Slurm
+        --rdzv_endpoint=$(scontrol show hostnames | head -1):29500 train.py config/abbie_350m.py     # Slurm
 
 The same command continues an interrupted run. What a step computes does not depend on the number of
 processes: the config fixes tokens per step, data order and iterations are pure functions of (seed, step), and
 no other state exists. SIGTERM and SIGINT save and leave. Under torchrun, which then reports a failure,
 workers have its grace period (30 s) to finish the save before it kills them; only the step at hand is lost if
-they do not. """
+they do not.
+"""
 
 import contextlib
 import dataclasses

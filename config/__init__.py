@@ -4,7 +4,8 @@ checked.
     python train.py config/abbie_tiny.py --iters=2 --max_steps 100
 
 A config file is Python that assigns keys (`n_embd = 128`); one that varies another begins with `from config.X
-import *`. """
+import *`.
+"""
 
 import argparse
 import dataclasses
