@@ -37,9 +37,10 @@ STAGES = [
     (32, 1, ["--iters=1", "--max_steps=1000", "--lr=3e-3"]),
     (32, 3, ["--iters=1-3", "--max_steps=800"]),
     (64, 2, ["--iters=2-3", "--max_steps=800"]),
-    (64, 6, ["--iters=2-6", "--max_steps=250"]),
-    (128, 6, ["--iters=2-6", "--max_steps=1000"]),
+    (128, 4, ["--iters=2-4", "--max_steps=1000"]),
+    (128, 6, ["--iters=2-6", "--max_steps=1500"]),
 ]
+N_PROGRAMS = 50_000  # of a stage, to train on; twice as many short ones
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
@@ -97,7 +98,7 @@ def train_stages(out: str, seed: int, flags: list[str]):
     for stage, (block_size, most, changes) in enumerate(STAGES, 1):
         data, run = f"data/hops_{block_size}_{most}", f"{out}/{stage}"
         if not Path(data, "meta.json").exists():
-            write(data, block_size, most, 100_000 if block_size == 32 else 50_000, 2000, seed)
+            write(data, block_size, most, N_PROGRAMS * (1 + (block_size == 32)), 2000, seed)
         train.main(["config/hops_tiny.py", f"--data={data}", f"--block_size={block_size}", f"--seed={seed}",
                     f"--out_dir={run}", f"--init_from={before}", *changes, *flags])
         before = run

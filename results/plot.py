@@ -174,6 +174,26 @@ def study_tasks(path: Path, out: Path):
     plt.close(figure)
 
 
+def partition(path: Path, out: Path):
+    """What repeating each contiguous Body of an untouched Std model costs: a panel for each rule."""
+    found = json.loads(path.read_text())
+    rules = sorted({cut["rule"] for cut in found["cuts"]})
+    n = max(cut["n_body_blocks"] for cut in found["cuts"])
+    figure, axes = subplots(len(rules))
+    for ax, rule in zip(axes, rules):
+        cost = [[float("nan")] * n for _ in range(n)]  # [blocks of the Head][blocks of the Body - 1]
+        for cut in found["cuts"]:
+            if cut["rule"] == rule:
+                head, body = cut["n_head_blocks"], cut["n_body_blocks"]
+                cost[head][body - 1] = cut["cost"]
+                ax.text(body, head, f"{cut['cost']:.2f}", ha="center", va="center", fontsize="small")
+        ax.imshow(cost, extent=(0.5, n + 0.5, n - 0.5, -0.5), cmap="RdYlGn_r", norm="symlog", aspect="auto")
+        ax.set(title=f"{rule}, r = {found['iters']}", xlabel="blocks of the Body", ylabel="of the Head")
+    figure.suptitle(f"added loss (nats per token) over r = 1, {found['loss_at_1']:.3f}")
+    figure.savefig(out)
+    plt.close(figure)
+
+
 def hops(path: Path, out: Path):
     """Accuracy of variable chains against r: a panel for each model, a line for each number of hops."""
     tries = [entry for entry in json.loads(path.read_text()) if entry["figure"]]
@@ -196,7 +216,7 @@ def hops(path: Path, out: Path):
 FIGURES = {"evaluation": (evaluation, "eval_tiny.json"), "fixed_point": (fixed_point, "eval_tiny.json"),
            "study_loss": (study_loss, "study.json"), "study_flops": (study_flops, "study.json"),
            "study_change": (study_change, "study.json"), "study_tasks": (study_tasks, "study.json"),
-           "hops": (hops, "hops.json")}
+           "partition": (partition, "partition.json"), "hops": (hops, "hops.json")}
 
 
 def main(argv: list[str]):
