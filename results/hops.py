@@ -1,8 +1,8 @@
 """A task that needs depth: follow a variable to its value, several look-ups away.
 
-    python results/hops.py --train                          # all stages, into out/hops/1 to 5
-    python results/hops.py --ckpt out/hops/5 --data data/hops_128_6      # accuracy by hops and iterations
-    python results/hops.py --data data/hops                 # write programs only: train.py reads them
+    python results/hops.py --train                                  # all stages, into out/hops/1 to 5
+    python results/hops.py --data data/hops --most 10 --n_val 10000 --n_train 100      # programs to ask
+    python results/hops.py --ckpt out/hops/5 --data data/hops       # accuracy by hops and iterations
 
 A program has assignments and then queries, of 4 bytes each:
 
@@ -121,7 +121,7 @@ def questions(tokens: np.ndarray):
 @torch.no_grad()
 def accuracy(model: AbbIE, shards: prepare_data.Shards, iters: list[int], n_programs: int) -> dict:
     """{"n": {hops: queries}, "acc": {iters: {hops: share answered right}}} over the first programs."""
-    n, right = {}, {r: {} for r in iters}
+    n, right, n_programs = {}, {r: {} for r in iters}, min(n_programs, shards.n_windows)
     for first in range(0, n_programs, 64):
         x, y = shards.batch(range(first, min(first + 64, n_programs)))
         asked = [(row, at, hops) for row in range(len(x)) for at, hops in questions(x[row].numpy())]
@@ -150,11 +150,12 @@ def main(argv: list[str]):
     parser.add_argument("--flags", default="", help="more flags for train.py: --flags='--rule=abbie_d'")
     parser.add_argument("--data", default="data/hops", help="the programs")
     parser.add_argument("--ckpt", help="checkpoint to examine; without one, the programs are written")
-    parser.add_argument("--iters", default="1,2,3,4,6,8,12,16")
-    parser.add_argument("--n_programs", type=int, default=1000)
+    parser.add_argument("--iters", default="1,2,3,4,5,6,7,8,9,10,12,16")
+    parser.add_argument("--n_programs", type=int, default=10_000, help="most that are asked (10000)")
     parser.add_argument("--block_size", type=int, default=128)
     parser.add_argument("--most", type=int, default=6, help="longest chain")
-    parser.add_argument("--n_train", type=int, default=200_000)
+    parser.add_argument("--n_train", type=int, default=N_PROGRAMS)
+    parser.add_argument("--n_val", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--title", default="", help="what was tried, for --out")
     parser.add_argument("--figure", default="", help="title of its panel in the figure, if it has one")
@@ -163,7 +164,7 @@ def main(argv: list[str]):
     if args.train:
         return train_stages(args.out_dir, args.seed, args.flags.split())
     if args.ckpt is None:
-        return write(args.data, args.block_size, args.most, args.n_train, 2000, args.seed)
+        return write(args.data, args.block_size, args.most, args.n_train, args.n_val, args.seed)
     model = AbbIE.from_checkpoint(args.ckpt).eval()
     shards = prepare_data.Shards(args.data, "val", model.config.block_size)
     result = accuracy(model, shards, parse_list(args.iters, "iters"), args.n_programs)

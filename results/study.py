@@ -63,13 +63,20 @@ ROWS = {
     "abbie_d_1to3": (["--iters=1-3"], 1),
     "abbie_d_raw_tail": ([], 1),
     "abbie_d_half_tail": ([], 1),
+    "abbie_d_body_1": (["--n_head_blocks=2", "--n_body_blocks=1"], 1),  # 2+1+1, not 1+2+1
+    "abbie_d_body_4": (["--n_head_blocks=0", "--n_body_blocks=4", "--n_tail_blocks=0"], 1),
+    "recall_1to7": (["--rule=recall", "--iters=1-7"], 1),
+    "std_long": (["--iters=1", "--max_steps=4000"], 1),
+    "abbie_d_long": (["--max_steps=4000"], 1),
+    "recall_long": (["--rule=recall", "--max_steps=4000"], 1),
 }
 
 # Both studies hold everything fixed but the row; dtype too, so that a row means the same on every machine.
-SMALL = ["config/abbie_tiny.py", "--block_size=256", "--n_embd=128", "--ffn_dim=352", "--n_attn_heads=4",
-         "--n_head_blocks=1", "--n_body_blocks=2", "--n_tail_blocks=1", "--dtype=bfloat16", "--lr=2e-3",
-         "--tokens_per_step=4096", "--micro_batch=16", "--max_steps=300", "--eval_every=60",
-         "--eval_iters=1,2", "--eval_tokens=32768", "--save_every=60"]
+SMALL = ["config/abbie_tiny.py", "--block_size=256", "--n_embd=128", "--ffn_dim=352", "--n_attn_heads=2",
+         "--n_head_blocks=1", "--n_body_blocks=2", "--n_tail_blocks=1", "--dtype=bfloat16", "--lr=1e-3",
+         "--warmup_steps=100", "--decay_frac=0.5", "--tokens_per_step=1024", "--micro_batch=4",
+         "--max_steps=2000", "--eval_every=400", "--eval_iters=1,2", "--eval_tokens=32768",
+         "--save_every=400"]
 SMALL_ITERS, SMALL_TASKS = "1,2,3,4,6,8,16,32", "cloze,lastword"
 GPU = ["config/abbie_124m.py", "--data=data/books", "--block_size=512", "--n_embd=512", "--ffn_dim=1408",
        "--n_attn_heads=8", "--n_head_blocks=2", "--n_body_blocks=4", "--n_tail_blocks=2", "--dtype=bfloat16",
@@ -77,7 +84,7 @@ GPU = ["config/abbie_124m.py", "--data=data/books", "--block_size=512", "--n_emb
        "--eval_iters=1,2,4", "--save_every=300"]
 GPU_ITERS, GPU_TASKS = "1,2,3,4,6,8", "lambada_openai,arc_easy,piqa,commonsense_qa,hellaswag"
 GPU_ROWS = ["std", "abbie_d", "recall", "zero_pt", "abbie_c"]
-TASK_ITERS, VAL_TOKENS = "1,2,4,8", 2 ** 17
+TASK_ITERS, VAL_TOKENS = "1,2,4,8", 2 ** 16
 
 
 def read(path: Path) -> dict:

@@ -1,0 +1,127 @@
+"""Which tiny config buys the lowest loss in a fixed time? -> results/bench_tiny.json, with every try.
+
+    python results/tiny.py speed                                # tokens/s of the shapes, on a quiet machine
+    python results/tiny.py train [TRY ...] [--seconds 150]      # the steps that so many seconds buy
+    python results/tiny.py table
+
+A try is config/abbie_tiny.py under flags of train.py. Its steps come from its measured speed, less the time
+of compilation, so the training itself may share the machine with others. Tries that are there are skipped.
+"""
+
+import json
+import os
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import bench  # noqa: E402
+import train  # noqa: E402
+from config import ArgumentParser, cli, load_config  # noqa: E402
+from eval_icl import evaluate_loss  # noqa: E402
+from model import AbbIE  # noqa: E402
+from prepare_data import Shards  # noqa: E402
+
+OUT = ROOT / "results" / "bench_tiny.json"
+SHAPE = ("config/abbie_tiny.py --n_embd=128 --ffn_dim=352 --n_attn_heads=4 --n_head_blocks=1"
+         " --n_body_blocks=2 --n_tail_blocks=1 --block_size=256 --dtype=bfloat16"
+         " --weight_decay=0.1 --warmup_steps=-1 --decay_frac=0.5")
+BATCH = {n: f"--tokens_per_step={n} --micro_batch={n // 256} --compile=on" for n in (4096, 2048, 1024)}
+EAGER = {n: f"--tokens_per_step={n} --micro_batch={n // 256} --compile=off" for n in (4096, 1024, 512)}
+# name: (flags that its speed depends on, other flags), in the order in which they were thought of
+TRIES = {
+    "first": (EAGER[4096], "--lr=2e-3 --decay_frac=0.2"),
+    "compiled": (BATCH[4096], "--lr=2e-3 --decay_frac=0.2"),
+    "decay": (BATCH[4096], "--lr=2e-3"),
+    "decay, warmup": (BATCH[4096], "--lr=2e-3 --warmup_steps=100"),
+    "4096, 1e-3": (BATCH[4096], "--lr=1e-3 --warmup_steps=100"),
+    "2048, 2e-3": (BATCH[2048], "--lr=2e-3 --warmup_steps=100"),
+    "2048, 1e-3": (BATCH[2048], "--lr=1e-3 --warmup_steps=100"),
+    "1024, 1e-3": (BATCH[1024], "--lr=1e-3 --warmup_steps=100"),
+    "1024, eager": (EAGER[1024], "--lr=1e-3 --warmup_steps=100"),
+    "1024, eager, 2e-3": (EAGER[1024], "--lr=2e-3 --warmup_steps=100"),
+    "512, eager": (EAGER[512], "--lr=1e-3 --warmup_steps=100"),
+    "512, eager, 2e-3": (EAGER[512], "--lr=2e-3 --warmup_steps=100"),
+    "context 128": (f"{EAGER[1024]} --block_size=128 --micro_batch=8", "--lr=1e-3 --warmup_steps=100"),
+    "width 192": (f"{EAGER[1024]} --n_embd=192 --ffn_dim=512", "--lr=1e-3 --warmup_steps=100"),
+    "width 96": (f"{EAGER[1024]} --n_embd=96 --ffn_dim=256", "--lr=1e-3 --warmup_steps=100"),
+    "2 heads": (f"{EAGER[1024]} --n_attn_heads=2", "--lr=1e-3 --warmup_steps=100"),
+    "1+1+1": (f"{EAGER[1024]} --n_body_blocks=1", "--lr=1e-3 --warmup_steps=100"),
+    "fp32": (f"{EAGER[1024]} --dtype=float32", "--lr=1e-3 --warmup_steps=100"),
+}
+
+
+def config_of(name: str, *flags: str):
+    return load_config([*SHAPE.split(), *" ".join(TRIES[name]).split(), *flags])
+
+
+def read() -> dict:
+    return json.loads(OUT.read_text()) if OUT.exists() else {"speed": {}, "tries": []}
+
+
+def write(found: dict):
+    temp = OUT.with_suffix(f".{os.getpid()}.tmp")
+    temp.write_text(json.dumps(found, indent=1) + "\n")
+    os.replace(temp, OUT)
+
+
+def speed(rounds: int):
+    """Tokens/s of the shapes that have none yet, beside the first one; and what compiling costs uncached."""
+    os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
+    todo = dict.fromkeys(shape for shape, _ in TRIES.values() if shape not in read()["speed"])
+    shapes = list(dict.fromkeys([TRIES["first"][0], *todo]))
+    configs = [load_config([*SHAPE.split(), *shape.split()]) for shape in shapes]
+    sides = [partial(bench.train_side, config, [2], 2) for config in configs]
+    result = bench.compare(shapes, sides, torch.device("cpu"), rounds)
+    bench.show(result)
+    found = read()
+    for cell in result["cells"]:
+        found["speed"][cell["side"]] = {
+            "tokens_per_s": cell["tokens_per_s"], "to_first": cell["tokens_per_s_to_first"],
+            "first_step_seconds": result["sides"][cell["side"]]["first_step_seconds"]}
+    write({**found, "machine": result["machine"], "versions": result["versions"]})
+
+
+def train_one(name: str, seconds: float):
+    measured = read()["speed"][TRIES[name][0]]
+    config = config_of(name)
+    left = seconds - measured["first_step_seconds"]
+    steps = int(left * measured["tokens_per_s"] / config.tokens_per_step)
+    out = f"out/tiny/{seconds:g}_{name.replace(' ', '_')}"
+    train.main([*SHAPE.split(), *" ".join(TRIES[name]).split(), f"--max_steps={steps}", f"--out_dir={out}",
+                "--eval_every=0", "--save_every=0", "--eval_iters=2", "--eval_tokens=16384"])
+    model = AbbIE.from_checkpoint(out).eval()
+    shards = Shards(config.data, "val", config.block_size)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        losses = evaluate_loss(model, shards, [1, 2, 4, 8], n_windows=2 ** 17 // config.block_size)
+    row = {"name": name, "seconds": seconds, "flags": " ".join(TRIES[name]), "n_params": model.n_params(),
+           "steps": steps, "tokens": steps * config.tokens_per_step,
+           "val_loss": {str(r): round(loss, 5) for r, loss in losses.items()}}
+    found = read()
+    write({**found, "tries": [*found["tries"], row]})
+
+
+def main(argv: list[str]):
+    parser = ArgumentParser(prog="results/tiny.py", description=__doc__)
+    parser.add_argument("command", choices=("speed", "train", "table"))
+    parser.add_argument("tries", nargs="*", help="names (default: all)")
+    parser.add_argument("--seconds", type=float, default=150, help="time that a try may train for (150)")
+    parser.add_argument("--rounds", type=int, default=5)
+    args = parser.parse_args(argv)
+    if args.command == "speed":
+        speed(args.rounds)
+    if args.command == "train":
+        for name in args.tries or TRIES:
+            if not any(row["name"] == name and row["seconds"] == args.seconds for row in read()["tries"]):
+                train_one(name, args.seconds)
+    for row in sorted(read()["tries"], key=lambda row: (row["seconds"], row["val_loss"]["2"])):
+        losses = "  ".join(f"r={r} {loss:.3f}" for r, loss in row["val_loss"].items())
+        print(f"{row['seconds']:5g} s  {row['tokens'] / 1e6:.2f}M tokens  {losses}  {row['name']}")
+
+
+if __name__ == "__main__":
+    cli(main)
