@@ -190,10 +190,10 @@ def train_side(config: Config, depths: list[int], steps: int, nanogpt: str = "")
         net = torch.compile(model) if compiled else model
         depths, loss_of = [1], lambda x, y, iters: net(x, y)[1]
     else:
-        train.choose_attention(device, dtype)
         model, optimizer = ours, train.adamw(ours, config)
         model.activation_checkpointing = config.activation_checkpointing
         compiled = train.compile_blocks(model, config, device)
+        train.choose_attention(device, dtype, compiled)
         loss_of = lambda x, y, iters: model(x, y, iters)[1]  # noqa: E731
     n_params, T = sum(p.numel() for p in model.parameters()), config.block_size
     micro_batch = min(config.micro_batch, config.tokens_per_step // T)

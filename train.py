@@ -106,9 +106,10 @@ def choose_dtype(config: Config, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type in fast and fast[device.type]() else torch.float32
 
 
-def choose_attention(device: torch.device, dtype: torch.dtype):
-    """On CPUs the backward pass of PyTorch's fused attention is slow in bf16: there, take its plain one."""
-    if device.type == "cpu" and dtype == torch.bfloat16:
+def choose_attention(device: torch.device, dtype: torch.dtype, compiled: bool):
+    """On CPUs the backward pass of PyTorch's fused attention is slow in bf16: uncompiled, take its plain
+    one."""
+    if device.type == "cpu" and dtype == torch.bfloat16 and not compiled:
         torch.backends.cuda.enable_flash_sdp(False)  # of CPUs too, in spite of the name
         torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # without a detour through fp32
 
@@ -124,11 +125,9 @@ def compile_blocks(model: AbbIE, config: Config, device: torch.device) -> bool:
     except Exception as error:  # a missing compiler shows in many ways
         print(f"torch.compile does not work here ({type(error).__name__}): running without", file=sys.stderr)
         return False
-    # On a CPU the compiler would recognise plain attention, and put the fused one in its place.
-    options = {"pattern_matcher": False} if device.type == "cpu" else None
     for block in [*model.head, *model.body, *model.tail]:
-        block.compile(options=options)
-    model.logits_and_loss = torch.compile(model.logits_and_loss, options=options)
+        block.compile()
+    model.logits_and_loss = torch.compile(model.logits_and_loss)
     return True
 
 
@@ -352,8 +351,8 @@ def run(config: Config, device: torch.device, rank: int, world: int) -> int:
     max_steps = config.max_steps or round(config.tokens_per_param * model.n_params() / config.tokens_per_step)
     max_steps = max(max_steps, start)
     dtype = choose_dtype(config, device)
-    choose_attention(device, dtype)
     compiled = compile_blocks(model, config, device)
+    choose_attention(device, dtype, compiled)
     autocast = functools.partial(torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32)
     net = model if world == 1 else DistributedDataParallel(
         model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True)

@@ -18,4 +18,4 @@ warmup_steps = 100
 decay_frac = 0.5
 eval_every = 1000
 eval_iters = "1,2,3,4,8,16,32"
-eval_tokens = 2 ** 15
+eval_tokens = 2 ** 14
