@@ -152,6 +152,19 @@ def fitting(run):
         return None
 
 
+def profile(run, device: torch.device) -> dict[str, float]:
+    """The operators (on CUDA: kernels) that take most of the time of run(), and their shares of it."""
+    kinds = torch.profiler.ProfilerActivity
+    kinds = [kinds.CPU, kinds.CUDA] if device.type == "cuda" else [kinds.CPU]
+    with torch.profiler.profile(activities=kinds) as p:
+        seconds(run, device)
+    which = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    events = [event for event in p.key_averages() if event.device_type.name.lower() == device.type]
+    total = sum(getattr(event, which) for event in events)
+    shares = {event.key[:60]: round(getattr(event, which) / total, 3) for event in events if total}
+    return dict(sorted(shares.items(), key=lambda item: -item[1])[:8])
+
+
 def vocab_size(config: Config) -> int:
     if config.vocab_size or not Path(config.data, "meta.json").exists():
         return config.vocab_size or (257 if config.data == "data/stdlib" else 50257)
@@ -237,7 +250,8 @@ def train_side(config: Config, depths: list[int], steps: int, nanogpt: str = "")
     yield {"model": "nanoGPT" if nanogpt else config.rule, "n_params": n_params, "dtype": str(dtype)[6:],
            "compiled": compiled, "tokens_per_step": n_tokens, "micro_batch": micro_batch, "block_size": T,
            "first_step_seconds": first_step, "graphs": seen, "cells": cells,
-           "recompilations": graphs["unique_graphs"] - seen}
+           "recompilations": graphs["unique_graphs"] - seen,
+           "profile": fitting(lambda: profile(lambda: step(depths[0]), device))}
 
     def measure(iters):
         took = seconds(lambda: [step(iters) for _ in range(steps)], device)
@@ -354,6 +368,9 @@ def show(result: dict):
         memory = (cell["peak_memory_bytes"] or 0) / 2 ** 30
         print(f"{what:28s} {cell['tokens_per_s']:11,.0f} tok/s  {cell['mfu']:6.1%} mfu  {share} bandwidth  "
               f"{cell['tokens_per_s_to_first']:6.3f} x  {memory:6.2f} GiB | {cell['side']}")
+    for name, side in result["sides"].items():
+        if side.get("profile"):
+            print(f"{name}: " + ", ".join(f"{op} {share:.0%}" for op, share in side["profile"].items()))
 
 
 # ------------------------------------------------------------------------------------------------- commands

@@ -15,12 +15,12 @@ How zero-shot scoring works. A row of a task, here of arc_easy,
 becomes requests, each a context and a continuation. A request's score is the sum of the log-probabilities
 that the model gives to the continuation's tokens, each after the context and the tokens before it:
 
-    "Question: What do bees make?\\nAnswer:"  " honey"  -21.7
-    "Question: What do bees make?\\nAnswer:"  " iron"   -15.4
+    "Question: What do bees make?\\nAnswer:"  " honey"  -23.8
+    "Question: What do bees make?\\nAnswer:"  " iron"   -17.2
 
-These two scores are of a byte model of 0.8M parameters that has read nothing but Python, at r = 2. `acc`
+These two scores are of config/abbie_tiny.py, a byte model that has read nothing but Python, at r = 2. `acc`
 asks whether the right continuation has the highest score, `acc_norm` whether it has the highest score per
-character (not counting the space): -21.7 / 5 against -15.4 / 4, wrong both times. A LAMBADA row is one
+character (not counting the space): -23.8 / 5 against -17.2 / 4, wrong both times. A LAMBADA row is one
 request, for the last word of a text: `acc` asks whether each of its tokens is the most probable one,
 `perplexity` is exp(-mean score), per word. Tasks, strings and metrics are those of EleutherAI's
 lm-evaluation-harness 0.4.13, example by example (results/eval_parity.json).
