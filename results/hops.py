@@ -1,7 +1,7 @@
 """A task that needs depth: follow a variable to its value, several look-ups away.
 
     python results/hops.py --train                                  # all stages, into out/hops/1 to 5
-    python results/hops.py --data data/hops --most 10 --n_val 10000 --n_train 100      # programs to ask
+    python results/hops.py --data data/hops --most 10 --n_val 4000 --n_train 100      # programs to ask
     python results/hops.py --ckpt out/hops/5 --data data/hops       # accuracy by hops and iterations
 
 A program has assignments and then queries, of 4 bytes each:
@@ -151,7 +151,7 @@ def main(argv: list[str]):
     parser.add_argument("--data", default="data/hops", help="the programs")
     parser.add_argument("--ckpt", help="checkpoint to examine; without one, the programs are written")
     parser.add_argument("--iters", default="1,2,3,4,5,6,7,8,9,10,12,16")
-    parser.add_argument("--n_programs", type=int, default=10_000, help="most that are asked (10000)")
+    parser.add_argument("--n_programs", type=int, default=4000, help="most that are asked (4000)")
     parser.add_argument("--block_size", type=int, default=128)
     parser.add_argument("--most", type=int, default=6, help="longest chain")
     parser.add_argument("--n_train", type=int, default=N_PROGRAMS)
@@ -159,6 +159,7 @@ def main(argv: list[str]):
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--title", default="", help="what was tried, for --out")
     parser.add_argument("--figure", default="", help="title of its panel in the figure, if it has one")
+    parser.add_argument("--trained_hops", type=int, help="longest chain in training, for the figure")
     parser.add_argument("--out", type=Path, help="JSON list that the try is added to, results/hops.json")
     args = parser.parse_args(argv)
     if args.train:
@@ -173,7 +174,7 @@ def main(argv: list[str]):
         tries = json.loads(args.out.read_text()) if args.out.exists() else []
         config = {**{key: model.meta[key] for key in KEYS}, "init_from": Path(model.meta["init_from"]).name}
         tries.append({"title": args.title, "figure": args.figure, "config": config,
-                      "programs": args.data, **result})
+                      "programs": args.data, "trained_hops": args.trained_hops, **result})
         args.out.write_text(json.dumps(tries, indent=1))
 
 

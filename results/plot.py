@@ -195,19 +195,29 @@ def partition(path: Path, out: Path):
 
 
 def hops(path: Path, out: Path):
-    """Accuracy of variable chains against r: a panel for each model, a line for each number of hops."""
+    """Accuracy of variable chains by hops and r: a panel for each model; what it was trained on is framed."""
     tries = [entry for entry in json.loads(path.read_text()) if entry["figure"]]
-    figure, axes = subplots(len(tries))
+    widths = [len(entry["acc"]) for entry in tries]
+    figure, axes = plt.subplots(1, len(tries), figsize=(0.55 * sum(widths) + 1.5, 4.5), layout="constrained",
+                                width_ratios=widths, sharey=True)
     for ax, entry in zip(axes, tries):
-        low, high = map(int, entry["config"]["iters"].split("-"))
-        ax.axvspan(low, high, color="grey", alpha=0.15, label=f"trained: r = {low} to {high}")
-        for n in entry["n"]:
-            acc = {int(r): 100 * row[n] for r, row in entry["acc"].items()}
-            ax.plot(acc.keys(), acc.values(), marker="o", color=plt.cm.viridis((int(n) - 1) / 6),
-                    label=f"{n} hop" + "s" * (n != "1"))
-        ax.set_ylim(0, 102)
-        finish(ax, entry["figure"], "answers that are right, %", acc, None)
-        ax.legend(loc="lower right", fontsize="small", ncols=2)
+        lengths, iters = [int(n) for n in entry["n"]], [int(r) for r in entry["acc"]]
+        acc = [[100 * entry["acc"][str(r)][str(n)] for r in iters] for n in lengths]
+        image = ax.imshow(acc, origin="lower", vmin=0, vmax=100, cmap="viridis", aspect="auto")
+        for i, row in enumerate(acc):
+            for j, value in enumerate(row):
+                ax.text(j, i, f"{value:.0f}", ha="center", va="center", fontsize="small",
+                        color="black" if value > 60 else "white")
+        low, _, high = str(entry["config"]["iters"]).partition("-")
+        left, right = iters.index(int(low)), iters.index(int(high or low))
+        ax.add_patch(plt.Rectangle((left - 0.5, -0.5), right - left + 1, entry["trained_hops"], fill=False,
+                                   edgecolor="red", linewidth=2.5, clip_on=False))
+        ax.set_xticks(range(len(iters)), iters)
+        ax.set_yticks(range(len(lengths)), lengths)
+        ax.set_title(entry["figure"], fontsize="medium")
+        ax.set_xlabel("r at test time")
+    axes[0].set_ylabel("hops of the chain")
+    figure.colorbar(image, ax=axes, label="answers that are right, % (framed: seen in training)")
     figure.savefig(out)
     plt.close(figure)
 
