@@ -181,6 +181,16 @@ def test_an_unknown_row_is_refused():
         study.main(["--row", "recal"])
 
 
+# ----------------------------------------------------------------------------------------------- figures
+
+def test_every_figure_of_the_readme_is_drawn_from_the_results(tmp_path):
+    pytest.importorskip("matplotlib")
+    from results import plot
+    plot.main(["--out", str(tmp_path)])
+    shown = re.findall(r"\(assets/(\w+)\.png\)", (study.ROOT / "README.md").read_text())
+    assert shown and set(shown) <= {path.stem for path in tmp_path.glob("*.png")}
+
+
 # --------------------------------------------------------------------------------------- cuts of a Std model
 
 def test_every_contiguous_body_is_tried(corpus, tmp_path):
