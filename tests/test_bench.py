@@ -85,7 +85,7 @@ def test_training_is_measured_for_every_side_and_iters(capfd, monkeypatch, peer)
     assert sides[f"nanogpt={peer}"]["model"] == "nanoGPT" and sides["as given"]["model"] == "abbie_d"
 
     shares = list(sides["as given"]["profile"].values())
-    assert shares == sorted(shares, reverse=True) and 0.5 < sum(shares) < 1.01
+    assert shares == sorted(shares, reverse=True) and 0.2 < sum(shares) < 1.01
     assert any("mm" in op or "linear" in op for op in sides["as given"]["profile"])
 
     can = result["machine"]

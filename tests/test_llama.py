@@ -573,7 +573,7 @@ def test_a_retrofit_starts_at_the_llama_and_resumes_exactly(folder, data, tmp_pa
     command = [str(ROOT / "config/abbie_tiny.py"), f"--init_from=hf:{folder}", f"--data={data}",
                "--out_dir=out/x", "--iters=2", "--device=cpu", "--dtype=float32", "--block_size=64",
                "--tokens_per_step=512", "--micro_batch=4", "--max_steps=4", "--save_every=2",
-               "--eval_every=4", "--eval_iters=1,2"]
+               "--eval_every=4", "--eval_iters=1,2", "--lr=2e-3", "--warmup_steps=0"]
     train.main(command)
     log = [json.loads(line) for line in Path("out/x/log.jsonl").read_text().splitlines()]
     start, end = (line["val_loss"] for line in log if "val_loss" in line)

@@ -209,9 +209,8 @@ def test_iteration_schedules_are_pure_functions_with_the_stated_distributions():
 
 
 def test_warmup_stable_decay():
-    config = load_config(
-        [str(ROOT / "config" / "abbie_tiny.py"), "--lr=1", "--min_lr=0.1", "--warmup_steps=10"]
-    )
+    schedule = ["--lr=1", "--min_lr=0.1", "--warmup_steps=10", "--decay_frac=0.2"]
+    config = load_config([str(ROOT / "config" / "abbie_tiny.py"), *schedule])
     lr = [train.lr_at(step, config, 100) for step in range(101)]
     assert lr[0] == 0.1 and lr[9] == 1 and lr[10:81] == [1] * 71
     assert lr[100] == pytest.approx(0.1) and np.allclose(np.diff(lr[80:]), -0.045)
