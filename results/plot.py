@@ -186,9 +186,9 @@ def partition(path: Path, out: Path):
             if cut["rule"] == rule:
                 head, body = cut["n_head_blocks"], cut["n_body_blocks"]
                 cost[head][body - 1] = cut["cost"]
-                ax.text(body, head, f"{cut['cost']:.2f}", ha="center", va="center", fontsize="small")
+                ax.text(body, head, f"{cut['cost']:.3f}", ha="center", va="center", fontsize="small")
         ax.imshow(cost, extent=(0.5, n + 0.5, n - 0.5, -0.5), cmap="RdYlGn_r", norm="symlog", aspect="auto")
-        ax.set(title=f"{rule}, r = {found['iters']}", xlabel="blocks of the Body", ylabel="of the Head")
+        ax.set(title=f"{rule}, r = {found['iters']}", xlabel="blocks of the Body", ylabel="blocks of Head")
     figure.suptitle(f"added loss (nats per token) over r = 1, {found['loss_at_1']:.3f}")
     figure.savefig(out)
     plt.close(figure)
