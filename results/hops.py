@@ -98,7 +98,8 @@ def train_stages(out: str, seed: int, flags: list[str]):
     for stage, (block_size, most, changes) in enumerate(STAGES, 1):
         data, run = f"data/hops_{block_size}_{most}", f"{out}/{stage}"
         if not Path(data, "meta.json").exists():
-            write(data, block_size, most, N_PROGRAMS * (1 + (block_size == 32)), 2000, seed)
+            n_train = 2 * N_PROGRAMS if block_size == 32 else N_PROGRAMS
+            write(data, block_size, most, n_train, 2000, seed)
         train.main(["config/hops_tiny.py", f"--data={data}", f"--block_size={block_size}", f"--seed={seed}",
                     f"--out_dir={run}", f"--init_from={before}", *changes, *flags])
         before = run
@@ -174,7 +175,8 @@ def main(argv: list[str]):
         tries = json.loads(args.out.read_text()) if args.out.exists() else []
         config = {**{key: model.meta[key] for key in KEYS}, "init_from": Path(model.meta["init_from"]).name}
         tries.append({"title": args.title, "figure": args.figure, "config": config,
-                      "programs": args.data, "trained_hops": args.trained_hops, **result})
+                      "programs": args.data, "trained_hops": args.trained_hops,
+                      "n_params": model.n_params(), **result})
         args.out.write_text(json.dumps(tries, indent=1))
 
 

@@ -30,18 +30,18 @@ OUT = ROOT / "results" / "bench_tiny.json"
 SHAPE = ("config/abbie_tiny.py --n_embd=128 --ffn_dim=352 --n_attn_heads=4 --n_head_blocks=1"
          " --n_body_blocks=2 --n_tail_blocks=1 --block_size=256 --dtype=bfloat16"
          " --weight_decay=0.1 --warmup_steps=-1 --decay_frac=0.5")
-BATCH = {n: f"--tokens_per_step={n} --micro_batch={n // 256} --compile=on" for n in (4096, 2048, 1024)}
-EAGER = {n: f"--tokens_per_step={n} --micro_batch={n // 256} --compile=off" for n in (4096, 1024, 512)}
+EAGER = {n: f"--tokens_per_step={n} --micro_batch={n // 256} --compile=off" for n in (4096, 2048, 1024, 512)}
+COMPILED = {n: flags.replace("off", "on") for n, flags in EAGER.items()}
 # name: (flags that its speed depends on, other flags), in the order in which they were thought of
 TRIES = {
     "first": (EAGER[4096], "--lr=2e-3 --decay_frac=0.2"),
-    "compiled": (BATCH[4096], "--lr=2e-3 --decay_frac=0.2"),
-    "decay": (BATCH[4096], "--lr=2e-3"),
-    "decay, warmup": (BATCH[4096], "--lr=2e-3 --warmup_steps=100"),
-    "4096, 1e-3": (BATCH[4096], "--lr=1e-3 --warmup_steps=100"),
-    "2048, 2e-3": (BATCH[2048], "--lr=2e-3 --warmup_steps=100"),
-    "2048, 1e-3": (BATCH[2048], "--lr=1e-3 --warmup_steps=100"),
-    "1024, 1e-3": (BATCH[1024], "--lr=1e-3 --warmup_steps=100"),
+    "compiled": (COMPILED[4096], "--lr=2e-3 --decay_frac=0.2"),
+    "decay": (COMPILED[4096], "--lr=2e-3"),
+    "decay, warmup": (COMPILED[4096], "--lr=2e-3 --warmup_steps=100"),
+    "4096, 1e-3": (COMPILED[4096], "--lr=1e-3 --warmup_steps=100"),
+    "2048, 2e-3": (COMPILED[2048], "--lr=2e-3 --warmup_steps=100"),
+    "2048, 1e-3": (COMPILED[2048], "--lr=1e-3 --warmup_steps=100"),
+    "1024, 1e-3": (COMPILED[1024], "--lr=1e-3 --warmup_steps=100"),
     "1024, eager": (EAGER[1024], "--lr=1e-3 --warmup_steps=100"),
     "1024, eager, 2e-3": (EAGER[1024], "--lr=2e-3 --warmup_steps=100"),
     "512, eager": (EAGER[512], "--lr=1e-3 --warmup_steps=100"),
@@ -55,18 +55,8 @@ TRIES = {
 }
 
 
-def config_of(name: str, *flags: str):
-    return load_config([*SHAPE.split(), *" ".join(TRIES[name]).split(), *flags])
-
-
 def read() -> dict:
     return json.loads(OUT.read_text()) if OUT.exists() else {"speed": {}, "tries": []}
-
-
-def write(found: dict):
-    temp = OUT.with_suffix(f".{os.getpid()}.tmp")
-    temp.write_text(json.dumps(found, indent=1) + "\n")
-    os.replace(temp, OUT)
 
 
 def speed(rounds: int):
@@ -83,17 +73,18 @@ def speed(rounds: int):
         found["speed"][cell["side"]] = {
             "tokens_per_s": cell["tokens_per_s"], "to_first": cell["tokens_per_s_to_first"],
             "first_step_seconds": result["sides"][cell["side"]]["first_step_seconds"]}
-    write({**found, "machine": result["machine"], "versions": result["versions"]})
+    bench.save({**found, "machine": result["machine"], "versions": result["versions"]}, OUT)
 
 
 def train_one(name: str, seconds: float):
     measured = read()["speed"][TRIES[name][0]]
-    config = config_of(name)
+    flags = [*SHAPE.split(), *" ".join(TRIES[name]).split()]
+    config = load_config(flags)
     left = seconds - measured["first_step_seconds"]
     steps = int(left * measured["tokens_per_s"] / config.tokens_per_step)
     out = f"out/tiny/{seconds:g}_{name.replace(' ', '_')}"
-    train.main([*SHAPE.split(), *" ".join(TRIES[name]).split(), f"--max_steps={steps}", f"--out_dir={out}",
-                "--eval_every=0", "--save_every=0", "--eval_iters=2", "--eval_tokens=16384"])
+    train.main([*flags, f"--max_steps={steps}", f"--out_dir={out}", "--eval_every=0", "--save_every=0",
+                "--eval_iters=2", "--eval_tokens=16384"])
     model = AbbIE.from_checkpoint(out).eval()
     shards = Shards(config.data, "val", config.block_size)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -102,7 +93,7 @@ def train_one(name: str, seconds: float):
            "steps": steps, "tokens": steps * config.tokens_per_step,
            "val_loss": {str(r): round(loss, 5) for r, loss in losses.items()}}
     found = read()
-    write({**found, "tries": [*found["tries"], row]})
+    bench.save({**found, "tries": [*found["tries"], row]}, OUT)
 
 
 def main(argv: list[str]):

@@ -46,19 +46,6 @@ def tokenizer():
     return get_tokenizer("bytes")
 
 
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory) -> Path:
-    """Shards of sentences made by chance."""
-    folder, rng = tmp_path_factory.mktemp("corpus"), random.Random(0)
-    words = "the a bird river stone finds under makes light of and old green house sings to water".split()
-    lines = [" ".join(rng.choices(words, k=rng.randint(3, 12))) + "." for _ in range(1500)]
-    (folder / "text.txt").write_text("\n".join(lines) + "\n\n")
-    (folder / "val.txt").write_text("\n".join(rng.sample(lines, 400)) + "\n")
-    prepare_data.main(["text", "--input", str(folder / "text.txt"), "--val_input", str(folder / "val.txt"),
-                       "--out", str(folder / "shards")])
-    return folder / "shards"
-
-
 SCIQ = {"question": "What flies?", "correct_answer": "bee", "distractor1": "ox", "distractor2": "cat",
         "distractor3": "cow"}
 ROWS = {

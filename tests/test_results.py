@@ -1,7 +1,6 @@
 """The scripts behind the README's results: chains of variables, the study's rows, cuts of a Std model."""
 
 import json
-import random
 import re
 
 import numpy as np
@@ -9,7 +8,6 @@ import pytest
 import torch
 
 import eval_icl
-import prepare_data
 import train
 from config import load_config
 from model import AbbIE, AbbIEConfig, UserError
@@ -140,19 +138,6 @@ def test_half_tail_starts_with_half_the_output_projections():
     changed = {name for name in ours if not torch.equal(ours[name], half[name])}
     assert changed == {"tail.0.attn.proj.weight", "tail.0.mlp.down.weight"}
     assert all(torch.equal(half[name], ours[name] / 2) for name in changed)
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    """Shards of sentences made by chance."""
-    folder, rng = tmp_path_factory.mktemp("corpus"), random.Random(0)
-    words = "the a bird river stone finds under makes light of and old green house sings to water".split()
-    for name, n in (("train.txt", 1500), ("val.txt", 400)):
-        lines = [" ".join(rng.choices(words, k=rng.randint(3, 12))) + "." for _ in range(n)]
-        (folder / name).write_text("\n".join(lines))
-    prepare_data.main(["text", "--input", str(folder / "train.txt"), "--val_input", str(folder / "val.txt"),
-                       "--out", str(folder / "shards")])
-    return folder / "shards"
 
 
 def test_a_row_is_trained_once_and_becomes_a_line_of_the_tables(corpus, tmp_path, monkeypatch, capsys):
