@@ -3,7 +3,7 @@ plateau for very long; `python results/hops.py --train` leads it there in stages
 data = "data/hops"
 block_size = 128
 n_embd = 64
-n_attn_heads = 2
+n_attn_heads = 4
 ffn_dim = 176
 n_head_blocks = 1
 n_body_blocks = 2

@@ -27,57 +27,63 @@ sys.path.insert(0, str(ROOT))
 
 import prepare_data  # noqa: E402
 from config import ArgumentParser, cli, load_config, parse_list  # noqa: E402
-from model import AbbIE, save_checkpoint  # noqa: E402
+from model import AbbIE, find_checkpoint, parse_iters, save_checkpoint  # noqa: E402
 
 KEYS = ("rule", "iters", "n_embd", "n_head_blocks", "n_body_blocks", "n_tail_blocks", "block_size", "data",
         "tokens_per_step", "lr", "seed", "step")
-# (bytes of a program, longest chain, flags). In one go the model only learns which digits occur. So: one
-# look-up, in short programs and at r = 1; longer chains; look-ups of results of look-ups; long programs.
+# (bytes of a program, longest chain, letters, flags). In one go the model only learns which digits occur. So
+# one look-up with one iteration, two with two, three with three; then long programs and a range of r. Chains
+# of the first stages also end in letters that name nothing: what is fetched is then what can be looked up.
 STAGES = [
-    (32, 1, ["--iters=1", "--max_steps=1000", "--lr=3e-3"]),
-    (32, 3, ["--iters=1-3", "--max_steps=800"]),
-    (64, 2, ["--iters=2-3", "--max_steps=800"]),
-    (128, 4, ["--iters=2-4", "--max_steps=1000"]),
-    (128, 6, ["--iters=2-6", "--max_steps=1500"]),
+    (32, 1, True, ["--iters=1", "--lr=3e-3", "--tokens_per_step=4096", "--micro_batch=128"]),
+    (32, 2, True, ["--iters=2"]),
+    (64, 3, False, ["--iters=2-3"]),
+    (128, 4, False, ["--iters=2-4"]),
+    (128, 6, False, ["--iters=2-6", "--max_steps=1500", "--decay_frac=0.5"]),
 ]
-N_PROGRAMS = 50_000  # of a stage, to train on; twice as many short ones
-LETTERS = "abcdefghijklmnopqrstuvwxyz"
+# All but the last go on, a round at a time, until the longest chains are answered so well, or to the limit.
+ROUND, LIMIT, LEARNT = 200, 1600, 0.9
+N_PROGRAMS = 50_000  # of a stage, to train on
+LETTERS, DIGITS = "abcdefghijklmnopqrstuvwxyz", "0123456789"
 
 
-def program(rng, slots: int, most: int) -> str:
+def program(rng, slots: int, most: int, letters: bool = False) -> str:
     """Chains that fill the slots of 4 bytes with their queries. Lengths are uniform between 1 and a bound
-    that is itself uniform between 1 and most: many programs are shallow, which is where learning starts."""
+    that is itself uniform between 1 and most: many programs are shallow, which is where learning starts. A
+    chain ends in a digit, with `letters` also in one of the letters that name no variable."""
     hops, most = [], int(rng.integers(1, most + 1))
     while sum(hops) + len(hops) != slots or sum(hops) > len(LETTERS):
         if sum(hops) + len(hops) >= slots:
             hops = []
         hops.append(int(rng.integers(1, most + 1)))
-    names, values = iter(rng.permutation(list(LETTERS))), rng.integers(10, size=len(hops))
+    names = list(rng.permutation(list(LETTERS)))
+    values = rng.choice(list(DIGITS) + (names[sum(hops):] if letters else []), size=len(hops))
     current, statements = list(values), []
-    for chain in rng.permutation(np.repeat(np.arange(len(hops)), hops)):  # whose assignment comes next
-        name = next(names)
-        statements.append(f"{name}={current[chain]}")
+    for chain, name in zip(rng.permutation(np.repeat(np.arange(len(hops)), hops)), names):
+        statements.append(f"{name}={current[chain]}")  # the next assignment of that chain
         current[chain] = name
     statements += [f"?{current[chain]}{values[chain]}" for chain in rng.permutation(len(hops))]
     return ";".join(statements)
 
 
-def write(folder: str, block_size: int, most: int, n_train: int, n_val: int, seed: int):
+def write(folder: str, block_size: int, most: int, n_train: int, n_val: int, letters: bool = False):
     """data/NAME in the format of prepare_data.py, a document a window."""
     with tempfile.TemporaryDirectory() as temp:
         for split, n in (("train", n_train), ("val", n_val)):
-            rng = np.random.default_rng([seed, split == "val"])
+            rng = np.random.default_rng([1, split == "val"])
             with open(Path(temp) / f"{split}.jsonl", "w") as file:
                 for _ in range(n):
-                    file.write(json.dumps({"text": program(rng, block_size // 4, most)}) + "\n")
+                    text = program(rng, block_size // 4, most, letters)
+                    file.write(json.dumps({"text": text}) + "\n")
         prepare_data.main(["text", "--input", f"{temp}/train.jsonl", "--val_input", f"{temp}/val.jsonl",
                            "--tokenizer", "bytes", "--out", folder])
 
 
 @torch.no_grad()
 def start(folder: str, seed: int, flags: list[str]) -> str:
-    """The weights before stage 1: normal, std 1/sqrt(fan-in), at this width 1.6 times the model's own, from
-    which stage 1 was not through after 2000 steps."""
+    """The weights before stage 1: normal, std 1/sqrt(fan-in), at this width 1.6 times the model's own. And
+    the embeddings share a component, twice their size: without biases, it takes one for attention to see how
+    far apart two tokens are, whatever they are. From other weights some seeds do not learn to look up."""
     config = load_config(["config/hops_tiny.py", f"--block_size={STAGES[0][0]}", "--iters=1", *flags])
     torch.manual_seed(seed)
     model = AbbIE(config.model_config(prepare_data.get_tokenizer("bytes").n_vocab))
@@ -85,6 +91,7 @@ def start(folder: str, seed: int, flags: list[str]) -> str:
         if p.dim() == 2:
             joins = name.endswith(("proj.weight", "down.weight"))  # the residual stream
             p.normal_(std=(p.shape[1] * (2 * config.n_blocks if joins else 1)) ** -0.5)
+    model.embed.weight += 2 * torch.randn(config.n_embd) * config.n_embd ** -0.5
     if not list(Path(folder).glob("step_*")):
         save_checkpoint(Path(folder), 0, model.state_dict(), {}, {**vars(config), **vars(model.config),
                                                                   "tokenizer": "bytes", "step": 0})
@@ -92,16 +99,26 @@ def start(folder: str, seed: int, flags: list[str]) -> str:
 
 
 def train_stages(out: str, seed: int, flags: list[str]):
-    """Every stage starts from the last one's checkpoint."""
+    """Every stage starts from the last one's checkpoint. A round is the same run with more steps, which
+    train.py continues; the rate is constant, so that rounds make no difference to it."""
     import train
     before = start(f"{out}/0", seed, flags)
-    for stage, (block_size, most, changes) in enumerate(STAGES, 1):
+    for stage, (block_size, most, letters, changes) in enumerate(STAGES, 1):
         data, run = f"data/hops_{block_size}_{most}", f"{out}/{stage}"
         if not Path(data, "meta.json").exists():
-            n_train = 2 * N_PROGRAMS if block_size == 32 else N_PROGRAMS
-            write(data, block_size, most, n_train, 2000, seed)
-        train.main(["config/hops_tiny.py", f"--data={data}", f"--block_size={block_size}", f"--seed={seed}",
-                    f"--out_dir={run}", f"--init_from={before}", *changes, *flags])
+            write(data, block_size, most, N_PROGRAMS, 2000, letters)
+        argv = ["config/hops_tiny.py", f"--data={data}", f"--block_size={block_size}", f"--seed={seed}",
+                f"--out_dir={run}", f"--init_from={before}", *changes, *flags]
+        last = stage == len(STAGES)
+        for steps in range(ROUND, LIMIT + 1, ROUND):
+            train.main(argv if last else [*argv, f"--max_steps={steps}", "--decay_frac=0"])
+            model = AbbIE.from_checkpoint(run).eval()
+            r = parse_iters(model.config.iters)[2]
+            found = accuracy(model, prepare_data.Shards(data, "val", block_size), [r], 500)["acc"][r]
+            print(f"stage {stage}, step {model.meta['step']}: right at r = {r}, by hops:",
+                  ", ".join(f"{n}: {share:.0%}" for n, share in found.items()))
+            if last or found[most] >= LEARNT:
+                break
         before = run
 
 
@@ -137,6 +154,15 @@ def accuracy(model: AbbIE, shards: prepare_data.Shards, iters: list[int], n_prog
             "acc": {r: {h: round(right[r][h] / n[h], 4) for h in sorted(n)} for r in iters}}
 
 
+def stage_steps(meta: dict) -> list[int]:
+    """Steps of the stages that led to a checkpoint, as far back as they are still there."""
+    steps = [meta["step"]]
+    while meta.get("init_from") and any(Path(meta["init_from"]).glob("step_*")):
+        meta = json.loads((find_checkpoint(meta["init_from"]) / "config.json").read_text())
+        steps.insert(0, meta["step"])
+    return steps[1:]  # without the weights before stage 1
+
+
 def show(result: dict):
     hops = list(result["n"])
     print("iters  " + "".join(f"{h} hop{'s' * (h > 1):5s}" for h in hops))
@@ -166,7 +192,7 @@ def main(argv: list[str]):
     if args.train:
         return train_stages(args.out_dir, args.seed, args.flags.split())
     if args.ckpt is None:
-        return write(args.data, args.block_size, args.most, args.n_train, args.n_val, args.seed)
+        return write(args.data, args.block_size, args.most, args.n_train, args.n_val)
     model = AbbIE.from_checkpoint(args.ckpt).eval()
     shards = prepare_data.Shards(args.data, "val", model.config.block_size)
     result = accuracy(model, shards, parse_list(args.iters, "iters"), args.n_programs)
@@ -176,7 +202,7 @@ def main(argv: list[str]):
         config = {**{key: model.meta[key] for key in KEYS}, "init_from": Path(model.meta["init_from"]).name}
         tries.append({"title": args.title, "figure": args.figure, "config": config,
                       "programs": args.data, "trained_hops": args.trained_hops,
-                      "n_params": model.n_params(), **result})
+                      "stage_steps": stage_steps(model.meta), "n_params": model.n_params(), **result})
         args.out.write_text(json.dumps(tries, indent=1))
 
 

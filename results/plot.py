@@ -5,6 +5,7 @@
 """
 
 import json
+import statistics
 import sys
 from pathlib import Path
 
@@ -195,14 +196,20 @@ def partition(path: Path, out: Path):
 
 
 def hops(path: Path, out: Path):
-    """Accuracy of variable chains by hops and r: a panel for each model; what it was trained on is framed."""
-    tries = [entry for entry in json.loads(path.read_text()) if entry["figure"]]
-    widths = [len(entry["acc"]) for entry in tries]
-    figure, axes = plt.subplots(1, len(tries), figsize=(0.55 * sum(widths) + 1.5, 4.5), layout="constrained",
+    """Accuracy of variable chains by hops and r: a panel for each model, the mean of its seeds; what it was
+    trained on is framed."""
+    panels = {}
+    for entry in json.loads(path.read_text()):
+        panels.setdefault(entry["figure"], []).append(entry)
+    panels.pop("", None)
+    widths = [len(seeds[0]["acc"]) for seeds in panels.values()]
+    figure, axes = plt.subplots(1, len(panels), figsize=(0.55 * sum(widths) + 1.5, 4.5), layout="constrained",
                                 width_ratios=widths, sharey=True)
-    for ax, entry in zip(axes, tries):
+    for ax, (title, seeds) in zip(axes, panels.items()):
+        entry = seeds[0]
         lengths, iters = [int(n) for n in entry["n"]], [int(r) for r in entry["acc"]]
-        acc = [[100 * entry["acc"][str(r)][str(n)] for r in iters] for n in lengths]
+        acc = [[100 * statistics.mean(seed["acc"][str(r)][str(n)] for seed in seeds) for r in iters]
+               for n in lengths]
         image = ax.imshow(acc, origin="lower", vmin=0, vmax=100, cmap="viridis", aspect="auto")
         for i, row in enumerate(acc):
             for j, value in enumerate(row):
@@ -214,7 +221,7 @@ def hops(path: Path, out: Path):
                                    edgecolor="red", linewidth=2.5, clip_on=False))
         ax.set_xticks(range(len(iters)), iters)
         ax.set_yticks(range(len(lengths)), lengths)
-        ax.set_title(entry["figure"], fontsize="medium")
+        ax.set_title(title + (f", mean of {len(seeds)} seeds" if len(seeds) > 1 else ""), fontsize="medium")
         ax.set_xlabel("r at test time")
     axes[0].set_ylabel("hops of the chain")
     figure.colorbar(image, ax=axes, label="answers that are right, % (framed: seen in training)")

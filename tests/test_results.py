@@ -27,12 +27,12 @@ def no_sample_after_training(monkeypatch):
 # ------------------------------------------------------------------------------------- chains of variables
 
 def solve(text: str):
-    """A program -> [(variable, digit that it has, look-ups that this takes)] of its queries."""
+    """A program -> [(variable, value that it has, look-ups that this takes)] of its queries."""
     source, queries = {}, []
     for statement in text.split(";"):
         if statement[0] != "?":
             name, value = re.fullmatch(r"([a-z])=([a-z0-9])", statement).groups()
-            assert name not in source and (value.isdigit() or value in source)  # defined before its use
+            assert name not in source and name not in source.values()  # defined once, and before its use
             source[name] = value
         else:
             at, n_hops = statement[1], 0
@@ -51,8 +51,15 @@ def test_programs_are_right_and_fill_their_window():
     for _ in range(300):
         text = hops.program(rng, 16, 6)
         assert len(text) == 16 * 4 - 1
+        assert all(value.isdigit() for _, value, _ in solve(text))
         lengths |= {n for _, _, n in solve(text)}
     assert lengths == {1, 2, 3, 4, 5, 6}
+
+
+def test_chains_of_the_first_stages_also_end_in_letters_that_name_nothing():
+    rng = np.random.default_rng(0)
+    values = [value for _ in range(100) for _, value, _ in solve(hops.program(rng, 8, 2, letters=True))]
+    assert 0.5 < np.mean([value.isalpha() for value in values]) < 0.9
 
 
 def test_questions_are_found_in_tokens():
@@ -78,30 +85,49 @@ class Oracle:
 
 
 def test_accuracy_of_one_who_needs_an_iteration_per_hop(tmp_path):
-    hops.write(str(tmp_path / "programs"), 64, 4, n_train=20, n_val=100, seed=0)
+    hops.write(str(tmp_path / "programs"), 64, 4, n_train=20, n_val=100)
     found = hops.accuracy(Oracle(), Shards(str(tmp_path / "programs"), "val", 64), [1, 3], 80)
     assert set(found["n"]) == {1, 2, 3, 4} and min(found["n"].values()) > 5
     assert found["acc"] == {r: {n: float(n <= r) for n in (1, 2, 3, 4)} for r in (1, 3)}
 
 
-def test_stages_follow_one_another_and_a_second_call_repeats_none(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def short_stages(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(hops, "N_PROGRAMS", 50)
-    monkeypatch.setattr(hops, "STAGES", [(32, 1, ["--iters=1", "--max_steps=2"]),
-                                         (64, 2, ["--iters=2-3", "--max_steps=3"])])
-    command = ["--train", "--out_dir", "out", "--flags", " ".join([*TOY, "--eval_tokens=64"])]
+    monkeypatch.setattr(hops, "STAGES", [(32, 1, True, ["--iters=1"]),
+                                         (64, 2, False, ["--iters=2-3", "--max_steps=3"])])
+    monkeypatch.setattr(hops, "ROUND", 2)
+    monkeypatch.setattr(hops, "LIMIT", 6)
     (tmp_path / "config").symlink_to(study.ROOT / "config")
-    hops.main(command)
+    return ["--train", "--out_dir", "out", "--flags", " ".join([*TOY, "--eval_tokens=64"])]
+
+
+def test_stages_follow_one_another_and_a_second_call_repeats_none(short_stages, tmp_path, capsys):
+    hops.main(short_stages)
     first, last = AbbIE.from_checkpoint("out/0"), AbbIE.from_checkpoint("out/2")
     assert last.meta["init_from"] == "out/1" and last.meta["step"] == 3 and last.config.block_size == 64
     assert not torch.equal(first.embed.weight, last.embed.weight)
     capsys.readouterr()
-    hops.main(command)
+    hops.main(short_stages)
     assert "from step 3 of out/2/step_00000003" in capsys.readouterr().out
 
     hops.main(["--ckpt", "out/2", "--data", "data/hops_64_2", "--iters", "1,4", "--out", "tries.json"])
     entry, = json.loads((tmp_path / "tries.json").read_text())
     assert set(entry["acc"]) == {"1", "4"} and entry["config"]["step"] == 3
+    assert entry["stage_steps"] == [6, 3]
+
+
+def test_a_stage_goes_on_until_its_chains_are_learnt_or_the_limit_is_met(short_stages, monkeypatch, capsys):
+    hops.main(short_stages)
+    assert AbbIE.from_checkpoint("out/1").meta["step"] == 6
+    assert "stage 1, step 4: right at r = 1, by hops: 1: " in capsys.readouterr().out
+    found = iter([0.5, 0.97, 0.1])
+    monkeypatch.setattr(hops, "accuracy", lambda model, shards, iters, n:
+                        {"acc": {iters[0]: dict.fromkeys([1, 2], next(found))}})
+    hops.main([*short_stages, "--out_dir", "again"])
+    assert AbbIE.from_checkpoint("again/1").meta["step"] == 4
+    assert AbbIE.from_checkpoint("again/2").meta["init_from"] == "again/1"
 
 
 # ------------------------------------------------------------------------------------------------ the study
