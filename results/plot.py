@@ -110,12 +110,14 @@ RULES = ("std", "std_deep", "abbie_d", "recall", "abbie_c", "zero_pt")  # rows; 
 def study_loss(path: Path, out: Path):
     """Validation loss against r for every row of the study, mean and range over its seeds."""
     found = runs_of(path)
-    panels = {"the rules (number of seeds)": [row for row in found if row in RULES],
-              "variants": [row for row in found if row not in RULES]}
+    panels = {"the rules (number of seeds)": [], "variants": [], "longer and wider": []}
+    for row in found:
+        bigger = row.endswith(("_long", "_wide"))
+        panels[list(panels)[0 if row in RULES else 2 if bigger else 1]].append(row)
     panels = {title: rows for title, rows in panels.items() if rows}
     figure, axes = subplots(len(panels))
     for ax, (title, rows) in zip(axes, panels.items()):
-        for row in rows if rows[0] in RULES else ["abbie_d", *rows]:
+        for row in ["abbie_d", *rows] if title == "variants" else rows:
             runs = found[row]
             losses = {int(r): [run["val_loss"][r] for run in runs] for r in runs[0]["val_loss"]}
             mean = {r: sum(values) / len(values) for r, values in losses.items()}
