@@ -43,6 +43,9 @@ STAGES = [
 ]
 # All but the last go on, a round at a time, until the longest chains are answered so well, or to the limit.
 ROUND, LIMIT, LEARNT = 200, 1600, 0.9
+# What the first two stages need, and can be trained without to see what it does (--without).
+WITHOUT = {"shared": "the shared component of the embeddings", "letters": "letters as chain ends",
+           "exact": "two iterations in stage 2: any number from 1 to 3"}
 N_PROGRAMS = 50_000  # of a stage, to train on
 LETTERS, DIGITS = "abcdefghijklmnopqrstuvwxyz", "0123456789"
 
@@ -80,7 +83,7 @@ def write(folder: str, block_size: int, most: int, n_train: int, n_val: int, let
 
 
 @torch.no_grad()
-def start(folder: str, seed: int, flags: list[str]) -> str:
+def start(folder: str, seed: int, flags: list[str], shared: bool = True) -> str:
     """The weights before stage 1: normal, std 1/sqrt(fan-in), at this width 1.6 times the model's own. And
     the embeddings share a component, twice their size: without biases, it takes one for attention to see how
     far apart two tokens are, whatever they are. From other weights some seeds do not learn to look up."""
@@ -91,20 +94,25 @@ def start(folder: str, seed: int, flags: list[str]) -> str:
         if p.dim() == 2:
             joins = name.endswith(("proj.weight", "down.weight"))  # the residual stream
             p.normal_(std=(p.shape[1] * (2 * config.n_blocks if joins else 1)) ** -0.5)
-    model.embed.weight += 2 * torch.randn(config.n_embd) * config.n_embd ** -0.5
+    if shared:
+        model.embed.weight += 2 * torch.randn(config.n_embd) * config.n_embd ** -0.5
     if not list(Path(folder).glob("step_*")):
         save_checkpoint(Path(folder), 0, model.state_dict(), {}, {**vars(config), **vars(model.config),
                                                                   "tokenizer": "bytes", "step": 0})
     return folder
 
 
-def train_stages(out: str, seed: int, flags: list[str]):
+def train_stages(out: str, seed: int, flags: list[str], without: str = ""):
     """Every stage starts from the last one's checkpoint. A round is the same run with more steps, which
-    train.py continues; the rate is constant, so that rounds make no difference to it."""
+    train.py continues; the rate is constant, so that rounds make no difference to it. `without` (of WITHOUT)
+    leaves something out, and ends after stage 2, where that shows."""
     import train
-    before = start(f"{out}/0", seed, flags)
-    for stage, (block_size, most, letters, changes) in enumerate(STAGES, 1):
-        data, run = f"data/hops_{block_size}_{most}", f"{out}/{stage}"
+    before = start(f"{out}/0", seed, flags, shared=without != "shared")
+    for stage, (block_size, most, letters, changes) in enumerate(STAGES[:2] if without else STAGES, 1):
+        letters = letters and without != "letters"
+        if without == "exact" and stage == 2:
+            changes = ["--iters=1-3"]
+        data, run = f"data/hops_{block_size}_{most}{'_letters' * letters}", f"{out}/{stage}"
         if not Path(data, "meta.json").exists():
             write(data, block_size, most, N_PROGRAMS, 2000, letters)
         argv = ["config/hops_tiny.py", f"--data={data}", f"--block_size={block_size}", f"--seed={seed}",
@@ -175,6 +183,9 @@ def main(argv: list[str]):
     parser.add_argument("--train", action="store_true", help="train through all stages")
     parser.add_argument("--out_dir", default="out/hops", help="folder of the stages (out/hops)")
     parser.add_argument("--flags", default="", help="more flags for train.py: --flags='--rule=abbie_d'")
+    parser.add_argument("--without", default="", choices=["", *WITHOUT],
+                        help="with --train: leave out, and end after stage 2: "
+                             + "; ".join(f"{name} ({what})" for name, what in WITHOUT.items()))
     parser.add_argument("--data", default="data/hops", help="the programs")
     parser.add_argument("--ckpt", help="checkpoint to examine; without one, the programs are written")
     parser.add_argument("--iters", default="1,2,3,4,5,6,7,8,9,10,12,16")
@@ -190,7 +201,7 @@ def main(argv: list[str]):
     parser.add_argument("--out", type=Path, help="JSON list that the try is added to, results/hops.json")
     args = parser.parse_args(argv)
     if args.train:
-        return train_stages(args.out_dir, args.seed, args.flags.split())
+        return train_stages(args.out_dir, args.seed, args.flags.split(), args.without)
     if args.ckpt is None:
         return write(args.data, args.block_size, args.most, args.n_train, args.n_val)
     model = AbbIE.from_checkpoint(args.ckpt).eval()

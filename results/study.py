@@ -58,7 +58,7 @@ ROWS = {
     "recall": (["--rule=recall"], 3),
     "abbie_c": (["--rule=abbie_c"], 3),
     "zero_pt": (["--rule=zero_pt"], 1),
-    "std_deep": (["--iters=1", "--n_body_blocks=4"], 1),  # the training FLOPs of r = 2
+    "std_deep": (["--iters=1", "--n_body_blocks=4"], 3),  # the training FLOPs of r = 2
     "abbie_d_literal": (["--rule=abbie_d_literal"], 1),
     "recall_1to3": (["--rule=recall", "--iters=1-3"], 1),
     "abbie_d_1to3": (["--iters=1-3"], 1),
