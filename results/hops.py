@@ -111,7 +111,7 @@ def train_stages(out: str, seed: int, flags: list[str], without: str = ""):
     for stage, (block_size, most, letters, changes) in enumerate(STAGES[:2] if without else STAGES, 1):
         letters = letters and without != "letters"
         if without == "exact" and stage == 2:
-            changes = ["--iters=1-3"]
+            changes = [*changes, "--iters=1-3"]
         data, run = f"data/hops_{block_size}_{most}{'_letters' * letters}", f"{out}/{stage}"
         if not Path(data, "meta.json").exists():
             write(data, block_size, most, N_PROGRAMS, 2000, letters)
