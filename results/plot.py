@@ -110,7 +110,7 @@ RULES = ("std", "std_deep", "abbie_d", "recall", "abbie_c", "zero_pt")  # rows; 
 def study_loss(path: Path, out: Path):
     """Validation loss against r for every row of the study, mean and range over its seeds."""
     found = runs_of(path)
-    panels = {"the rules (number of seeds)": [], "variants": [], "longer and wider": []}
+    panels = {"the rules (number of seeds)": [], "variants": [], "twice as long or as wide": []}
     for row in found:
         bigger = row.endswith(("_long", "_wide"))
         panels[list(panels)[0 if row in RULES else 2 if bigger else 1]].append(row)
