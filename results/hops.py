@@ -26,8 +26,8 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import prepare_data  # noqa: E402
-from config import ArgumentParser, cli, parse_list  # noqa: E402
-from model import AbbIE, find_checkpoint, parse_iters  # noqa: E402
+from config import ArgumentParser, cli, load_config, parse_list  # noqa: E402
+from model import AbbIE, find_checkpoint, parse_iters, save_checkpoint  # noqa: E402
 
 KEYS = ("rule", "iters", "n_embd", "n_head_blocks", "n_body_blocks", "n_tail_blocks", "block_size", "data",
         "tokens_per_step", "lr", "seed", "step")
@@ -44,7 +44,8 @@ STAGES = [
 # All but the last go on, a round at a time, until the longest chains are answered so well, or to the limit.
 ROUND, LIMIT, LEARNT = 200, 1600, 0.9
 # What the first two stages need, and can be trained without to see what it does (--without).
-WITHOUT = {"letters": "letters as chain ends", "exact": "two iterations in stage 2: any number from 1 to 3"}
+WITHOUT = {"shared": "the shared component of the embeddings", "letters": "letters as chain ends",
+           "exact": "two iterations in stage 2: any number from 1 to 3"}
 N_PROGRAMS = 50_000  # of a stage, to train on
 LETTERS, DIGITS = "abcdefghijklmnopqrstuvwxyz", "0123456789"
 
@@ -81,12 +82,32 @@ def write(folder: str, block_size: int, most: int, n_train: int, n_val: int, let
                            "--tokenizer", "bytes", "--out", folder])
 
 
+@torch.no_grad()
+def start(folder: str, seed: int, flags: list[str], shared: bool = True) -> str:
+    """The weights before stage 1: normal, std 1/sqrt(fan-in), at this width 1.6 times the model's own. And
+    the embeddings share a component, twice their size: without biases, it takes one for attention to see how
+    far apart two tokens are, whatever they are. From other weights some seeds do not learn to look up."""
+    config = load_config(["config/hops_tiny.py", f"--block_size={STAGES[0][0]}", "--iters=1", *flags])
+    torch.manual_seed(seed)
+    model = AbbIE(config.model_config(prepare_data.get_tokenizer("bytes").n_vocab))
+    for name, p in model.named_parameters():
+        if p.dim() == 2:
+            joins = name.endswith(("proj.weight", "down.weight"))  # the residual stream
+            p.normal_(std=(p.shape[1] * (2 * config.n_blocks if joins else 1)) ** -0.5)
+    if shared:
+        model.embed.weight += 2 * torch.randn(config.n_embd) * config.n_embd ** -0.5
+    if not list(Path(folder).glob("step_*")):
+        save_checkpoint(Path(folder), 0, model.state_dict(), {}, {**vars(config), **vars(model.config),
+                                                                  "tokenizer": "bytes", "step": 0})
+    return folder
+
+
 def train_stages(out: str, seed: int, flags: list[str], without: str = ""):
     """Every stage starts from the last one's checkpoint. A round is the same run with more steps, which
     train.py continues; the rate is constant, so that rounds make no difference to it. `without` (of WITHOUT)
     leaves something out, and ends after stage 2, where that shows."""
     import train
-    before = ""  # the model's own initial weights
+    before = start(f"{out}/0", seed, flags, shared=without != "shared")
     for stage, (block_size, most, letters, changes) in enumerate(STAGES[:2] if without else STAGES, 1):
         letters = letters and without != "letters"
         if without == "exact" and stage == 2:
@@ -147,7 +168,7 @@ def stage_steps(meta: dict) -> list[int]:
     while meta.get("init_from") and any(Path(meta["init_from"]).glob("step_*")):
         meta = json.loads((find_checkpoint(meta["init_from"]) / "config.json").read_text())
         steps.insert(0, meta["step"])
-    return steps
+    return steps[1:]  # without the weights before stage 1
 
 
 def show(result: dict):

@@ -105,7 +105,7 @@ def short_stages(tmp_path, monkeypatch):
 
 def test_stages_follow_one_another_and_a_second_call_repeats_none(short_stages, tmp_path, capsys):
     hops.main(short_stages)
-    first, last = AbbIE.from_checkpoint("out/1"), AbbIE.from_checkpoint("out/2")
+    first, last = AbbIE.from_checkpoint("out/0"), AbbIE.from_checkpoint("out/2")
     assert last.meta["init_from"] == "out/1" and last.meta["step"] == 3 and last.config.block_size == 64
     assert not torch.equal(first.embed.weight, last.embed.weight)
     capsys.readouterr()
@@ -132,12 +132,15 @@ def test_a_stage_goes_on_until_its_chains_are_learnt_or_the_limit_is_met(short_s
 
 def test_what_the_first_stages_need_can_be_left_out(short_stages, monkeypatch):
     monkeypatch.setattr(hops, "LIMIT", 2)
-    for what in hops.WITHOUT:
+    for what in ("shared", "letters", "exact"):
         hops.main([*short_stages, "--without", what, "--out_dir", what])
+    common = {what: AbbIE.from_checkpoint(f"{what}/0").embed.weight.mean(0).norm() for what in hops.WITHOUT}
+    assert common["letters"] == common["exact"] > 10 * common["shared"]
     data = {what: AbbIE.from_checkpoint(f"{what}/1").meta["data"] for what in hops.WITHOUT}
-    assert data == {"letters": "data/hops_32_1", "exact": "data/hops_32_1_letters"}
+    assert data == {"shared": "data/hops_32_1_letters", "letters": "data/hops_32_1",
+                    "exact": "data/hops_32_1_letters"}
     iters = {what: AbbIE.from_checkpoint(f"{what}/2").meta["iters"] for what in hops.WITHOUT}
-    assert iters == {"letters": "2-3", "exact": "1-3"}
+    assert iters == {"shared": "2-3", "letters": "2-3", "exact": "1-3"}
 
 
 # ------------------------------------------------------------------------------------------------ the study
