@@ -43,9 +43,9 @@ STAGES = [
 ]
 # All but the last go on, a round at a time, until the longest chains are answered so well, or to the limit.
 ROUND, LIMIT, LEARNT = 200, 1600, 0.9
-# What the first two stages need, and can be trained without to see what it does (--without).
-WITHOUT = {"shared": "the shared component of the embeddings", "letters": "letters as chain ends",
-           "exact": "two iterations in stage 2: any number from 1 to 3"}
+# Parts of the first two stages that can be left out to see what they do (--without).
+WITHOUT = {"init": "the initial weights: the model's own", "shared": "their shared component",
+           "letters": "letters as chain ends", "exact": "two iterations in stage 2: any from 1 to 3"}
 N_PROGRAMS = 50_000  # of a stage, to train on
 LETTERS, DIGITS = "abcdefghijklmnopqrstuvwxyz", "0123456789"
 
@@ -84,9 +84,9 @@ def write(folder: str, block_size: int, most: int, n_train: int, n_val: int, let
 
 @torch.no_grad()
 def start(folder: str, seed: int, flags: list[str], shared: bool = True) -> str:
-    """The weights before stage 1: normal, std 1/sqrt(fan-in), at this width 1.6 times the model's own. And
-    the embeddings share a component, twice their size: without biases, it takes one for attention to see how
-    far apart two tokens are, whatever they are. From other weights some seeds do not learn to look up."""
+    """The weights before stage 1: normal, std 1/sqrt(fan-in), at this width 1.6 times the model's own, from
+    which some seeds do not learn to look up twice. And the embeddings share a component, twice their size:
+    without biases, it takes one for attention to see how far apart two tokens are, whatever they are."""
     config = load_config(["config/hops_tiny.py", f"--block_size={STAGES[0][0]}", "--iters=1", *flags])
     torch.manual_seed(seed)
     model = AbbIE(config.model_config(prepare_data.get_tokenizer("bytes").n_vocab))
@@ -107,7 +107,7 @@ def train_stages(out: str, seed: int, flags: list[str], without: str = ""):
     train.py continues; the rate is constant, so that rounds make no difference to it. `without` (of WITHOUT)
     leaves something out, and ends after stage 2, where that shows."""
     import train
-    before = start(f"{out}/0", seed, flags, shared=without != "shared")
+    before = "" if without == "init" else start(f"{out}/0", seed, flags, shared=without != "shared")
     for stage, (block_size, most, letters, changes) in enumerate(STAGES[:2] if without else STAGES, 1):
         letters = letters and without != "letters"
         if without == "exact" and stage == 2:
@@ -168,7 +168,7 @@ def stage_steps(meta: dict) -> list[int]:
     while meta.get("init_from") and any(Path(meta["init_from"]).glob("step_*")):
         meta = json.loads((find_checkpoint(meta["init_from"]) / "config.json").read_text())
         steps.insert(0, meta["step"])
-    return steps[1:]  # without the weights before stage 1
+    return [n for n in steps if n]  # not the weights before stage 1
 
 
 def show(result: dict):
