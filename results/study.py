@@ -50,7 +50,7 @@ class HalfTail(AbbIE):
 
 VARIANTS = {"abbie_d_raw_tail": RawTail, "abbie_d_half_tail": HalfTail}
 
-WIDE = ["--n_embd=256", "--ffn_dim=704", "--n_attn_heads=4"]  # 3.2M parameters
+WIDE = ["--n_embd=256", "--ffn_dim=704", "--n_attn_heads=4"]  # 3.3M parameters
 # row: (flags, seeds in the small study), the most telling first
 ROWS = {
     "std": (["--iters=1"], 3),
@@ -70,9 +70,9 @@ ROWS = {
     "std_long": (["--iters=1", "--max_steps=4000"], 1),
     "abbie_d_long": (["--max_steps=4000"], 1),
     "recall_long": (["--rule=recall", "--max_steps=4000"], 1),
-    "std_wide": (["--iters=1", *WIDE], 1),
-    "abbie_d_wide": (WIDE, 1),
-    "recall_wide": (["--rule=recall", *WIDE], 1),
+    "std_wide": (["--iters=1", *WIDE], 2),
+    "abbie_d_wide": (WIDE, 2),
+    "recall_wide": (["--rule=recall", *WIDE], 2),
 }
 
 # Both studies hold everything fixed but the row; dtype too, so that a row means the same on every machine.
