@@ -85,8 +85,8 @@ def write(folder: str, block_size: int, most: int, n_train: int, n_val: int, let
 @torch.no_grad()
 def start(folder: str, seed: int, flags: list[str], shared: bool = True) -> str:
     """The weights before stage 1: normal, std 1/sqrt(fan-in), at this width 1.6 times the model's own, from
-    which some seeds do not learn to look up twice. And the embeddings share a component, twice their size:
-    without biases, it takes one for attention to see how far apart two tokens are, whatever they are."""
+    which some seeds do not learn to look up twice. The embeddings also share a component, twice their size,
+    meant to let attention without biases see distance; measured without it, stages 1 and 2 do as well."""
     config = load_config(["config/hops_tiny.py", f"--block_size={STAGES[0][0]}", "--iters=1", *flags])
     torch.manual_seed(seed)
     model = AbbIE(config.model_config(prepare_data.get_tokenizer("bytes").n_vocab))
