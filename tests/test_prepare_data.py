@@ -29,7 +29,7 @@ ROOT = Path(prepare_data.__file__).parent
 
 def start(*args, before="pass", **kwargs) -> subprocess.Popen:
     """prepare_data.py in a process of its own; `before` is Python that runs first."""
-    code = f"import sys, prepare_data, config; {before}; config.cli(prepare_data.main)"
+    code = f"import sys, prepare_data, config\n{before}\nconfig.cli(prepare_data.main)"
     return subprocess.Popen([sys.executable, "-c", code, *map(str, args)], cwd=ROOT, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kwargs)
 
@@ -373,43 +373,39 @@ def test_output_does_not_depend_on_the_number_of_workers(tmp_path, long_text):
     assert set(sizes[:-1]) == {2 ** 20} and 0 < sizes[-1] <= 2 ** 20
 
 
+def killed_at_sync(n: int, *args):
+    """Run prepare_data.py, every chunk noted, up to the n-th time that it asks the disk to confirm something:
+    there SIGKILL ends it."""
+    process = start(*args, before=f"""
+import itertools, os, signal
+calls, sync, prepare_data.JOURNAL_SECONDS = itertools.count(1), os.fsync, -1
+os.fsync = lambda file: os.kill(os.getpid(), signal.SIGKILL) if next(calls) == {n} else sync(file)
+""")
+    process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL
+
+
 def test_killed_at_any_time_it_goes_on_and_ends_with_the_same_bytes(tmp_path, long_text):
     whole, out = prepare(tmp_path / "whole", long_text, shard_tokens=2 ** 20), tmp_path / "out"
     args = "text", "--input", long_text, "--out", out, "--shard_tokens", 2 ** 20
-    rng, kills, progress = random.Random(0), 0, out / "progress.json"
-    while True:
-        process = start(*args, before="prepare_data.JOURNAL_SECONDS = 0.02")
-        before = progress.read_bytes() if progress.exists() else b""
-        while process.poll() is None and not (progress.exists() and progress.read_bytes() != before):
-            time.sleep(0.005)
-        time.sleep(rng.random() * 0.3)
-        if process.poll() is not None or kills == 3:
-            break
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        if (out / "meta.json").exists():  # it was done before the signal came
-            process = start(*args)
-            break
-        kills += 1
+    ends = []  # how far each run came
+    for n in (5, 16, 18, 21):
+        killed_at_sync(n, *args)
         for name, data in shards(out).items():  # what has its final name is whole
             assert data == shards(whole)[name]
         with pytest.raises(UserError, match="interrupted"):
             Shards(out, "train", 64)
+        ends.append(json.loads((out / "progress.json").read_text())["splits"]["train"]["tokens"])
+    assert 0 <= ends[0] < ends[1] < ends[2] < ends[3]
+    process = start(*args)
     stdout, stderr = process.communicate(timeout=60)
-    assert process.returncode == 0, stderr
-    assert kills >= 1
+    assert process.returncode == 0 and "going on" in stdout, stderr
     assert shards(out) == shards(whole) and {path.suffix for path in out.iterdir()} == {".bin", ".json"}
     assert (out / "meta.json").read_text() == (whole / "meta.json").read_text()
 
 
 def test_unfinished_data_is_not_given_up_and_its_damage_is_noticed(tmp_path, long_text, corpus):
-    process = start("text", "--input", long_text, "--out", tmp_path / "out",
-                    before="prepare_data.JOURNAL_SECONDS = 0")
-    journal = tmp_path / "out" / "progress.json"
-    while not journal.exists() or not json.loads(journal.read_text())["splits"]["train"]["tokens"]:
-        time.sleep(0.005)
-    process.kill()
-    process.communicate()
+    killed_at_sync(9, "text", "--input", long_text, "--out", tmp_path / "out")
     with pytest.raises(UserError, match="holds other data"):
         prepare(tmp_path / "out", corpus[0])
     (tmp_path / "out" / "train_00000.bin.tmp").write_bytes(b"")
