@@ -51,29 +51,42 @@ class HalfTail(AbbIE):
 VARIANTS = {"abbie_d_raw_tail": RawTail, "abbie_d_half_tail": HalfTail}
 
 WIDE = ["--n_embd=256", "--ffn_dim=704", "--n_attn_heads=4"]  # 3.3M parameters
-# row: (flags, seeds in the small study), the most telling first
+LONG, LONGER = ["--max_steps=4000"], ["--max_steps=8000"]
+STD, DEEP = ["--iters=1"], ["--iters=1", "--n_body_blocks=4"]  # DEEP: the training FLOPs of r = 2
+RECALL = ["--rule=recall"]
+# row: (rule and training r, flags, seeds in the small study), the most telling first
 ROWS = {
-    "std": (["--iters=1"], 3),
-    "abbie_d": ([], 3),
-    "recall": (["--rule=recall"], 3),
-    "abbie_c": (["--rule=abbie_c"], 3),
-    "zero_pt": (["--rule=zero_pt"], 1),
-    "std_deep": (["--iters=1", "--n_body_blocks=4"], 3),  # the training FLOPs of r = 2
-    "abbie_d_literal": (["--rule=abbie_d_literal"], 1),
-    "recall_1to3": (["--rule=recall", "--iters=1-3"], 1),
-    "abbie_d_1to3": (["--iters=1-3"], 1),
-    "abbie_d_raw_tail": ([], 1),
-    "abbie_d_half_tail": ([], 1),
-    "abbie_d_body_1": (["--n_head_blocks=2", "--n_body_blocks=1"], 1),  # 2+1+1, not 1+2+1
-    "abbie_d_body_4": (["--n_head_blocks=0", "--n_body_blocks=4", "--n_tail_blocks=0"], 1),
-    "recall_1to7": (["--rule=recall", "--iters=1-7"], 1),
-    "std_long": (["--iters=1", "--max_steps=4000"], 1),
-    "abbie_d_long": (["--max_steps=4000"], 1),
-    "recall_long": (["--rule=recall", "--max_steps=4000"], 1),
-    "std_wide": (["--iters=1", *WIDE], 2),
-    "abbie_d_wide": (WIDE, 2),
-    "recall_wide": (["--rule=recall", *WIDE], 2),
+    "std": ("Std, 1", STD, 3),
+    "std_deep": ("Std of six blocks, 1", DEEP, 3),
+    "abbie_d": ("`abbie_d`, 2", [], 3),
+    "recall": ("`recall`, 2", RECALL, 3),
+    "abbie_c": ("`abbie_c`, 2", ["--rule=abbie_c"], 3),
+    "zero_pt": ("`zero_pt`, 2", ["--rule=zero_pt"], 1),
+    "abbie_d_literal": ("`abbie_d_literal`, 2", ["--rule=abbie_d_literal"], 1),
+    "abbie_d_1to3": ("`abbie_d`, 1-3", ["--iters=1-3"], 1),
+    "abbie_d_poisson2": ("`abbie_d`, poisson:2", ["--iters=poisson:2"], 1),
+    "recall_1to3": ("`recall`, 1-3", [*RECALL, "--iters=1-3"], 1),
+    "recall_poisson2": ("`recall`, poisson:2", [*RECALL, "--iters=poisson:2"], 1),
+    "recall_1to7": ("`recall`, 1-7", [*RECALL, "--iters=1-7"], 1),
+    "abbie_d_raw_tail": ("`abbie_d`, raw state to the Tail, 2", [], 1),
+    "abbie_d_half_tail": ("`abbie_d`, half-sized Tail projections, 2", [], 1),
+    "abbie_d_body_1": ("`abbie_d` cut 2+1+1, 2", ["--n_head_blocks=2", "--n_body_blocks=1"], 1),
+    "abbie_d_body_4": ("`abbie_d` cut 0+4+0, 2",
+                       ["--n_head_blocks=0", "--n_body_blocks=4", "--n_tail_blocks=0"], 1),
+    "std_long": ("Std, 1, twice as long", [*STD, *LONG], 1),
+    "std_deep_long": ("Std of six blocks, 1, twice as long", [*DEEP, *LONG], 1),
+    "abbie_d_long": ("`abbie_d`, 2, twice as long", LONG, 1),
+    "recall_long": ("`recall`, 2, twice as long", [*RECALL, *LONG], 1),
+    "std_longer": ("Std, 1, four times as long", [*STD, *LONGER], 1),
+    "std_deep_longer": ("Std of six blocks, 1, four times as long", [*DEEP, *LONGER], 1),
+    "abbie_d_longer": ("`abbie_d`, 2, four times as long", LONGER, 1),
+    "recall_longer": ("`recall`, 2, four times as long", [*RECALL, *LONGER], 1),
+    "std_wide": ("Std, 1, twice as wide", [*STD, *WIDE], 3),
+    "std_deep_wide": ("Std of six blocks, 1, twice as wide", [*DEEP, *WIDE], 3),
+    "abbie_d_wide": ("`abbie_d`, 2, twice as wide", WIDE, 3),
+    "recall_wide": ("`recall`, 2, twice as wide", [*RECALL, *WIDE], 3),
 }
+SIZES = ("_longer", "_long", "_wide")  # ends of names: such a row is compared with the Std of its own
 
 # Both studies hold everything fixed but the row; dtype too, so that a row means the same on every machine.
 SMALL = ["config/abbie_tiny.py", "--block_size=256", "--n_embd=128", "--ffn_dim=352", "--n_attn_heads=2",
@@ -81,7 +94,7 @@ SMALL = ["config/abbie_tiny.py", "--block_size=256", "--n_embd=128", "--ffn_dim=
          "--warmup_steps=100", "--decay_frac=0.5", "--tokens_per_step=1024", "--micro_batch=4",
          "--max_steps=2000", "--eval_every=400", "--eval_iters=1,2", "--eval_tokens=32768",
          "--save_every=400"]
-SMALL_ITERS, SMALL_TASKS = "1,2,3,4,6,8,16,32", "cloze,lastword"
+SMALL_ITERS, SHOWN_ITERS, SMALL_TASKS = "1,2,3,4,6,8,16,32", "1,2,3,4,8,32", "cloze,lastword"
 GPU = ["config/abbie_124m.py", "--data=data/books", "--block_size=512", "--n_embd=512", "--ffn_dim=1408",
        "--n_attn_heads=8", "--n_head_blocks=2", "--n_body_blocks=4", "--n_tail_blocks=2", "--dtype=bfloat16",
        "--tokens_per_step=65536", "--micro_batch=64", "--max_steps=2400", "--lr=1e-3", "--eval_every=300",
@@ -98,7 +111,7 @@ def read(path: Path) -> dict:
 def run_row(row: str, seed: int, small: bool, path: Path, out: str, data_dir: str, flags: list[str]):
     """Train (or go on), evaluate, and add {"row-seed": record} to the results."""
     name = f"{row}-{seed}"
-    argv = [*(SMALL if small else GPU), *ROWS[row][0], f"--seed={seed}", f"--out_dir={out}/{name}", *flags]
+    argv = [*(SMALL if small else GPU), *ROWS[row][1], f"--seed={seed}", f"--out_dir={out}/{name}", *flags]
     config, iters = load_config(argv), SMALL_ITERS if small else GPU_ITERS
     train.AbbIE = eval_icl.AbbIE = VARIANTS.get(row, AbbIE)
     train.main(argv)
@@ -121,7 +134,7 @@ def run_row(row: str, seed: int, small: bool, path: Path, out: str, data_dir: st
         found["convergence"] = read(Path(temp, "found.json"))["convergence"]
     record = {
         "command": f"python results/study.py {'' if small else '--gpu '}--row {row} --seed {seed}",
-        "row": row, "seed": seed, "flags": ROWS[row][0] + flags, "n_params": header["n_params"],
+        "row": row, "seed": seed, "flags": ROWS[row][1] + flags, "n_params": header["n_params"],
         "steps": len(steps), "tokens": len(steps) * config.tokens_per_step, "flops": steps[-1]["flops"],
         "val_tokens": n_windows * config.block_size,
         "val_loss": {str(r): round(loss, 5) for r, loss in losses.items()},
@@ -134,28 +147,52 @@ def run_row(row: str, seed: int, small: bool, path: Path, out: str, data_dir: st
     os.replace(temporary, path)
 
 
-def spread(values: list[float], digits: int = 3) -> str:
+def spread(values: list[float], digits: int = 3, sign: str = "") -> str:
     """'1.437', or '1.437 ± 0.004' (the standard deviation) for several."""
-    text = f"{statistics.mean(values):.{digits}f}"
+    text = f"{statistics.mean(values):{sign}.{digits}f}"
     return text + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
+
+
+def accuracy(found: list[dict], r: str) -> str:
+    """A task at one r over seeds; of one seed with its standard error, and the p of McNemar's test of whether
+    it differs from the trained r."""
+    scores = [task["iters"][r] for task in found]
+    if len(found) > 1:
+        return spread([100 * score["acc"] for score in scores], 1)
+    text = f"{100 * scores[0]['acc']:.1f} ± {100 * scores[0]['acc_stderr']:.1f}"
+    test = found[0]["paired"].get(r, {}).get("acc")
+    return text + (f" (p {test['p']:.2g})" if test else "")
+
+
+def against_std(row: str, results: dict) -> list[float]:
+    """Validation loss less that of the Std of the same size and seed, each at the r that it was trained at;
+    a seed has the same initial weights and batches in both."""
+    std = "std" + next((size for size in SIZES if row.endswith(size)), "")
+    if row == std:
+        return []
+    r = str(load_config([SMALL[0], *ROWS[row][1]]).mean_iters)
+    runs = [run for run in results.values() if run["row"] == row]
+    return [run["val_loss"][r] - results[f"{std}-{run['seed']}"]["val_loss"]["1"] for run in runs
+            if f"{std}-{run['seed']}" in results]
 
 
 def table(path: Path, small: bool):
     """Markdown tables: loss at every r, the tasks, and how the state changes."""
-    results, iters = read(path), (SMALL_ITERS if small else GPU_ITERS).split(",")
+    results, iters = read(path), (SHOWN_ITERS if small else GPU_ITERS).split(",")
     rows = {row: [run for run in results.values() if run["row"] == row] for row in ROWS}
     rows = {row: runs for row, runs in rows.items() if runs}
-    print(f"| row | seeds | PFLOP | {' | '.join(f'r={r}' for r in iters)} |")
-    print("|---" * (len(iters) + 3) + "|")
+    print(f"| rule, trained at r | seeds | FLOPs | {' | '.join(f'r={r}' for r in iters)} | against Std |")
+    print("|---" * (len(iters) + 4) + "|")
     for row, runs in rows.items():
         cells = [spread([run["val_loss"][r] for run in runs]) for r in iters]
-        print(f"| `{row}` | {len(runs)} | {runs[0]['flops'] / 1e15:.4f} | " + " | ".join(cells) + " |")
+        gaps, flops = against_std(row, results), runs[0]["flops"] / rows.get("std", runs)[0]["flops"]
+        cells.append(spread(gaps, sign="+") if gaps else "")
+        print(f"| {ROWS[row][0]} | {len(runs)} | {flops:.2f} | {' | '.join(cells)} |")
     for task in dict.fromkeys(name for runs in rows.values() for name in runs[0]["tasks"]):
         print(f"\n{task}, acc in % | " + " | ".join(f"r={r}" for r in TASK_ITERS.split(",")))
         for row, runs in rows.items():
-            found = [run["tasks"][task]["iters"] for run in runs]
-            cells = [spread([100 * entry[r]["acc"] for entry in found], 1) for r in TASK_ITERS.split(",")]
-            print(f"`{row}` | " + " | ".join(cells))
+            found = [run["tasks"][task] for run in runs]
+            print(f"`{row}` | " + " | ".join(accuracy(found, r) for r in TASK_ITERS.split(",")))
     print("\nrelative change of the Tail's input at iteration r | 2 | 4 | 8 | 16 | untrained: 2 | 4 | 8 | 16")
     for row, runs in rows.items():
         cells = [statistics.mean(run["convergence"][which][r]["change"] for run in runs)
@@ -179,7 +216,7 @@ def main(argv: list[str]):
     rows = GPU_ROWS if args.gpu else list(ROWS)
     if args.row and args.row not in ROWS:
         raise UserError(f"no row {args.row}{nearest(args.row, ROWS)}\nrows: {', '.join(ROWS)}")
-    todo = [(row, seed) for seed in (1, 2, 3) for row in rows if seed <= (1 if args.gpu else ROWS[row][1])]
+    todo = [(row, seed) for seed in (1, 2, 3) for row in rows if seed <= (1 if args.gpu else ROWS[row][2])]
     for row, seed in [(args.row, args.seed)] if args.row else todo if args.all else []:
         if f"{row}-{seed}" not in read(path):
             out = args.out + ("_gpu" if args.gpu else "")

@@ -150,7 +150,7 @@ def test_rows_differ_by_their_flags_only():
     for small, rows in ((study.SMALL, study.ROWS), (study.GPU, study.GPU_ROWS)):
         base = vars(load_config(small))
         for row in rows:
-            flags = study.ROWS[row][0]
+            flags = study.ROWS[row][1]
             config = vars(load_config([*small, *flags]))
             changed = {key for key in config if config[key] != base[key] and key != "n_kv_heads"}  # follows
             assert changed == {flag[2:].partition("=")[0] for flag in flags}, row
@@ -196,9 +196,26 @@ def test_a_row_is_trained_once_and_becomes_a_line_of_the_tables(corpus, tmp_path
     assert 4 < run["val_loss"]["1"] < 6
     assert set(run["tasks"]) == {"lastword"} and {"trained", "untrained"} < set(run["convergence"])
     printed = capsys.readouterr().out
-    assert f"| `abbie_d_raw_tail` | 1 | {run['flops'] / 1e15:.4f} |" in printed
+    assert f"| `abbie_d`, raw state to the Tail, 2 | 1 | 1.00 | {run['val_loss']['1']:.3f} |" in printed
     study.main(command)
     assert "validation loss" not in capsys.readouterr().out  # not run again
+
+
+def test_a_row_is_compared_with_the_std_of_its_size_and_seed_at_the_trained_r():
+    losses = {"std-1": (1.5, 9), "std-2": (1.75, 9), "std_wide-2": (1.25, 9), "std_deep-2": (1.5, 9),
+              "recall-1": (9, 1.25), "recall-2": (9, 1.25), "recall_wide-1": (9, 1), "recall_wide-2": (9, 1)}
+    results = {name: {"row": name[:-2], "seed": int(name[-1]), "val_loss": {"1": at_1, "2": at_2}}
+               for name, (at_1, at_2) in losses.items()}
+    assert study.against_std("recall", results) == [-0.25, -0.5]
+    assert study.against_std("recall_wide", results) == [-0.25]  # seed 1 has no Std
+    assert study.against_std("std_deep", results) == [-0.25]
+    assert study.against_std("std", results) == []
+
+
+def test_the_readme_has_the_table_of_the_results(capsys):
+    study.main(["--table"])
+    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert len(printed) > 20 and "\n".join(printed) in (study.ROOT / "README.md").read_text()
 
 
 def test_an_unknown_row_is_refused():
