@@ -52,6 +52,7 @@ class Stats:
     drafted: int = 0
     accepted: int = 0        # of the drafted ones
     iters: Counter = field(default_factory=Counter)  # adaptive depth: iterations -> tokens that ran so many
+    depth: dict = field(default_factory=dict)        # and row -> iterations of its newest token
 
     def report(self, iters: int) -> str:
         text = f"{self.tokens} tokens, {self.tokens / max(self.seconds, 1e-9):.1f} tokens/s"
@@ -281,6 +282,7 @@ def adaptive_step(model, cache, iters, kind, threshold, stats, idx, rows):
         before, leaves = now, settled.tolist()
         if any(leaves):
             stats.iters[k + 1] += sum(leaves)
+            stats.depth.update((rows[i], k + 1) for i, left in zip(live, leaves) if left)
             chunk([i for i, left in zip(live, leaves) if left]).fill_deeper(k + 1)
             live = [i for i, left in zip(live, leaves) if not left]
             if not live:

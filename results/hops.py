@@ -3,6 +3,7 @@
     python results/hops.py --train                                  # all stages, into out/hops/1 to 5
     python results/hops.py --data data/hops --most 10 --n_val 4000 --n_train 100      # programs to ask
     python results/hops.py --ckpt out/hops/5 --data data/hops       # accuracy by hops and iterations
+    python results/hops.py --ckpt out/hops/5 --data data/hops --exit kl:1e-1    # as deep as each token needs
 
 A program has assignments and then queries, of 4 bytes each:
 
@@ -27,7 +28,8 @@ sys.path.insert(0, str(ROOT))
 
 import prepare_data  # noqa: E402
 from config import ArgumentParser, cli, load_config, parse_list  # noqa: E402
-from model import AbbIE, find_checkpoint, parse_iters, save_checkpoint  # noqa: E402
+from model import AbbIE, KVCache, find_checkpoint, parse_iters, save_checkpoint  # noqa: E402
+from sample import Stats, adaptive_step, parse_exit  # noqa: E402
 
 KEYS = ("rule", "iters", "n_embd", "n_head_blocks", "n_body_blocks", "n_tail_blocks", "block_size", "data",
         "tokens_per_step", "lr", "seed", "step")
@@ -44,7 +46,7 @@ STAGES = [
 # All but the last go on, a round at a time, until the longest chains are answered so well, or to the limit.
 ROUND, LIMIT, LEARNT = 200, 1600, 0.9
 # Parts of the first two stages that can be left out to see what they do (--without).
-WITHOUT = {"init": "the initial weights: the model's own", "shared": "their shared component",
+WITHOUT = {"init": "the initial weights: the model's own",
            "letters": "letters as chain ends", "exact": "two iterations in stage 2: any from 1 to 3"}
 N_PROGRAMS = 50_000  # of a stage, to train on
 LETTERS, DIGITS = "abcdefghijklmnopqrstuvwxyz", "0123456789"
@@ -83,10 +85,9 @@ def write(folder: str, block_size: int, most: int, n_train: int, n_val: int, let
 
 
 @torch.no_grad()
-def start(folder: str, seed: int, flags: list[str], shared: bool = True) -> str:
+def start(folder: str, seed: int, flags: list[str]) -> str:
     """The weights before stage 1: normal, std 1/sqrt(fan-in), at this width 1.6 times the model's own, from
-    which some seeds do not learn to look up twice. The embeddings also share a component, twice their size,
-    meant to let attention without biases see distance; measured without it, stages 1 and 2 do as well."""
+    which some seeds do not learn to look up twice."""
     config = load_config(["config/hops_tiny.py", f"--block_size={STAGES[0][0]}", "--iters=1", *flags])
     torch.manual_seed(seed)
     model = AbbIE(config.model_config(prepare_data.get_tokenizer("bytes").n_vocab))
@@ -94,8 +95,6 @@ def start(folder: str, seed: int, flags: list[str], shared: bool = True) -> str:
         if p.dim() == 2:
             joins = name.endswith(("proj.weight", "down.weight"))  # the residual stream
             p.normal_(std=(p.shape[1] * (2 * config.n_blocks if joins else 1)) ** -0.5)
-    if shared:
-        model.embed.weight += 2 * torch.randn(config.n_embd) * config.n_embd ** -0.5
     if not list(Path(folder).glob("step_*")):
         save_checkpoint(Path(folder), 0, model.state_dict(), {}, {**vars(config), **vars(model.config),
                                                                   "tokenizer": "bytes", "step": 0})
@@ -107,7 +106,7 @@ def train_stages(out: str, seed: int, flags: list[str], without: str = ""):
     train.py continues; the rate is constant, so that rounds make no difference to it. `without` (of WITHOUT)
     leaves something out, and ends after stage 2, where that shows."""
     import train
-    before = "" if without == "init" else start(f"{out}/0", seed, flags, shared=without != "shared")
+    before = "" if without == "init" else start(f"{out}/0", seed, flags)
     for stage, (block_size, most, letters, changes) in enumerate(STAGES[:2] if without else STAGES, 1):
         letters = letters and without != "letters"
         if without == "exact" and stage == 2:
@@ -162,6 +161,27 @@ def accuracy(model: AbbIE, shards: prepare_data.Shards, iters: list[int], n_prog
             "acc": {r: {h: round(right[r][h] / n[h], 4) for h in sorted(n)} for r in iters}}
 
 
+@torch.no_grad()
+def adaptive(model: AbbIE, shards: prepare_data.Shards, exit: str, iters: int, n_programs: int) -> dict:
+    """The first programs read a token at a time, each token as deep as it needs, at most iters (`exit` as in
+    sample.py): {"mean_iters": of all tokens, "iters": {hops: of a query}, "acc": {hops: share right}}."""
+    depths, right, stats, n_programs = {}, {}, Stats(), min(n_programs, shards.n_windows)
+    for first in range(0, n_programs, 64):
+        x, y = shards.batch(range(first, min(first + 64, n_programs)))
+        asked = {(row, at): hops for row in range(len(x)) for at, hops in questions(x[row].numpy())}
+        cache, rows = KVCache(model.config, len(x), iters), list(range(len(x)))
+        for at in range(x.shape[1]):
+            logits = adaptive_step(model, cache, iters, *parse_exit(exit), stats, x[:, at:at + 1], rows)
+            for row, hit in enumerate(logits.argmax(-1) == y[:, at]):
+                if hops := asked.get((row, at)):
+                    depths.setdefault(hops, []).append(stats.depth[row])
+                    right.setdefault(hops, []).append(float(hit))
+    return {"n_programs": n_programs,
+            "mean_iters": round(sum(k * n for k, n in stats.iters.items()) / stats.iters.total(), 3),
+            "iters": {h: round(float(np.mean(depths[h])), 3) for h in sorted(depths)},
+            "acc": {h: round(float(np.mean(right[h])), 4) for h in sorted(right)}}
+
+
 def stage_steps(meta: dict) -> list[int]:
     """Steps of the stages that led to a checkpoint, as far back as they are still there."""
     steps = [meta["step"]]
@@ -176,6 +196,10 @@ def show(result: dict):
     print("iters  " + "".join(f"{h} hop{'s' * (h > 1):5s}" for h in hops))
     for r, row in result["acc"].items():
         print(f"{r:>5}  " + "".join(f"{row[h]:<7.3f}" for h in hops))
+    for exit, found in result.get("exit", {}).items():
+        print(f"{exit}: {found['mean_iters']} iterations per token; of a query, and right:")
+        for what in ("iters", "acc"):
+            print(f"{what:>5}  " + "".join(f"{value:<7.3f}" for value in found[what].values()))
 
 
 def main(argv: list[str]):
@@ -190,6 +214,8 @@ def main(argv: list[str]):
     parser.add_argument("--ckpt", help="checkpoint to examine; without one, the programs are written")
     parser.add_argument("--iters", default="1,2,3,4,5,6,7,8,9,10,12,16")
     parser.add_argument("--n_programs", type=int, default=4000, help="most that are asked (4000)")
+    parser.add_argument("--exit", default="", help="kl:1e-1,kl:1e-2: also with tokens that stop by "
+                        "themselves, at the largest of --iters, on the first 1024 programs")
     parser.add_argument("--block_size", type=int, default=128)
     parser.add_argument("--most", type=int, default=6, help="longest chain")
     parser.add_argument("--n_train", type=int, default=N_PROGRAMS)
@@ -206,7 +232,11 @@ def main(argv: list[str]):
         return write(args.data, args.block_size, args.most, args.n_train, args.n_val)
     model = AbbIE.from_checkpoint(args.ckpt).eval()
     shards = prepare_data.Shards(args.data, "val", model.config.block_size)
-    result = accuracy(model, shards, parse_list(args.iters, "iters"), args.n_programs)
+    iters = parse_list(args.iters, "iters")
+    result = accuracy(model, shards, iters, args.n_programs)
+    if args.exit:
+        result["exit"] = {exit: adaptive(model, shards, exit, max(iters), min(1024, args.n_programs))
+                          for exit in args.exit.split(",")}
     show(result)
     if args.out:
         tries = json.loads(args.out.read_text()) if args.out.exists() else []

@@ -176,6 +176,7 @@ def test_adaptive_depth_equals_the_masked_reference_and_skips_the_work(rule, exi
     new = generate(model, prompts, n, iters, exit=exit, stats=stats)
     total = sum(stats.iters.values())
     assert total == (n - 1) * len(prompts) and len(stats.iters) > 1
+    assert stats.depth == {b: ran[-1] for b, ran in depths.items()}
     decoding = [B for B, T in calls if T == 1]
     assert sum(decoding) == sum(k * count for k, count in stats.iters.items())  # work ends with settling
     for b, prompt in enumerate(prompts):
