@@ -8,11 +8,11 @@ Every ratio comes from one process, with the sides in turn; medians over rounds.
 key of the file. FOLDER is a checkout of github.com/karpathy/nanoGPT.
 """
 
-import importlib.util
 import json
 import os
 import statistics
 import sys
+import tempfile
 import time
 from functools import partial
 from pathlib import Path
@@ -22,8 +22,10 @@ from torch.nn import functional as F
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+from bench import load_nanogpt  # noqa: E402
 from config import ArgumentParser, cli, load_config  # noqa: E402
-from model import AbbIE, AbbIEConfig, KVCache, UserError  # noqa: E402
+from llama import export  # noqa: E402
+from model import AbbIE, KVCache, UserError  # noqa: E402
 from prepare_data import Shards  # noqa: E402
 from sample import Stats, adaptive_step, generate, lay_out_for_decoding, parse_exit  # noqa: E402
 
@@ -134,28 +136,14 @@ def measure_cache(args):
 
 
 def as_hugging_face(model):
-    """The same weights as transformers' Llama (see llama.py for the real conversion)."""
+    """The same weights as transformers' Llama."""
     try:
-        from transformers import LlamaConfig, LlamaForCausalLM
+        from transformers import LlamaForCausalLM
     except ImportError:
-        raise UserError("the comparison needs a package\npip install transformers") from None
-    c = model.config
-    llama = LlamaForCausalLM(LlamaConfig(
-        vocab_size=c.vocab_size, hidden_size=c.n_embd, intermediate_size=c.ffn_dim,
-        num_hidden_layers=c.n_blocks, num_attention_heads=c.n_attn_heads,
-        max_position_embeddings=c.block_size, tie_word_embeddings=True,
-        rms_norm_eps=c.norm_eps, eos_token_id=None, bos_token_id=None)).eval()
-    embed, norm = model.embed.weight[:c.vocab_size], model.norm.weight
-    state = {"model.embed_tokens.weight": embed, "lm_head.weight": embed, "model.norm.weight": norm}
-    for i, block in enumerate([*model.head, *model.body, *model.tail]):
-        attn, mlp = block.attn, block.mlp
-        parts = {"input_layernorm": block.attn_norm.weight, "post_attention_layernorm": block.mlp_norm.weight,
-                 "self_attn.o_proj": attn.proj.weight, "mlp.down_proj": mlp.down.weight}
-        parts |= {f"self_attn.{x}_proj": w for x, w in zip("qkv", attn.qkv.weight.chunk(3))}
-        parts |= {f"mlp.{x}_proj": w for x, w in zip(("gate", "up"), mlp.gate_up.weight.chunk(2))}
-        state |= {f"model.layers.{i}.{name}.weight": w for name, w in parts.items()}
-    llama.load_state_dict(state)
-    return llama
+        raise UserError("the comparison needs a package\npip install transformers safetensors") from None
+    with tempfile.TemporaryDirectory() as temp:
+        export(model, Path(temp, "llama"))
+        return LlamaForCausalLM.from_pretrained(Path(temp, "llama"), dtype=torch.float32).eval()
 
 
 @torch.no_grad()
@@ -199,16 +187,11 @@ def against_hugging_face(args):
 
 def against_nanogpt(args):
     """Tokens/s of about 10M parameters at r = 1, batch 1, over 256 new tokens, beside nanoGPT's generate."""
-    if not (args.nanogpt and (Path(args.nanogpt) / "model.py").exists()):
-        raise UserError("--nanogpt must name a checkout of github.com/karpathy/nanoGPT")
-    spec = importlib.util.spec_from_file_location("nanogpt", Path(args.nanogpt) / "model.py")
-    nanogpt = sys.modules["nanogpt"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(nanogpt)
-    theirs = nanogpt.GPT(nanogpt.GPTConfig(block_size=512, vocab_size=257, n_layer=6, n_head=6, n_embd=384,
-                                           dropout=0.0, bias=False)).eval()
-    ours = lay_out_for_decoding(AbbIE(AbbIEConfig(
-        vocab_size=257, block_size=512, n_embd=384, n_attn_heads=6, ffn_dim=1024, n_head_blocks=2,
-        n_body_blocks=2, n_tail_blocks=2)).eval())
+    config = load_config([str(ROOT / "config/abbie_tiny.py"), "--block_size=512", "--n_embd=384",
+                          "--ffn_dim=1024", "--n_attn_heads=6", "--n_head_blocks=2", "--n_tail_blocks=2",
+                          "--device=cpu"])
+    theirs = load_nanogpt(args.nanogpt, config, vocab_size=257)[0].eval()
+    ours = lay_out_for_decoding(AbbIE(config.model_config(257)).eval())
     s = race({"ours": partial(generate, ours, [[1] * 16], 256, 1),
               "nanogpt": partial(theirs.generate, torch.ones(1, 16, dtype=torch.long), 256)}, args.rounds)
     return {"parameters": {"ours": ours.n_params(), "nanogpt": theirs.get_num_params()}, "new_tokens": 256,

@@ -197,13 +197,19 @@ def partition(path: Path, out: Path):
     plt.close(figure)
 
 
-def hops(path: Path, out: Path):
-    """Accuracy of variable chains by hops and r: a panel for each model, the mean of its seeds; what it was
-    trained on is framed."""
+def panels_of(path: Path) -> dict:
+    """results/hops.json -> {title of a panel: its seeds}."""
     panels = {}
     for entry in json.loads(path.read_text()):
         panels.setdefault(entry["figure"], []).append(entry)
     panels.pop("", None)
+    return panels
+
+
+def hops(path: Path, out: Path):
+    """Accuracy of variable chains by hops and r: a panel for each model, the mean of its seeds; what it was
+    trained on is framed."""
+    panels = panels_of(path)
     widths = [len(seeds[0]["acc"]) for seeds in panels.values()]
     figure, axes = plt.subplots(1, len(panels), figsize=(0.55 * sum(widths) + 1.5, 4.5), layout="constrained",
                                 width_ratios=widths, sharey=True)
@@ -231,11 +237,50 @@ def hops(path: Path, out: Path):
     plt.close(figure)
 
 
+def share_right(found: list[dict], most: int) -> float:
+    """{hops: share} of each seed -> percent over chains of 1 to `most` hops, every length counted the same."""
+    return 100 * statistics.mean(shares[str(n)] for shares in found for n in range(1, most + 1))
+
+
+def hops_exit(path: Path, out: Path):
+    """Chains when each token stops by itself: how many iterations a query takes, by its hops; and accuracy
+    against iterations per token, beside fixed r. Mean of the seeds, on the left their range too."""
+    figure, (left, right) = subplots(2)
+    for title, seeds in panels_of(path).items():
+        if "exit" not in seeds[0]:
+            continue
+        rule, most, first = title.split(",")[0], seeds[0]["trained_hops"], next(iter(seeds[0]["exit"]))
+        taken = [entry["exit"][first]["iters"] for entry in seeds]
+        depths = {int(n): [iters[n] for iters in taken] for n in taken[0]}
+        line, = left.plot(depths.keys(), [statistics.mean(d) for d in depths.values()], marker="o", label=title)
+        color = line.get_color()
+        left.fill_between(list(depths), *zip(*((min(d), max(d)) for d in depths.values())), color=color,
+                          alpha=0.2)
+        right.plot([int(r) for r in seeds[0]["acc"]],
+                   [share_right([entry["acc"][r] for entry in seeds], most) for r in seeds[0]["acc"]],
+                   marker="o", color=color, label=f"{rule}, every token r")
+        for exit, marker in zip(seeds[0]["exit"], "*Xs"):
+            found = [entry["exit"][exit] for entry in seeds]
+            right.plot(statistics.mean(f["mean_iters"] for f in found),
+                       share_right([f["acc"] for f in found], most), marker, markersize=13, color=color,
+                       markeredgecolor="black", linestyle="none", label=f"{rule}, --exit {exit}")
+    left.plot(list(depths), list(depths), color="grey", linestyle=":", label="one iteration a hop")
+    left.set(title=f"iterations that a query takes (--exit {first})", xlabel="hops of the chain",
+             ylabel="iterations", xticks=list(depths))
+    right.set(title=f"chains of 1 to {most} hops", xlabel="iterations of the Body per token",
+              ylabel="answers that are right, %")
+    left.legend(fontsize="small")
+    right.legend(fontsize="small")
+    figure.savefig(out)
+    plt.close(figure)
+
+
 # figure -> (function, the results that it is drawn from)
 FIGURES = {"evaluation": (evaluation, "eval_tiny.json"), "fixed_point": (fixed_point, "eval_tiny.json"),
            "study_loss": (study_loss, "study.json"), "study_flops": (study_flops, "study.json"),
            "study_change": (study_change, "study.json"), "study_tasks": (study_tasks, "study.json"),
-           "partition": (partition, "partition.json"), "hops": (hops, "hops.json")}
+           "partition": (partition, "partition.json"), "hops": (hops, "hops.json"),
+           "hops_exit": (hops_exit, "hops.json")}
 
 
 def main(argv: list[str]):
