@@ -34,7 +34,7 @@ import math
 import os
 import random
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from itertools import groupby, islice
 from pathlib import Path
@@ -54,19 +54,7 @@ from prepare_data import Shards, documents, get_tokenizer, read_meta
 CHUNK = 1 << 24  # logits that are held at a time, so that memory does not grow with batch or vocabulary
 
 
-# ------------------------------------------------------------------------------------------ one sweep, many r
-
-def sweep(model: AbbIE, idx: Tensor, iters: list[int], rope=None, kv=None) -> Iterator[Tensor]:
-    """idx (B, T) -> for each of the ascending `iters` the normed state z (B, T, D) that is unembedded.
-    The Body runs max(iters) times in all, the Tail once per entry."""
-    rope = rope or model.rope(idx)
-    h = model.run_head(idx, rope, kv)
-    x = model.start(h)
-    for k in range(iters[-1]):
-        u, x = model.iterate(x, h, k, rope, kv)
-        if k + 1 in iters:
-            yield model.run_tail(u, rope, kv)
-
+# ---------------------------------------------------------------------------------------- many r, many ranks
 
 def ascending(model: AbbIE, iters: Iterable[int]) -> list[int]:
     """Sorted, without repetitions. Raises UserError for what the model's rule does not run at."""
@@ -98,7 +86,7 @@ def window_losses(model: AbbIE, shards: Shards, iters: list[int], n_windows: int
     for first in tqdm(range(rank * batch_size, n, world * batch_size), desc=bar, disable=hidden):
         x, y = (t.to(device) for t in shards.batch(chosen[first:first + batch_size]))
         with autocast():
-            for i, z in enumerate(sweep(model, x, iters)):
+            for i, z in enumerate(model.states_at(x, iters)):
                 nats = [F.cross_entropy(model.logits(part).float(), target, reduction="none")
                         for part, target in zip(z.flatten(0, 1).split(step), y.flatten().split(step))]
                 losses[first:first + len(x), i] = torch.cat(nats).cpu().double().view(y.shape).mean(1)
@@ -434,7 +422,7 @@ def score(model: AbbIE, requests: list[tuple[list[int], list[int]]], iters: list
         rope = tuple(table[positions][:, None] for table in model.rope_on(device))  # (B, 1, T, E/2) each
         tree = Tree(branch) if branch.max() > 1 else None  # without branches: plain causal attention
         rows, row = places.unique(return_inverse=True)  # continuations share their context's last logits
-        for i, z in enumerate(sweep(model, idx, iters, rope, tree)):
+        for i, z in enumerate(model.states_at(idx, iters, rope, tree)):
             z = z.flatten(0, 1)[rows]
             nats, miss = torch.zeros(len(tokens), device=device), torch.zeros(len(tokens), device=device)
             for at in range(0, len(rows), step):

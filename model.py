@@ -513,17 +513,24 @@ class AbbIE(nn.Module):
         z = self.run_tail(u, rope)
         return (self.logits(z), None) if targets is None else self.logits_and_loss(z, targets)
 
+    def states_at(self, idx: Tensor, iters: list[int], rope=None, kv=None):
+        """Yield the state that is unembedded, (B, T, D), at each of the ascending iters, from one sweep of
+        the Body to the last. rope and kv: where tokens do not simply follow one another from position 0."""
+        rope = rope or self.rope(idx)
+        h = self.run_head(idx, rope, kv)
+        x = self.start(h)
+        for k in range(max(iters, default=0)):
+            u, x = self.iterate(x, h, k, rope, kv)
+            if k + 1 in iters:
+                yield self.run_tail(u, rope, kv)
+
     def logits_at(self, idx: Tensor, iters: list[int]):
         """Yield the logits (B, T, V) at each entry of iters, from one sweep of the Body to the largest."""
-        wanted, rope = [self.check_iters(r) for r in iters], self.rope(idx)
-        h = self.run_head(idx, rope)
-        x, at = self.start(h), {}
-        for k in range(max(wanted, default=0)):
-            u, x = self.iterate(x, h, k, rope)
-            if k + 1 in wanted:
-                at[k + 1] = u
+        wanted = [self.check_iters(r) for r in iters]
+        ascending = sorted(set(wanted))
+        states = dict(zip(ascending, self.states_at(idx, ascending)))
         for r in wanted:
-            yield self.logits(self.run_tail(at[r], rope))
+            yield self.logits(states[r])
 
     # The parts.
 

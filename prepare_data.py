@@ -48,7 +48,7 @@ import tiktoken
 from tqdm import tqdm
 
 from config import ArgumentParser, cli
-from model import UserError
+from model import UserError, sync_folder, write_synced
 from model import sha256 as file_sha256
 
 CHUNK = 1 << 18          # bytes of text that a thread encodes at a time, where documents are smaller
@@ -257,20 +257,14 @@ def chunks(item: Input, field: str, skip_bad: bool) -> Iterator[Chunk]:
 # -------------------------------------------------------------------------------------- documents -> shards
 
 def rename(temporary: Path, final: Path):
-    """Give a synced file its final name, so that a power cut keeps it (Windows cannot sync a folder)."""
+    """Give a synced file its final name, so that a power cut keeps it."""
     os.replace(temporary, final)
-    if hasattr(os, "O_DIRECTORY"):
-        folder = os.open(final.parent, os.O_RDONLY | os.O_DIRECTORY)
-        os.fsync(folder)
-        os.close(folder)
+    sync_folder(final.parent)
 
 
 def write_json(path: Path, value):
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w") as file:
-        json.dump(value, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
+    write_synced(temporary, lambda file: file.write(json.dumps(value, indent=1).encode()))
     rename(temporary, path)
 
 

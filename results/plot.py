@@ -238,7 +238,7 @@ def hops(path: Path, out: Path):
 
 
 def share_right(found: list[dict], most: int) -> float:
-    """{hops: share} of each seed -> percent over chains of 1 to `most` hops, every length counted the same."""
+    """{hops: share} of each seed -> percent over chains of 1 to `most` hops, every length alike."""
     return 100 * statistics.mean(shares[str(n)] for shares in found for n in range(1, most + 1))
 
 
@@ -252,7 +252,7 @@ def hops_exit(path: Path, out: Path):
         rule, most, first = title.split(",")[0], seeds[0]["trained_hops"], next(iter(seeds[0]["exit"]))
         taken = [entry["exit"][first]["iters"] for entry in seeds]
         depths = {int(n): [iters[n] for iters in taken] for n in taken[0]}
-        line, = left.plot(depths.keys(), [statistics.mean(d) for d in depths.values()], marker="o", label=title)
+        line, = left.plot(depths.keys(), list(map(statistics.mean, depths.values())), marker="o", label=title)
         color = line.get_color()
         left.fill_between(list(depths), *zip(*((min(d), max(d)) for d in depths.values())), color=color,
                           alpha=0.2)

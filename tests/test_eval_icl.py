@@ -331,7 +331,7 @@ def test_convergence_tells_the_rules_apart(corpus):
 # -------------------------------------------------------------------------------------------- the command
 
 def evaluate(args, **env):
-    return subprocess.run([sys.executable, *args], cwd=ROOT, capture_output=True, text=True, timeout=120,
+    return subprocess.run([sys.executable, *args], cwd=ROOT, capture_output=True, text=True, timeout=300,
                           env={**os.environ, "OMP_NUM_THREADS": "1", **env})
 
 

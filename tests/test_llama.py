@@ -399,7 +399,7 @@ def hub(folder):
 
 def run(*args, **env):
     return subprocess.run([sys.executable, *map(str, args)], cwd=ROOT, capture_output=True, text=True,
-                          timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1", **env})
+                          timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1", **env})
 
 
 def test_a_repository_is_downloaded_once_and_a_missing_one_is_a_short_error(hub, folder, tmp_path):

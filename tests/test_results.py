@@ -230,6 +230,15 @@ def test_the_readme_has_the_table_of_the_results(capsys):
     assert len(printed) > 20 and "\n".join(printed) in (study.ROOT / "README.md").read_text()
 
 
+def test_every_row_of_the_study_stands_in_reproduce_md():
+    text = (study.ROOT / "REPRODUCE.md").read_text()
+    lines = [line for line in text.splitlines() if line.startswith("| `")]
+    for row, (_, flags, seeds) in study.ROWS.items():
+        line, = (line for line in lines if f"`{row}`" in line.split("|")[1])
+        assert line.endswith(f"| {', '.join(map(str, range(1, seeds + 1)))} |"), row
+        assert flags == [] or any(flag in line for flag in flags), row
+
+
 def test_an_unknown_row_is_refused():
     with pytest.raises(UserError, match="did you mean recall"):
         study.main(["--row", "recal"])

@@ -432,7 +432,7 @@ def test_text_streams_and_a_terminal_without_a_prompt_is_interactive(folder):
         os.close(theirs)
         os.write(ours, b"\n")         # an empty prompt is refused, and the next one asked for
         os.write(ours, b"def \n\x04")
-        out, err = process.communicate(timeout=120)
+        out, err = process.communicate(timeout=300)
         os.close(ours)
     assert process.returncode == 0, err
     assert out.strip() or out and "the prompt is empty" in err and "tokens/s" in err

@@ -140,7 +140,7 @@ def ranks(world: int, argv: list[str], ground: Path) -> list[subprocess.Complete
     done = []
     try:
         for process in started:
-            out, err = process.communicate(timeout=120)
+            out, err = process.communicate(timeout=300)
             done.append(subprocess.CompletedProcess(argv, process.returncode, out, err))
     finally:
         for process in started:
@@ -252,7 +252,7 @@ def test_the_same_step_for_4x1_2x2_1x4_and_for_two_nodes(ground, tmp_path):
         for n in range(2)
     ]
     for node in nodes:
-        out, _ = node.communicate(timeout=120)
+        out, _ = node.communicate(timeout=300)
         assert node.returncode == 0, out
     reference, first = torch.load(tmp_path / "1.pt", weights_only=True), log(tmp_path / "1")
     assert len(reference) > 10
@@ -297,7 +297,7 @@ def test_torchrun_restarts_after_a_crash_and_ends_the_same(ground, undisturbed, 
         faulty(ground, "crash", 5, 1, tmp_path / "crashed", tmp_path / "run"),
         ground,
     )
-    out, _ = process.communicate(timeout=120)
+    out, _ = process.communicate(timeout=300)
     assert process.returncode == 0 and (tmp_path / "crashed").exists(), out
     assert digest(tmp_path / "run") == digest(undisturbed[2])
     assert losses(tmp_path / "run") == losses(undisturbed[2])
