@@ -491,7 +491,8 @@ class AbbIE(nn.Module):
             case "abbie_c":  # no residual between iterations
                 x = body(x)
             case "zero_pt":  # after Geiping et al., arXiv 2502.05171: the state starts empty
-                x = body(self.project(torch.cat((x, h), dim=-1)))
+                s = self.project(torch.cat((x, h), dim=-1))
+                x = body(s.to(h.dtype))  # under autocast too, the residual stream keeps its precision
             case "recall":  # ours: damped fixed-point iteration of x = h + Delta(x), full-sized updates
                 u = body(x) + (h - x)
                 return u, (u + x) / 2

@@ -245,10 +245,11 @@ def share_right(found: list[dict], most: int) -> float:
 def hops_exit(path: Path, out: Path):
     """Chains when each token stops by itself: how many iterations a query takes, by its hops; and accuracy
     against iterations per token, beside fixed r. Mean of the seeds, on the left their range too."""
+    panels = {title: seeds for title, seeds in panels_of(path).items() if "exit" in seeds[0]}
+    if not panels:
+        raise UserError(f"{path} has no try with --exit\nmake one: results/hops.py --exit kl:1e-1")
     figure, (left, right) = subplots(2)
-    for title, seeds in panels_of(path).items():
-        if "exit" not in seeds[0]:
-            continue
+    for title, seeds in panels.items():
         rule, most, first = title.split(",")[0], seeds[0]["trained_hops"], next(iter(seeds[0]["exit"]))
         taken = [entry["exit"][first]["iters"] for entry in seeds]
         depths = {int(n): [iters[n] for iters in taken] for n in taken[0]}

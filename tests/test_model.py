@@ -285,6 +285,16 @@ def test_abbie_d_has_reached_its_limit_at_32_iterations():
     assert (at2 - at128).abs().max() > 0.01  # and 2 is not yet there
 
 
+@pytest.mark.parametrize("rule", RULES)
+def test_the_residual_stream_keeps_its_precision_under_autocast(rule):
+    model, seen = make(rule=rule), []
+    for block in [*model.head, *model.body, *model.tail]:
+        block.register_forward_pre_hook(lambda block, args: seen.append(args[0].dtype))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model(tokens(), iters=3)
+    assert len(seen) == 1 + 3 * 2 + 1 and set(seen) == {torch.float32}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rule, most", RULES.items())
 def test_every_rule_is_finite_at_all_the_iterations_that_it_allows(rule, most, dtype):
