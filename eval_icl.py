@@ -96,8 +96,7 @@ def window_losses(model: AbbIE, shards: Shards, iters: list[int], n_windows: int
 def evaluate_loss(model: AbbIE, shards: Shards, iters: list[int], n_windows: int | None = None,
                   batch_size: int = 16, rank: int = 0, world: int = 1,
                   autocast=contextlib.nullcontext) -> dict[int, float]:
-    """{r: mean nats per token}, on the same windows at every call. `autocast` makes a context to compute
-    in."""
+    """{r: mean nats per token}, on the same windows at every call. Computed in the context autocast()."""
     iters = ascending(model, iters)
     losses = window_losses(model, shards, iters, n_windows, batch_size, rank, world, autocast)
     return dict(zip(iters, losses.mean(0).tolist()))
@@ -124,11 +123,10 @@ def convergence(model: AbbIE, idx: Tensor, iters: int) -> dict:
     """idx (B, T), B >= 2 -> for every r up to `iters`, means over tokens of what happens to u, the state
     that the Tail reads, brought to unit RMS:
 
-        change, cosine     of u against the u of one iteration before (relative distance) settled
-        the fraction of tokens whose argmax stays the same from this r to the last from_zero, from_noise,
-        from_other   path independence: the relative distance from this u to the one that
-                           starts at zeros, at noise as large as the Head's output, or at another row's
-                           Head output
+        change, cosine          of u against the u of the iteration before (change: relative distance)
+        settled                 the fraction of tokens whose argmax is the same from this r to the last
+        from_zero, from_noise,  path independence: the relative distance of this u from the one that starts
+        from_other              at zeros, at noise as large as the Head's output, or at another row's h
     """
     def unit(u):
         return F.rms_norm(u.float(), u.shape[-1:])

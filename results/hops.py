@@ -215,7 +215,7 @@ def main(argv: list[str]):
     parser.add_argument("--iters", default="1,2,3,4,5,6,7,8,9,10,12,16")
     parser.add_argument("--n_programs", type=int, default=4000, help="most that are asked (4000)")
     parser.add_argument("--exit", default="", help="kl:1e-1,kl:1e-2: also with tokens that stop by "
-                        "themselves, at the largest of --iters, on the first 1024 programs")
+                        "themselves, at the largest of --iters, on the first 2048 programs")
     parser.add_argument("--block_size", type=int, default=128)
     parser.add_argument("--most", type=int, default=6, help="longest chain")
     parser.add_argument("--n_train", type=int, default=N_PROGRAMS)
@@ -235,7 +235,7 @@ def main(argv: list[str]):
     iters = parse_list(args.iters, "iters")
     result = accuracy(model, shards, iters, args.n_programs)
     if args.exit:
-        result["exit"] = {exit: adaptive(model, shards, exit, max(iters), min(1024, args.n_programs))
+        result["exit"] = {exit: adaptive(model, shards, exit, max(iters), min(2048, args.n_programs))
                           for exit in args.exit.split(",")}
     show(result)
     if args.out:

@@ -237,41 +237,35 @@ def hops(path: Path, out: Path):
     plt.close(figure)
 
 
-def share_right(found: list[dict], most: int) -> float:
-    """{hops: share} of each seed -> percent over chains of 1 to `most` hops, every length alike."""
-    return 100 * statistics.mean(shares[str(n)] for shares in found for n in range(1, most + 1))
-
-
 def hops_exit(path: Path, out: Path):
-    """Chains when each token stops by itself: how many iterations a query takes, by its hops; and accuracy
-    against iterations per token, beside fixed r. Mean of the seeds, on the left their range too."""
+    """Chains when each token stops by itself: the iterations that a query takes, by its hops, and for each
+    model the accuracy beside that of fixed r. Means over seeds; on the left their range too."""
     panels = {title: seeds for title, seeds in panels_of(path).items() if "exit" in seeds[0]}
     if not panels:
-        raise UserError(f"{path} has no try with --exit\nmake one: results/hops.py --exit kl:1e-1")
-    figure, (left, right) = subplots(2)
-    for title, seeds in panels.items():
-        rule, most, first = title.split(",")[0], seeds[0]["trained_hops"], next(iter(seeds[0]["exit"]))
-        taken = [entry["exit"][first]["iters"] for entry in seeds]
-        depths = {int(n): [iters[n] for iters in taken] for n in taken[0]}
-        line, = left.plot(depths.keys(), list(map(statistics.mean, depths.values())), marker="o", label=title)
-        color = line.get_color()
-        left.fill_between(list(depths), *zip(*((min(d), max(d)) for d in depths.values())), color=color,
-                          alpha=0.2)
-        right.plot([int(r) for r in seeds[0]["acc"]],
-                   [share_right([entry["acc"][r] for entry in seeds], most) for r in seeds[0]["acc"]],
-                   marker="o", color=color, label=f"{rule}, every token r")
-        for exit, marker in zip(seeds[0]["exit"], "*Xs"):
-            found = [entry["exit"][exit] for entry in seeds]
-            right.plot(statistics.mean(f["mean_iters"] for f in found),
-                       share_right([f["acc"] for f in found], most), marker, markersize=13, color=color,
-                       markeredgecolor="black", linestyle="none", label=f"{rule}, --exit {exit}")
-    left.plot(list(depths), list(depths), color="grey", linestyle=":", label="one iteration a hop")
-    left.set(title=f"iterations that a query takes (--exit {first})", xlabel="hops of the chain",
-             ylabel="iterations", xticks=list(depths))
-    right.set(title=f"chains of 1 to {most} hops", xlabel="iterations of the Body per token",
-              ylabel="answers that are right, %")
+        raise UserError(f"{path} has no try with --exit\nmake one: results/hops.py --exit kl:1e-2")
+    figure, (left, *axes) = subplots(1 + len(panels))
+    for ax, (title, seeds) in zip(axes, panels.items()):
+        exit = next(iter(seeds[0]["exit"]))
+        found = [entry["exit"][exit] for entry in seeds]
+        lengths = [int(n) for n in found[0]["iters"]]
+        taken = list(zip(*(f["iters"].values() for f in found)))  # (lengths, seeds)
+        left.plot(lengths, list(map(statistics.mean, taken)), marker="o", label=title)
+        left.fill_between(lengths, list(map(min, taken)), list(map(max, taken)), alpha=0.2)
+        curves = {f"every token r = {r}": [entry["acc"][r] for entry in seeds] for r in "2 4 6 8 16".split()}
+        cost = statistics.mean(f["mean_iters"] for f in found)
+        curves[f"--exit {exit}: r = {cost:.1f} in the mean"] = [f["acc"] for f in found]
+        for label, accs in curves.items():
+            ours = label.startswith("--exit")
+            percent = [100 * statistics.mean(acc[str(n)] for acc in accs) for n in lengths]
+            ax.plot(lengths, percent, label=label, marker="o" if ours else ".", linewidth=2.5 if ours else 1,
+                    color="black" if ours else None)
+        ax.set(title=title, xlabel="hops of the chain", ylabel="answers that are right, %", xticks=lengths)
+        ax.axvline(seeds[0]["trained_hops"] + 0.5, color="grey", linestyle=":", label="longest in training")
+        ax.legend(fontsize="small")
+    left.plot(lengths, lengths, color="grey", linestyle=":", label="one iteration a hop")
+    left.set(title=f"iterations that a query takes (--exit {exit})", xlabel="hops of the chain",
+             ylabel="iterations", xticks=lengths)
     left.legend(fontsize="small")
-    right.legend(fontsize="small")
     figure.savefig(out)
     plt.close(figure)
 
