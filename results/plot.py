@@ -238,34 +238,31 @@ def hops(path: Path, out: Path):
 
 
 def hops_exit(path: Path, out: Path):
-    """Chains when each token stops by itself: the iterations that a query takes, by its hops, and for each
-    model the accuracy beside that of fixed r. Means over seeds; on the left their range too."""
+    """Chains when each token stops by itself: a row for each model, a colour for each seed. Left: the
+    iterations that a query takes, by its hops. Right: accuracy, dashed with the best r for every token."""
     panels = {title: seeds for title, seeds in panels_of(path).items() if "exit" in seeds[0]}
     if not panels:
         raise UserError(f"{path} has no try with --exit\nmake one: results/hops.py --exit kl:1e-2")
-    figure, (left, *axes) = subplots(1 + len(panels))
-    for ax, (title, seeds) in zip(axes, panels.items()):
-        exit = next(iter(seeds[0]["exit"]))
-        found = [entry["exit"][exit] for entry in seeds]
-        lengths = [int(n) for n in found[0]["iters"]]
-        taken = list(zip(*(f["iters"].values() for f in found)))  # (lengths, seeds)
-        left.plot(lengths, list(map(statistics.mean, taken)), marker="o", label=title)
-        left.fill_between(lengths, list(map(min, taken)), list(map(max, taken)), alpha=0.2)
-        curves = {f"every token r = {r}": [entry["acc"][r] for entry in seeds] for r in "2 4 6 8 16".split()}
-        cost = statistics.mean(f["mean_iters"] for f in found)
-        curves[f"--exit {exit}: r = {cost:.1f} in the mean"] = [f["acc"] for f in found]
-        for label, accs in curves.items():
-            ours = label.startswith("--exit")
-            percent = [100 * statistics.mean(acc[str(n)] for acc in accs) for n in lengths]
-            ax.plot(lengths, percent, label=label, marker="o" if ours else ".", linewidth=2.5 if ours else 1,
-                    color="black" if ours else None)
-        ax.set(title=title, xlabel="hops of the chain", ylabel="answers that are right, %", xticks=lengths)
-        ax.axvline(seeds[0]["trained_hops"] + 0.5, color="grey", linestyle=":", label="longest in training")
-        ax.legend(fontsize="small")
-    left.plot(lengths, lengths, color="grey", linestyle=":", label="one iteration a hop")
-    left.set(title=f"iterations that a query takes (--exit {exit})", xlabel="hops of the chain",
-             ylabel="iterations", xticks=lengths)
-    left.legend(fontsize="small")
+    figure, axes = plt.subplots(len(panels), 2, figsize=(10, 4 * len(panels)), squeeze=False,
+                                layout="constrained")
+    for (left, right), (title, seeds) in zip(axes, panels.items()):
+        for entry in seeds:
+            exit, found = next(iter(entry["exit"].items()))
+            lengths = [int(n) for n in found["iters"]]
+            label = f"seed {entry['config']['seed']}: {found['mean_iters']:.1f} iterations per token"
+            line, = left.plot(lengths, found["iters"].values(), marker=".", label=label)
+            best = max(entry["acc"], key=lambda r: sum(entry["acc"][r].values()))
+            for acc, style in ((found["acc"], "-"), (entry["acc"][best], "--")):
+                right.plot(lengths, [100 * acc[str(n)] for n in lengths], style, marker=".",
+                           color=line.get_color(), label=f"best r: {best}" if style == "--" else None)
+        left.plot(lengths, lengths, color="grey", linestyle=":", label="one iteration a hop")
+        most = seeds[0]["trained_hops"]
+        right.axvline(most + 0.5, color="grey", linestyle=":", label="longest in training")
+        left.set(title=f"{title}, --exit {exit}", ylabel="iterations that a query takes")
+        right.set(title=f"with --exit {exit}; dashed: every token r", ylabel="answers that are right, %")
+        for ax in (left, right):
+            ax.set(xlabel="hops of the chain", xticks=lengths)
+            ax.legend(fontsize="small")
     figure.savefig(out)
     plt.close(figure)
 
