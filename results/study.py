@@ -128,7 +128,8 @@ def run_row(row: str, seed: int, small: bool, path: Path, out: str, data_dir: st
     with tempfile.TemporaryDirectory() as temp:
         ask = ["--ckpt", config.out_dir, "--out", f"{temp}/found.json"]
         tasks = SMALL_TASKS if small else GPU_TASKS
-        eval_icl.main([*ask, "--iters", TASK_ITERS, "--tasks", tasks, "--data_dir", data_dir])
+        whole = [] if small else ["--ppl"]  # perplexity of the whole validation split, with its error
+        eval_icl.main([*ask, "--iters", TASK_ITERS, "--tasks", tasks, "--data_dir", data_dir, *whole])
         found = read(Path(temp, "found.json"))
         eval_icl.main([*ask, "--iters", "16", "--convergence"])
         found["convergence"] = read(Path(temp, "found.json"))["convergence"]
@@ -140,7 +141,7 @@ def run_row(row: str, seed: int, small: bool, path: Path, out: str, data_dir: st
         "val_loss": {str(r): round(loss, 5) for r, loss in losses.items()},
         "curve": [{"step": line["step"], "flops": flops.get(line["step"] - 1, 0),
                    "val_loss": line["val_loss"]} for line in log if "val_loss" in line],
-        "tasks": found["tasks"], "convergence": found["convergence"],
+        **{key: found[key] for key in ("tasks", "ppl", "convergence") if key in found},
         **{key: header[key] for key in ("device", "dtype", "torch", "commit")}}
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     temporary.write_text(json.dumps({**read(path), name: record}, indent=1))
@@ -193,6 +194,12 @@ def table(path: Path, small: bool):
         for row, runs in rows.items():
             found = [run["tasks"][task] for run in runs]
             print(f"`{row}` | " + " | ".join(accuracy(found, r) for r in TASK_ITERS.split(",")))
+    if not small:
+        print("\nperplexity, whole validation split | " + " | ".join(f"r={r}" for r in TASK_ITERS.split(",")))
+        for row, runs in rows.items():
+            found = [runs[0]["ppl"]["iters"][r] for r in TASK_ITERS.split(",")]
+            cells = [f"{f['perplexity']:.2f} ± {f['perplexity'] * f['loss_stderr']:.2f}" for f in found]
+            print(f"`{row}` | " + " | ".join(cells))
     print("\nrelative change of the Tail's input at iteration r | 2 | 4 | 8 | 16 | untrained: 2 | 4 | 8 | 16")
     for row, runs in rows.items():
         cells = [statistics.mean(run["convergence"][which][r]["change"] for run in runs)

@@ -213,6 +213,23 @@ def test_a_row_is_trained_once_and_becomes_a_line_of_the_tables(corpus, tmp_path
     assert "validation loss" not in capsys.readouterr().out  # not run again
 
 
+def test_the_study_of_a_gpu_goes_the_same_way_and_adds_perplexity(corpus, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "AbbIE", AbbIE)  # put back afterwards
+    monkeypatch.setattr(eval_icl, "AbbIE", AbbIE)
+    monkeypatch.setattr(study, "GPU_TASKS", "lastword")
+    monkeypatch.setattr(study, "GPU_ROWS", ["std", "recall"])
+    flags = [*TOY, f"--data={corpus}", "--max_steps=1", "--block_size=96", "--tokens_per_step=192",
+             "--eval_tokens=192"]
+    study.main(["--gpu", "--all", "--out", str(tmp_path / "out"), "--results", str(tmp_path / "gpu.json"),
+                "--flags", " ".join(flags)])
+    runs = json.loads((tmp_path / "gpu.json").read_text())
+    assert list(runs) == ["std-1", "recall-1"] and list(runs["std-1"]["ppl"]["iters"]) == ["1", "2", "4", "8"]
+    printed = capsys.readouterr().out
+    assert "\nperplexity, whole validation split | r=1 | r=2 | r=4 | r=8\n`std` | " in printed
+    gap = runs["recall-1"]["val_loss"]["2"] - runs["std-1"]["val_loss"]["1"]
+    assert re.search(rf"\| `recall`, 2 \| 1 \| .* \| {gap:+.3f} \|".replace("+", r"\+"), printed)
+
+
 def test_a_row_is_compared_with_the_std_of_its_size_and_seed_at_the_trained_r():
     losses = {"std-1": (1.5, 9), "std-2": (1.75, 9), "std_wide-2": (1.25, 9), "std_deep-2": (1.5, 9),
               "recall-1": (9, 1.25), "recall-2": (9, 1.25), "recall_wide-1": (9, 1), "recall_wide-2": (9, 1)}
