@@ -110,10 +110,11 @@ RULES = ("std", "std_deep", "abbie_d", "recall", "abbie_c", "zero_pt")  # rows; 
 def study_loss(path: Path, out: Path):
     """Validation loss against r for every row of the study, mean and range over its seeds."""
     found = runs_of(path)
-    bigger = [row for row in found if row.endswith(("_long", "_wide"))]
+    longer = [row for row in found if row.endswith(("_long", "_longer"))]
+    wider = [row for row in found if row.endswith("_wide")]
     panels = {"the rules (number of seeds)": [row for row in found if row in RULES],
-              "variants": [row for row in found if row not in (*RULES, *bigger)],
-              "twice as long or as wide": bigger}
+              "variants": [row for row in found if row not in (*RULES, *longer, *wider)],
+              "two and four times as long": longer, "twice as wide": wider}
     panels = {title: rows for title, rows in panels.items() if rows}
     figure, axes = subplots(len(panels))
     for ax, (title, rows) in zip(axes, panels.items()):

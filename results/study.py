@@ -65,7 +65,6 @@ ROWS = {
     "abbie_d_literal": ("`abbie_d_literal`, 2", ["--rule=abbie_d_literal"], 1),
     "abbie_d_1to3": ("`abbie_d`, 1-3", ["--iters=1-3"], 1),
     "recall_1to3": ("`recall`, 1-3", [*RECALL, "--iters=1-3"], 1),
-    "recall_poisson2": ("`recall`, poisson:2", [*RECALL, "--iters=poisson:2"], 1),
     "recall_1to7": ("`recall`, 1-7", [*RECALL, "--iters=1-7"], 1),
     "abbie_d_raw_tail": ("`abbie_d`, raw state to the Tail, 2", [], 1),
     "abbie_d_half_tail": ("`abbie_d`, half-sized Tail projections, 2", [], 1),
@@ -80,7 +79,7 @@ ROWS = {
     "abbie_d_longer": ("`abbie_d`, 2, four times as long", LONGER, 1),
     "recall_longer": ("`recall`, 2, four times as long", [*RECALL, *LONGER], 1),
     "std_wide": ("Std, 1, twice as wide", [*STD, *WIDE], 3),
-    "std_deep_wide": ("Std of six blocks, 1, twice as wide", [*DEEP, *WIDE], 2),
+    "std_deep_wide": ("Std of six blocks, 1, twice as wide", [*DEEP, *WIDE], 1),
     "abbie_d_wide": ("`abbie_d`, 2, twice as wide", WIDE, 3),
     "recall_wide": ("`recall`, 2, twice as wide", [*RECALL, *WIDE], 3),
 }
