@@ -3,7 +3,7 @@
     python results/hops.py --train                                  # all stages, into out/hops/1 to 5
     python results/hops.py --data data/hops --most 10 --n_val 4000 --n_train 100      # programs to ask
     python results/hops.py --ckpt out/hops/5 --data data/hops       # accuracy by hops and iterations
-    python results/hops.py --ckpt out/hops/5 --data data/hops --exit kl:1e-1    # as deep as each token needs
+    python results/hops.py --ckpt out/hops/5 --data data/hops --exit kl:1e-2    # as deep as each token needs
 
 A program has assignments and then queries, of 4 bytes each:
 
@@ -214,7 +214,7 @@ def main(argv: list[str]):
     parser.add_argument("--ckpt", help="checkpoint to examine; without one, the programs are written")
     parser.add_argument("--iters", default="1,2,3,4,5,6,7,8,9,10,12,16")
     parser.add_argument("--n_programs", type=int, default=4000, help="most that are asked (4000)")
-    parser.add_argument("--exit", default="", help="kl:1e-1,kl:1e-2: also with tokens that stop by "
+    parser.add_argument("--exit", default="", help="kl:1e-2,kl:1e-1: also with tokens that stop by "
                         "themselves, at the largest of --iters, on the first 2048 programs")
     parser.add_argument("--block_size", type=int, default=128)
     parser.add_argument("--most", type=int, default=6, help="longest chain")

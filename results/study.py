@@ -164,7 +164,7 @@ def accuracy(found: list[dict], r: str) -> str:
 
 def against_std(row: str, results: dict) -> list[float]:
     """Validation loss less that of the Std of the same size and seed, each at the r that it was trained at;
-    a seed has the same initial weights and batches in both."""
+    a seed has the same batches in both, and at equal shape the same initial weights."""
     std = "std" + next((size for size in SIZES if row.endswith(size)), "")
     if row == std:
         return []
