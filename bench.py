@@ -1,46 +1,37 @@
-"""Speed, measured so that it can be believed. The last line of stdout is one JSON object.
+"""Tokens/s of this machine, measured so that they can be believed. The last line of stdout is one JSON
+object.
 
     python bench.py train config/abbie_tiny.py --iters 1,2,4,8                 # tokens/s, FLOPs, MFU, memory
     python bench.py train config/abbie_tiny.py --side "iters=1 n_body_blocks=4"    # is looping free?
-    python bench.py train config/std_tiny.py --side "compile=on" --side "nanogpt=PATH compile=on"
     python bench.py decode config/abbie_tiny.py --iters 1,2,4,8 --batch 1,64 --draft_iters 1 --ckpt out/NAME
-    python bench.py race config/std_tiny.py --nanogpt PATH --data data/NAME    # loss at equal wall-clock time
-    python bench.py gpu --out results/bench_gpu.json                           # the whole report of one GPU
 
 Any config key is a flag. The config is the first side of a comparison; each --side is the same config with
-changes, or nanoGPT (PATH is a clone of it) at equal width, depth, context and batch. Every side has a process
-of its own, and they take turns: a round measures all of them, and the machine's fastest matrix product and
-copy beside them. Figures are medians over rounds, and a ratio is the median of the ratios within a round, so
-that a machine which is slower for a while is slower for all sides.
+changes. Every side has a process of its own, and they take turns: a round measures all of them, and the
+machine's fastest matrix product and copy beside them. Figures are medians over rounds, and a ratio is the
+median of the ratios within a round, so that a machine which is slower for a while is slower for all sides.
 """
 
-import argparse
 import gc
-import importlib.util
 import itertools
 import json
-import math
 import multiprocessing
 import os
 import shlex
 import statistics
 import sys
-import tempfile
 import time
-from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
 import torch
 
 import train
-from config import ArgumentParser, Config, cli, load_config, parse_list
-from eval_icl import evaluate_loss
+from checkpoint import load_model, write_json
+from config import ArgumentParser, Config, choose_device, cli, load_config, parse_list
+from data import Shards, read_meta
+from decode import Stats, stream
 from model import AbbIE, UserError
-from prepare_data import Shards, read_meta
-from sample import Stats, stream
 
 # ------------------------------------------------------------------------------------- sides that take turns
 
@@ -125,7 +116,7 @@ def peak_memory(device: torch.device) -> int | None:
 def machine(device: torch.device):
     """What the device can do: FLOP/s of large matrix products in fp32 and bf16, and bytes/s of a large copy
     (reads and writes counted), each the best of ten."""
-    n, size = (8192, 2 ** 30) if device.type == "cuda" else (1024, 2 ** 27)
+    n, size = (8192, 2**30) if device.type == "cuda" else (1024, 2**27)
     source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     yield {"matmul": f"{n} x {n} x {n}", "copy_bytes": size}
@@ -133,14 +124,14 @@ def machine(device: torch.device):
         best = {"bandwidth": 2 * size / min(seconds(lambda: target.copy_(source), device) for _ in range(10))}
         for dtype in ("float32", "bfloat16"):
             a = torch.randn(n, n, device=device).to(getattr(torch, dtype))
-            best[dtype] = 2 * n ** 3 / min(seconds(lambda a=a: a @ a, device) for _ in range(10))
+            best[dtype] = 2 * n**3 / min(seconds(lambda a=a: a @ a, device) for _ in range(10))
         yield best
 
 
 def settings(config: Config) -> tuple[torch.device, torch.dtype]:
     """Device and precision, as train.py chooses them."""
     torch.manual_seed(config.seed)
-    device = train.choose_device(config, 0)
+    device = choose_device(config.device)
     return device, train.choose_dtype(config, device)
 
 
@@ -173,55 +164,35 @@ def vocab_size(config: Config) -> int:
 
 # ----------------------------------------------------------------------------------------------- training
 
-def load_nanogpt(path: str, config: Config, **shape):
-    """nanoGPT's model with the width, depth, heads and context of a config, and its AdamW; its other settings
-    are the defaults of its train.py: no biases, no dropout."""
-    file = Path(path, "model.py")
-    if not file.is_file():
-        raise UserError(f"{path or 'no path'} holds no nanoGPT\n"
-                        "git clone https://github.com/karpathy/nanoGPT, and give that folder")
-    spec = importlib.util.spec_from_file_location("nanogpt", file)
-    module = sys.modules["nanogpt"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    shape = {"block_size": config.block_size, "n_layer": config.n_blocks, "n_head": config.n_attn_heads,
-             "n_embd": config.n_embd, "bias": False, "dropout": 0.0, **shape}
-    model = module.GPT(module.GPTConfig(**shape))
-    model.to(device := train.choose_device(config, 0)).train()
-    betas = config.beta1, config.beta2
-    return model, model.configure_optimizers(config.weight_decay, config.lr, betas, device.type)
 
-
-def train_side(config: Config, depths: list[int], steps: int, nanogpt: str = ""):
-    """Training steps on random tokens: yields the side's facts, then tokens/s and peak memory at each of
-    `depths`, over `steps` steps each. What runs out of memory has no figures."""
+def train_side(config: Config, depths: list[int], steps: int):
+    """Training steps on random tokens, as train.py does them: yields the side's facts, then tokens/s and peak
+    memory at each of `depths`, over `steps` steps each. What runs out of memory has no figures."""
     device, dtype = settings(config)
     shape = config.model_config(vocab_size(config))
-    ours = AbbIE(shape).to(device).train()
-    if nanogpt:
-        model, optimizer = load_nanogpt(nanogpt, config, vocab_size=shape.padded_vocab_size)
-        compiled = config.compile == "on"
-        net = torch.compile(model) if compiled else model
-        depths, loss_of = [1], lambda x, y, iters: net(x, y)[1]
-    else:
-        model, optimizer = ours, train.adamw(ours, config)
-        model.activation_checkpointing = config.activation_checkpointing
-        compiled = train.compile_blocks(model, config, device)
-        train.choose_attention(device, dtype, compiled)
-        loss_of = lambda x, y, iters: model(x, y, iters)[1]  # noqa: E731
-    n_params, T = sum(p.numel() for p in model.parameters()), config.block_size
-    micro_batch = min(config.micro_batch, config.tokens_per_step // T)
-    accumulation = max(1, config.tokens_per_step // T // micro_batch)
-    n_tokens = accumulation * micro_batch * T
-    x, y = torch.randint(shape.vocab_size, (2, micro_batch, T), device=device)
+    model = AbbIE(shape).to(device).train()
+    model.activation_checkpointing = config.activation_checkpointing
+    compiled = train.compile_blocks(model, config, device)
+    train.choose_attention(device, dtype, compiled)
+    facts = {"model": config.rule, "n_params": model.n_params(), "compiled": compiled}
+    flops = {iters: model.flops_per_token(iters) for iters in depths}
+    body = sum(p.numel() for p in model.body.parameters())
+    yield from measure_training(model, train.adamw(model, config), config, depths, steps, facts, flops, body)
+
+
+def measure_training(model, optimizer, config: Config, depths, steps, facts: dict, flops: dict, body: int):
+    """What `train_side` yields, of any model(x, y, iters) -> (logits, loss). flops: per token at each of
+    depths; body: parameters that are read again in every iteration."""
+    device, dtype = settings(config)
+    n_params, T = facts["n_params"], config.block_size
+    sequences, micro_batch = train.divide_step(config, world=1)
+    x, y = torch.randint(vocab_size(config), (2, micro_batch, T), device=device)
+    batches = [(x, y)] * (sequences // micro_batch)
+    n_tokens = sequences * T
+    autocast = partial(torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32)
 
     def step(iters):
-        for _ in range(accumulation):
-            with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-                loss = loss_of(x, y, iters) / accumulation
-            loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        train.train_step(model, optimizer, batches, iters, 1.0, autocast)
 
     def free():  # the other sides need memory too
         optimizer.zero_grad(set_to_none=True)
@@ -238,20 +209,15 @@ def train_side(config: Config, depths: list[int], steps: int, nanogpt: str = "")
         free()
     cells = []
     for iters in depths:
-        flops = ours.flops_per_token(iters)
         # Weights are read forward and backward, at every iteration; gradients are written and read; AdamW
         # reads and writes weights and two moments. Activations come on top: this is a lower bound.
-        body = sum(p.numel() for p in ours.body.parameters()) * (iters - 1)
-        traffic = 4 * (accumulation * 4 * (n_params + body) + 6 * n_params) / n_tokens
-        cells.append({"iters": iters, "flops_per_token": flops, "bytes_per_token": traffic})
-    if nanogpt:  # two matrices of 4 D^2 per MLP, no gate; attention as ours
-        D, L = config.n_embd, config.n_blocks
-        cells[0]["flops_per_token"] = 6 * (12 * L * D * D + D * shape.padded_vocab_size) + 6 * L * D * T
-    yield {"model": "nanoGPT" if nanogpt else config.rule, "n_params": n_params, "dtype": str(dtype)[6:],
-           "compiled": compiled, "tokens_per_step": n_tokens, "micro_batch": micro_batch, "block_size": T,
-           "first_step_seconds": first_step, "graphs": seen, "cells": cells,
-           "recompilations": graphs["unique_graphs"] - seen,
-           "profile": fitting(lambda: profile(lambda: step(depths[0]), device))}
+        traffic = 4 * (len(batches) * 4 * (n_params + body * (iters - 1)) + 6 * n_params) / n_tokens
+        cells.append({"iters": iters, "flops_per_token": flops[iters], "bytes_per_token": traffic})
+    yield {
+        **facts, "dtype": str(dtype)[6:], "tokens_per_step": n_tokens, "micro_batch": micro_batch, "block_size": T,
+        "first_step_seconds": first_step, "graphs": seen, "recompilations": graphs["unique_graphs"] - seen,
+        "profile": fitting(lambda: profile(lambda: step(depths[0]), device)), "cells": cells,
+    }  # fmt: skip
 
     def measure(iters):
         took = seconds(lambda: [step(iters) for _ in range(steps)], device)
@@ -267,8 +233,10 @@ def train_side(config: Config, depths: list[int], steps: int, nanogpt: str = "")
 
 # ----------------------------------------------------------------------------------------------- decoding
 
-def decode_side(config: Config, ckpt: str, batches: list[int], depths: list[int], draft_iters: int,
-                tokens: int):
+
+def decode_side(
+    config: Config, ckpt: str, batches: list[int], depths: list[int], draft_iters: int, tokens: int
+):
     """Greedy decoding after prompts of a quarter of the context: yields the side's facts, then tokens/s of
     all rows together for every batch size and iters; at batch 1 also drafted at draft_iters. Weights and
     cache have the run's precision, and plain steps are compiled where training would be. Bytes are those of
@@ -276,7 +244,7 @@ def decode_side(config: Config, ckpt: str, batches: list[int], depths: list[int]
     device, dtype = settings(config)
     compiled = config.compile == "on" or config.compile == "auto" and device.type == "cuda"
     if ckpt:
-        model = AbbIE.from_checkpoint(ckpt, device=str(device))
+        model = load_model(ckpt, device)
     else:
         model = AbbIE(config.model_config(vocab_size(config))).to(device)
     model = model.to(dtype).eval()
@@ -294,8 +262,13 @@ def decode_side(config: Config, ckpt: str, batches: list[int], depths: list[int]
         weights = blocks * block + model.unembed.weight.numel()
         weights += iters * model.project.weight.numel() if shape.rule == "zero_pt" else 0
         cached = 2 * shape.n_kv_heads * shape.attn_head_dim * blocks * (prompt + tokens // 2)
-        cell = {"batch": batch, "iters": iters, "draft_iters": 0, "flops_per_token": flops,
-                "bytes_per_token": dtype.itemsize * (weights / batch + cached)}
+        cell = {
+            "batch": batch,
+            "iters": iters,
+            "draft_iters": 0,
+            "flops_per_token": flops,
+            "bytes_per_token": dtype.itemsize * (weights / batch + cached),
+        }
         cells.append(cell)
         if batch == 1 and 0 < draft_iters < iters:
             cells.append({**cell, "draft_iters": draft_iters, "bytes_per_token": None})
@@ -304,8 +277,15 @@ def decode_side(config: Config, ckpt: str, batches: list[int], depths: list[int]
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         batch, draft, stats = cell["batch"], cell["draft_iters"], Stats()
-        run = stream(model, prompts[:batch], tokens, cell["iters"], draft_iters=draft,
-                     compile=compiled and not draft, stats=stats)
+        run = stream(
+            model,
+            prompts[:batch],
+            tokens,
+            cell["iters"],
+            draft_iters=draft,
+            compiled=compiled and not draft,
+            stats=stats,
+        )
         for _ in islice(run, batch):  # the first token of every row: the prompts are done
             pass
         took = seconds(lambda: [None for _ in run], device)
@@ -314,13 +294,21 @@ def decode_side(config: Config, ckpt: str, batches: list[int], depths: list[int]
 
     for cell in cells:
         fitting(lambda cell=cell: measure(cell))  # compiles
-    yield {"ckpt": ckpt or None, "n_params": model.n_params(), "dtype": str(dtype)[6:], "compiled": compiled,
-           "prompt_tokens": prompt, "new_tokens": tokens, "cells": cells}
+    yield {
+        "ckpt": ckpt or None,
+        "n_params": model.n_params(),
+        "dtype": str(dtype)[6:],
+        "compiled": compiled,
+        "prompt_tokens": prompt,
+        "new_tokens": tokens,
+        "cells": cells,
+    }
     while True:
         yield [fitting(lambda cell=cell: measure(cell)) for cell in cells]
 
 
 # ------------------------------------------------------------------------------------------------ the result
+
 
 def compare(names: list[str], sides: list, device: torch.device, rounds: int) -> dict:
     """Measure the sides in turn -> the result: what the machine can do, the sides, and a cell per iters (and
@@ -342,32 +330,46 @@ def compare(names: list[str], sides: list, device: torch.device, rounds: int) ->
             cell["tokens_per_s_rounds"] = rates = [f["tokens_per_s"] for f in found]
             flops = cell["tokens_per_s"] * cell["flops_per_token"]
             vendor = peak and fact["dtype"] == "bfloat16"
-            cell |= {"flops_per_s": flops, "mfu": flops / (peak if vendor else can[fact["dtype"]]),
-                     "mfu_of": "data sheet" if vendor else "measured matmul"}
+            cell |= {
+                "flops_per_s": flops,
+                "mfu": flops / (peak if vendor else can[fact["dtype"]]),
+                "mfu_of": "data sheet" if vendor else "measured matmul",
+            }
             if cell["bytes_per_token"]:
                 cell["bandwidth_share"] = cell["tokens_per_s"] * cell["bytes_per_token"] / can["bandwidth"]
             first = first or cell
             ratio = statistics.median(a / b for a, b in zip(rates, first["tokens_per_s_rounds"]))
-            cell |= {"tokens_per_s_to_first": ratio,
-                     "flops_per_s_to_first": ratio * cell["flops_per_token"] / first["flops_per_token"]}
-    return {"machine": {**facts[0], **can, "peak_flops": peak}, "versions": versions, "rounds": rounds,
-            "sides": dict(zip(names, facts[1:])), "cells": cells}
+            cell |= {
+                "tokens_per_s_to_first": ratio,
+                "flops_per_s_to_first": ratio * cell["flops_per_token"] / first["flops_per_token"],
+            }
+    return {
+        "machine": {**facts[0], **can, "peak_flops": peak},
+        "versions": versions,
+        "rounds": rounds,
+        "sides": dict(zip(names, facts[1:])),
+        "cells": cells,
+    }
 
 
 def show(result: dict):
     """A line per cell."""
     can = result["machine"]
-    print(f"{result['versions']['device']}: matmul {can['float32'] / 1e9:,.0f} GFLOP/s fp32, "
-          f"{can['bfloat16'] / 1e9:,.0f} bf16; copy {can['bandwidth'] / 1e9:.1f} GB/s")
+    print(
+        f"{result['versions']['device']}: matmul {can['float32'] / 1e9:,.0f} GFLOP/s fp32, "
+        f"{can['bfloat16'] / 1e9:,.0f} bf16; copy {can['bandwidth'] / 1e9:.1f} GB/s"
+    )
     for cell in result["cells"]:
         what = " ".join(f"{key}={cell[key]}" for key in ("batch", "iters", "draft_iters") if cell.get(key))
         if "error" in cell:
             print(f"{what:28s} {cell['error']} | {cell['side']}")
             continue
         share = f"{cell['bandwidth_share']:6.1%}" if "bandwidth_share" in cell else "     -"
-        memory = (cell["peak_memory_bytes"] or 0) / 2 ** 30
-        print(f"{what:28s} {cell['tokens_per_s']:11,.0f} tok/s  {cell['mfu']:6.1%} mfu  {share} bandwidth  "
-              f"{cell['tokens_per_s_to_first']:6.3f} x  {memory:6.2f} GiB | {cell['side']}")
+        memory = (cell["peak_memory_bytes"] or 0) / 2**30
+        print(
+            f"{what:28s} {cell['tokens_per_s']:11,.0f} tok/s  {cell['mfu']:6.1%} mfu  {share} bandwidth  "
+            f"{cell['tokens_per_s_to_first']:6.3f} x  {memory:6.2f} GiB | {cell['side']}"
+        )
     for name, side in result["sides"].items():
         if side.get("profile"):
             print(f"{name}: " + ", ".join(f"{op} {share:.0%}" for op, share in side["profile"].items()))
@@ -375,19 +377,18 @@ def show(result: dict):
 
 # ------------------------------------------------------------------------------------------------- commands
 
+
 def bench_train(args) -> dict:
     """The config, and every --side, in turn."""
-    names, sides, base = [], [], None
+    names, sides, base = [], [], load_config(args.config)
     for text in ["", *args.side]:
         changes = dict(word.partition("=")[::2] for word in text.split())
-        nanogpt = changes.pop("nanogpt", "")
         depths = changes.pop("iters", args.iters)
         config = load_config([*args.config, *(f"--{key}={value}" for key, value in changes.items())])
-        base = base or config
         depths = parse_list(depths, "iters") if depths else [config.mean_iters]
         names.append(text or "as given")
-        sides.append(partial(train_side, config, depths, args.steps, nanogpt))
-    return compare(names, sides, train.choose_device(base, 0), args.rounds)
+        sides.append(partial(train_side, config, depths, args.steps))
+    return compare(names, sides, choose_device(base.device), args.rounds)
 
 
 def bench_decode(args) -> dict:
@@ -395,98 +396,10 @@ def bench_decode(args) -> dict:
     depths = parse_list(args.iters, "iters") if args.iters else [config.mean_iters]
     batches = parse_list(args.batch, "batch")
     side = partial(decode_side, config, args.ckpt, batches, depths, args.draft_iters, args.new_tokens)
-    return compare(["as given"], [side], train.choose_device(config, 0), args.rounds)
+    return compare(["as given"], [side], choose_device(config.device), args.rounds)
 
 
-def bench_race(args) -> dict:
-    """Validation loss at equal time: nanoGPT's recipe for CPUs (its README: 4 layers, 4 heads, width 128,
-    context 64, batch 12, 2000 steps, not compiled; fp32, as its train.py takes on CPUs) against a config,
-    which gets the tokens that its measured speed buys in nanoGPT's time. Both read the same shards. Losses
-    are over the whole validation split, in windows of 64 tokens; ours also in windows of its context."""
-    args.config = [*args.config, "--device=cpu"]
-    config = load_config(args.config)
-    recipe = replace(config, n_embd=128, n_attn_heads=4, n_kv_heads=4, n_head_blocks=1, n_body_blocks=2,
-                     n_tail_blocks=1, iters=1, block_size=64, micro_batch=12, tokens_per_step=12 * 64,
-                     dtype="float32", compile="off", lr=1e-3, weight_decay=0.1, beta1=0.9, beta2=0.99)
-    as_many = -(-args.steps * config.tokens_per_step // recipe.tokens_per_step)
-    sides = [partial(train_side, config, [config.mean_iters], args.steps),
-             partial(train_side, recipe, [1], as_many, args.nanogpt)]
-    result = compare(["ours", "nanoGPT"], sides, train.choose_device(config, 0), args.rounds)
-    faster = 1 / result["cells"][1]["tokens_per_s_to_first"]
-    steps = round(faster * args.nanogpt_steps * recipe.tokens_per_step / config.tokens_per_step)
-    with tempfile.TemporaryDirectory() as folder:
-        began = time.perf_counter()
-        flags = {"out_dir": f"{folder}/run", "max_steps": steps, "eval_every": 0, "save_every": 0}
-        train.main([*args.config, *(f"--{key}={value}" for key, value in flags.items())])
-        ours_took = time.perf_counter() - began
-        model = AbbIE.from_checkpoint(f"{folder}/run").eval()
-    iters, val = config.mean_iters, Shards(config.data, "val", recipe.block_size)
-    losses = {f"context {T}": evaluate_loss(model, Shards(config.data, "val", T), [iters])[iters]
-              for T in (recipe.block_size, config.block_size) if T <= config.block_size}
-    result["race"] = {
-        "ours": {"steps": steps, "tokens": steps * config.tokens_per_step, "val_loss": losses,
-                 "seconds_with_evaluation_and_save": ours_took, "n_params": model.n_params()},
-        "nanoGPT": run_nanogpt(recipe, args.nanogpt, args.nanogpt_steps, val)}
-    return result
-
-
-def run_nanogpt(config: Config, path: str, max_steps: int, val: Shards) -> dict:
-    """Train nanoGPT by its recipe: random windows, 100 steps of warmup, cosine to a tenth."""
-    torch.manual_seed(config.seed)
-    torch.backends.cuda.enable_flash_sdp(True)  # as PyTorch is without us
-    model, optimizer = load_nanogpt(path, config, vocab_size=val.vocab_size)
-    data = torch.cat([torch.from_numpy(np.fromfile(p, val.dtype).astype(np.int64))
-                      for p in Shards(config.data, "train", config.block_size).paths])
-    began, T = time.perf_counter(), config.block_size
-    for step in range(max_steps + 1):
-        progress = (step - 100) / max(1, max_steps - 100)
-        lr = config.lr * ((step + 1) / 101 if step < 100 else 0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        starts = torch.randint(len(data) - T, (config.micro_batch,))
-        windows = torch.stack([data[i:i + T + 1] for i in starts])
-        model(windows[:, :-1], windows[:, 1:].contiguous())[1].backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    took = time.perf_counter() - began
-    model.eval()
-    with torch.no_grad():
-        batches = [val.batch(range(i, min(i + 64, val.n_windows))) for i in range(0, val.n_windows, 64)]
-        total = sum(model(x, y)[1].item() * len(x) for x, y in batches)
-    return {"steps": max_steps, "tokens": max_steps * config.tokens_per_step, "seconds": took,
-            "val_loss": {f"context {T}": total / val.n_windows},
-            "n_params": sum(p.numel() for p in model.parameters())}
-
-
-def bench_gpu(args) -> dict:
-    """The report of one GPU, in stages: each is in --out as soon as it is done, and the same command goes on
-    after the last. r = 1 is Std. A step is one GPU's share of eight."""
-    if not any(arg.endswith(".py") for arg in args.config):
-        args.config = ["config/abbie_350m.py", "--tokens_per_step=65536", *args.config]
-    stages = {
-        "train": (bench_train, {"iters": "1,2,4,8"}),
-        "options": (bench_train, {"iters": "2", "side": ["activation_checkpointing=true", "micro_batch=8",
-                                                         "compile=off"]}),
-        "decode": (bench_decode, {"iters": "1,2,4,8", "batch": "1,64", "draft_iters": 1})}
-    result = json.loads(Path(args.out).read_text()) if args.out and Path(args.out).exists() else {}
-    for name, (run, options) in stages.items():
-        if name not in result:
-            print(f"{name}:", flush=True)
-            result[name] = run(argparse.Namespace(**{**vars(args), **options}))
-            show(result[name])
-            save(result, args.out)
-    return result
-
-
-def save(result: dict, out: str):
-    if out:
-        temp = Path(f"{out}.tmp")
-        temp.write_text(json.dumps(result, indent=1) + "\n")
-        os.replace(temp, out)
-
-
-COMMANDS = {"train": bench_train, "decode": bench_decode, "race": bench_race, "gpu": bench_gpu}
+COMMANDS = {"train": bench_train, "decode": bench_decode}
 
 
 def main(argv: list[str]):
@@ -496,20 +409,17 @@ def main(argv: list[str]):
     add("--iters", default="", help="1,2,4,8: measure at each (default: what the config trains at)")
     add("--steps", type=int, default=4, help="training steps of a measurement (4)")
     add("--rounds", type=int, default=7, help="measurements of every side (7)")
-    add("--side", action="append", default=[], help="one more side: 'iters=1', 'nanogpt=PATH dtype=float32'")
+    add("--side", action="append", default=[], help="one more side: 'iters=1 n_body_blocks=4'")
     add("--ckpt", default="", help="decode this model (default: the config's shape with random weights)")
     add("--batch", default="1", help="1,64: decode so many rows at a time (1)")
     add("--new_tokens", type=int, default=128, help="tokens decoded per row (128)")
     add("--draft_iters", type=int, default=0, help="also decode batch 1 with drafts at so many iterations")
-    add("--nanogpt", default="", help="race: a clone of nanoGPT")
-    add("--nanogpt_steps", type=int, default=2000, help="race: steps of nanoGPT (2000)")
     add("--out", default="", help="write the result to this file too")
     args, args.config = parser.parse_known_args(argv)
-    result = COMMANDS[args.command](args)
-    if args.command != "gpu":
-        show(result)
-    result = {"command": "python bench.py " + shlex.join(argv), **result}
-    save(result, args.out)
+    result = {"command": "python bench.py " + shlex.join(argv), **COMMANDS[args.command](args)}
+    show(result)
+    if args.out:
+        write_json(Path(args.out), result)
     print(json.dumps(result))
 
 

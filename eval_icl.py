@@ -1,10 +1,10 @@
-"""Perplexity, zero-shot tasks and convergence at any number of iterations, from one sweep of the Body.
+"""Perplexity and zero-shot tasks at any number of iterations, all of them from one sweep of the Body.
 
     python eval_icl.py --iters 1,2,4,8                       # the newest checkpoint on the built-in tasks
     python eval_icl.py --ckpt out/NAME --iters 1,2,4,8 --tasks hellaswag,lambada_openai,arc_easy,piqa \\
         --data_dir data/icl --out r.json --log_samples s.jsonl            # after: python prepare_data.py icl
-    python eval_icl.py --ckpt out/NAME --iters 1,2,4,8 --ppl data/c4 --convergence
-    torchrun --nproc_per_node=8 eval_icl.py --ckpt out/NAME ...           # the same table, sooner
+    python eval_icl.py --ckpt out/NAME --iters 1,2,4,8 --ppl data/c4
+    torchrun --nproc_per_node=8 eval_icl.py --ckpt out/NAME ...           # the same table, faster
     python eval_icl.py --ckpt out/NAME --iters 4 --lm_eval mmlu,gsm8k     # any other: pip install lm_eval
 
 How zero-shot scoring works. A row of a task, here of arc_easy,
@@ -23,18 +23,17 @@ asks whether the right continuation has the highest score, `acc_norm` whether it
 character (not counting the space): -23.8 / 5 against -17.2 / 4, wrong both times. A LAMBADA row is one
 request, for the last word of a text: `acc` asks whether each of its tokens is the most probable one,
 `perplexity` is exp(-mean score), per word. Tasks, strings and metrics are those of EleutherAI's
-lm-evaluation-harness 0.4.13, example by example (results/eval_parity.json).
+lm-evaluation-harness 0.4.13, example by example (experiments/evaluation.py compares them).
 
 Shapes: B rows, T tokens, D n_embd, V vocab_size, M scored tokens, R entries of iters, N requests (windows).
 """
 
-import contextlib
 import json
 import math
-import os
 import random
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from functools import lru_cache
 from itertools import groupby, islice
 from pathlib import Path
@@ -47,295 +46,294 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from config import ArgumentParser, cli, nearest, parse_list
-from model import AbbIE, UserError
-from prepare_data import Shards, documents, get_tokenizer, read_meta
+from checkpoint import load_model
+from config import ArgumentParser, choose_device, cli, nearest, parse_list, start_ranks, together
+from data import EVAL_SETS, Shards, documents, get_tokenizer, read_meta
+from decode import stream
+from model import AbbIE, UserError, check
 
-CHUNK = 1 << 24  # logits that are held at a time, so that memory does not grow with batch or vocabulary
+LOGITS_AT_A_TIME = 1 << 24  # so that memory grows neither with the batch nor with the vocabulary
 
 
 # ---------------------------------------------------------------------------------------- many r, many ranks
+
 
 def ascending(model: AbbIE, iters: Iterable[int]) -> list[int]:
     """Sorted, without repetitions. Raises UserError for what the model's rule does not run at."""
     return sorted({model.check_iters(r) for r in iters})
 
 
-def sum_over_ranks(x: Tensor, device, world: int) -> Tensor:
+def sum_over_ranks(x: Tensor, world: int) -> Tensor:
     """Every entry was computed by one rank and is 0 on the others, so the sum is exact."""
-    if world == 1:
-        return x
-    x = x.to(device)
-    dist.all_reduce(x)
-    return x.cpu()
+    if world > 1:
+        dist.all_reduce(x)
+    return x
+
+
+def progress(batches, name: str, rank: int):
+    """A bar on rank 0, if it has a name and there is a terminal (which disable=None looks for)."""
+    return tqdm(batches, desc=name, disable=None if name and rank == 0 else True)
 
 
 # ------------------------------------------------------------------------------------------------- perplexity
 
+
 @torch.no_grad()
-def window_losses(model: AbbIE, shards: Shards, iters: list[int], n_windows: int | None = None,
-                  batch_size: int = 16, rank: int = 0, world: int = 1, autocast=contextlib.nullcontext,
-                  bar: str = "") -> Tensor:
-    """Mean nats per token (N, R) of N windows, evenly spaced over the split (None: all of them). Batches
-    are the same for every number of ranks, each of which takes a stride of them; so is the result."""
+def window_losses(
+    model: AbbIE, shards: Shards, iters: list[int], n_windows=None, batch_size=16, rank=0, world=1,
+    autocast=nullcontext, bar="",
+) -> Tensor:  # fmt: skip
+    """Mean nats per token (N, R) of N windows, evenly spaced over the split (None: all of them), computed in
+    the context autocast(). Batches are the same for every number of ranks, each of which takes a stride of
+    them; so is the result. bar: name of a progress bar."""
     n = min(n_windows or shards.n_windows, shards.n_windows)
     chosen = np.arange(n) * shards.n_windows // n
     losses, device = torch.zeros(n, len(iters), dtype=torch.float64), model.embed.weight.device
-    step = max(1, CHUNK // model.config.vocab_size)
-    hidden = None if bar and rank == 0 else True  # None: hidden where there is no terminal
-    for first in tqdm(range(rank * batch_size, n, world * batch_size), desc=bar, disable=hidden):
-        x, y = (t.to(device) for t in shards.batch(chosen[first:first + batch_size]))
+    at_a_time = max(1, LOGITS_AT_A_TIME // model.config.vocab_size)
+    for first in progress(range(rank * batch_size, n, world * batch_size), bar, rank):
+        x, y = (t.to(device) for t in shards.batch(chosen[first : first + batch_size]))
         with autocast():
             for i, z in enumerate(model.states_at(x, iters)):
-                nats = [F.cross_entropy(model.logits(part).float(), target, reduction="none")
-                        for part, target in zip(z.flatten(0, 1).split(step), y.flatten().split(step))]
-                losses[first:first + len(x), i] = torch.cat(nats).cpu().double().view(y.shape).mean(1)
-    return sum_over_ranks(losses, device, world)
+                nats = []
+                for part, target in zip(z.flatten(0, 1).split(at_a_time), y.flatten().split(at_a_time)):
+                    nats.append(F.cross_entropy(model.logits(part).float(), target, reduction="none"))
+                losses[first : first + len(x), i] = torch.cat(nats).cpu().double().view(y.shape).mean(1)
+    return sum_over_ranks(losses, world)
 
 
-def evaluate_loss(model: AbbIE, shards: Shards, iters: list[int], n_windows: int | None = None,
-                  batch_size: int = 16, rank: int = 0, world: int = 1,
-                  autocast=contextlib.nullcontext) -> dict[int, float]:
-    """{r: mean nats per token}, on the same windows at every call. Computed in the context autocast()."""
+def evaluate_loss(
+    model: AbbIE, shards: Shards, iters: list[int], n_windows=None, **options
+) -> dict[int, float]:
+    """{r: mean nats per token}, on the same windows at every call. The options are window_losses's."""
     iters = ascending(model, iters)
-    losses = window_losses(model, shards, iters, n_windows, batch_size, rank, world, autocast)
+    losses = window_losses(model, shards, iters, n_windows, **options)
     return dict(zip(iters, losses.mean(0).tolist()))
 
 
 def perplexity(model: AbbIE, shards: Shards, iters: list[int], **options) -> dict:
-    """Loss in nats per token with its standard error over windows, perplexity per token, and bits per
-    byte of the split's text, which compare models of different tokenizers; on a whole split."""
+    """Loss in nats per token with its standard error over windows, perplexity per token, and bits per byte of
+    the split's text, which compare models of different tokenizers; on a whole split."""
     losses = window_losses(model, shards, iters, **options, bar="perplexity")
     n = len(losses) * shards.block_size
     result = {"data": str(shards.folder), "n": n, "left_out": shards.n_tokens - n, "iters": {}}
     for r, loss in zip(iters, losses.numpy().T):
         mean = float(loss.mean())
-        result["iters"][str(r)] = {
-            "loss": mean, "loss_stderr": mean_stderr(loss), "perplexity": math.exp(min(700, mean)),
-            "bits_per_byte": mean / math.log(2) * shards.n_tokens / shards.n_bytes}
-    return result
-
-
-# ------------------------------------------------------------------------------------------------ convergence
-
-@torch.no_grad()
-def convergence(model: AbbIE, idx: Tensor, iters: int) -> dict:
-    """idx (B, T), B >= 2 -> for every r up to `iters`, means over tokens of what happens to u, the state
-    that the Tail reads, brought to unit RMS:
-
-        change, cosine          of u against the u of the iteration before (change: relative distance)
-        settled                 the fraction of tokens whose argmax is the same from this r to the last
-        from_zero, from_noise,  path independence: the relative distance of this u from the one that starts
-        from_other              at zeros, at noise as large as the Head's output, or at another row's h
-    """
-    def unit(u):
-        return F.rms_norm(u.float(), u.shape[-1:])
-
-    def distance(u, v):
-        return ((u - v).norm(dim=-1) / v.norm(dim=-1)).mean().item()
-
-    rope = model.rope(idx)
-    h = model.run_head(idx, rope)
-    noise = torch.randn(h.shape, generator=torch.Generator().manual_seed(0)).to(h)
-    x, before, argmax, result = model.start(h), None, [], {}
-    others = {"from_zero": torch.zeros_like(h), "from_noise": noise * h.square().mean().sqrt(),
-              "from_other": h.roll(1, 0)}
-    for k in range(iters):
-        u, x = model.iterate(x, h, k, rope)
-        now, entry = unit(u), result.setdefault(str(k + 1), {})
-        if before is not None:
-            entry["change"] = distance(now, before)
-            entry["cosine"] = F.cosine_similarity(now, before, dim=-1).mean().item()
-        parts = model.run_tail(u, rope).flatten(0, 1).split(max(1, CHUNK // model.config.vocab_size))
-        argmax.append(torch.cat([model.logits(part).argmax(-1) for part in parts]))
-        for name, y in others.items():
-            u, others[name] = model.iterate(y, h, k, rope)
-            entry[name] = distance(unit(u), now)
-        before = now
-    argmax = torch.stack(argmax)  # (iters, B * T)
-    stays = (argmax == argmax[-1]).flip(0).cumprod(0).flip(0)
-    for r, fraction in enumerate(stays.float().mean(1).tolist(), 1):
-        result[str(r)]["settled"] = fraction
+        entry = result["iters"][str(r)] = {"loss": mean, "loss_stderr": mean_stderr(loss)}
+        entry["perplexity"] = math.exp(min(700, mean))
+        entry["bits_per_byte"] = mean / math.log(2) * shards.n_tokens / shards.n_bytes
     return result
 
 
 # --------------------------------------------------------------------------- tasks: row -> requests (strings)
 
+
 class Example(NamedTuple):
     requests: list[tuple[str, str]]  # (context, continuation)
-    gold: int                        # number of the right one
-    lengths: list[int]               # of the choices in characters, for acc_norm
+    gold: int  # number of the right one
 
 
 def choose(context: str, choices: list[str], gold: int) -> Example:
-    return Example([(context, " " + choice) for choice in choices], gold, [len(choice) for choice in choices])
+    return Example([(context, " " + choice) for choice in choices], gold)
 
 
 def last_word(text: str) -> Example:
     context, _, word = text.rpartition(" ")
-    return Example([(context, " " + word)], 0, [len(word)])
+    return Example([(context, " " + word)], 0)
 
 
-def hellaswag(row):
+def hellaswag(row: dict) -> Example:
     def clean(text):  # the order matters: an ending may keep a space in front
-        return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
+        text = text.strip().replace(" [title]", ". ")
+        return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
+
     context = f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"
     return choose(clean(context), [clean(ending) for ending in row["endings"]], int(row["label"]))
 
 
-def arc(row):
+def arc(row: dict) -> Example:
     gold = row["choices"]["label"].index(row["answerKey"])
     return choose(f"Question: {row['question']}\nAnswer:", row["choices"]["text"], gold)
 
 
-def commonsense_qa(row):
-    letters, texts = "ABCDE", row["choices"]["text"]
+def commonsense_qa(row: dict) -> Example:
+    letters, texts = list("ABCDE"), row["choices"]["text"]
     listed = "\n".join(f"{letter}. {texts[i]}" for i, letter in enumerate(letters))
     context = f"Question: {row['question'].strip()}\n{listed}\nAnswer:"
-    return choose(context, list(letters), list(letters).index(row["answerKey"]))
+    return choose(context, letters, letters.index(row["answerKey"]))
 
 
-def piqa(row):
+def piqa(row: dict) -> Example:
     return choose(f"Question: {row['goal']}\nAnswer:", [row["sol1"], row["sol2"]], int(row["label"]))
 
 
-def openbookqa(row):
+def openbookqa(row: dict) -> Example:
     gold = row["choices"]["label"].index(row["answerKey"].lstrip())
     return choose(row["question_stem"], row["choices"]["text"], gold)
 
 
-def sciq(row):
+def sciq(row: dict) -> Example:
     choices = [row[name] for name in ("distractor1", "distractor2", "distractor3", "correct_answer")]
     return choose(f"{row['support'].lstrip()}\nQuestion: {row['question']}\nAnswer:", choices, 3)
 
 
-def winogrande(row):
+def winogrande(row: dict) -> Example:
     """Two contexts and one continuation: which option makes the rest of the sentence likelier?"""
     before, after = row["sentence"].split("_", 1)
     contexts = [before + row["option1"], before + row["option2"]]
-    return Example([(context, " " + after.strip()) for context in contexts], int(row["answer"]) - 1,
-                   [len(context) for context in contexts])
+    return Example([(context, " " + after.strip()) for context in contexts], int(row["answer"]) - 1)
 
 
 class Task(NamedTuple):
+    """How a task is scored. Its file, split and number of rows stand in data.EVAL_SETS; a task without a
+    render function is built in, made of validation text."""
+
     metrics: tuple[str, ...]
-    render: Callable[[dict], Example] | None = None  # None: made of validation text
-    split: str = ""
-    n: int | None = None  # rows of the official file
+    render: Callable[[dict], Example] | None = None
 
 
-CHOICE, WORD = ("acc", "acc_norm"), ("perplexity", "acc")
 TASKS = {
-    "cloze": Task(CHOICE), "lastword": Task(WORD),
-    "hellaswag": Task(CHOICE, hellaswag, "validation", 10042),
-    "lambada_openai": Task(WORD, lambda row: last_word(row["text"]), "test", 5153),
-    "arc_easy": Task(CHOICE, arc, "test", 2376),
-    "arc_challenge": Task(CHOICE, arc, "test", 1172),
-    "commonsense_qa": Task(("acc",), commonsense_qa, "validation", 1221),
-    "piqa": Task(CHOICE, piqa, "validation", 1838),
-    "openbookqa": Task(CHOICE, openbookqa, "test", 500),
-    "sciq": Task(CHOICE, sciq, "test", 1000),
-    "winogrande": Task(("acc",), winogrande, "validation", 1267),
+    "cloze": Task(("acc", "acc_norm")),
+    "lastword": Task(("perplexity", "acc")),
+    "hellaswag": Task(("acc", "acc_norm"), hellaswag),
+    "lambada_openai": Task(("perplexity", "acc"), lambda row: last_word(row["text"])),
+    "arc_easy": Task(("acc", "acc_norm"), arc),
+    "arc_challenge": Task(("acc", "acc_norm"), arc),
+    "commonsense_qa": Task(("acc",), commonsense_qa),
+    "piqa": Task(("acc", "acc_norm"), piqa),
+    "openbookqa": Task(("acc", "acc_norm"), openbookqa),
+    "sciq": Task(("acc", "acc_norm"), sciq),
+    "winogrande": Task(("acc",), winogrande),
 }
-N_BUILT_IN = 300  # examples of cloze and of lastword
+BUILT_IN = ["cloze", "lastword"]
+N_BUILT_IN = 300  # examples of each, where no limit is given
+
+
+def load_tasks(
+    names: list[str], data: str | Path | None, data_dir: str | Path, block_size: int, limit: int | None
+) -> dict[str, list[Example]]:
+    """The examples of all tasks, or a UserError before anything is scored."""
+    loaded = {}
+    for name in names:
+        other = f"there are {', '.join(TASKS)}\nany other task of the harness: --lm_eval {name}"
+        check(name in TASKS, f"unknown task {name!r}{nearest(name, TASKS)}; {other}")
+        if name in BUILT_IN:
+            loaded[name] = make_task(name, data, block_size, limit)
+        else:
+            loaded[name] = read_task(name, data_dir, limit)
+    return loaded
 
 
 def read_task(name: str, data_dir: str | Path, limit: int | None) -> list[Example]:
-    """The first `limit` rows of DATA_DIR/TASK/SPLIT.jsonl. Raises UserError for a missing file and for
-    the first row that is not one of the task's."""
-    task, folder = TASKS[name], Path(data_dir) / name
-    path, command = folder / f"{task.split}.jsonl", f"python prepare_data.py icl --out {data_dir}"
+    """The first `limit` rows of DATA_DIR/TASK/SPLIT.jsonl. Raises UserError for a missing file and for the
+    first row that is not one of the task's."""
+    folder, split = Path(data_dir, name), EVAL_SETS[name].split
+    path, command = folder / f"{split}.jsonl", f"python prepare_data.py icl --out {data_dir}"
     if not path.is_file():
         others = ", ".join(sorted(p.stem for p in folder.glob("*.jsonl")))
-        others = f" ({name} is scored on its {task.split} split, not on {others})" if others else ""
-        raise UserError(f"{path} is missing{others}\n{command}")
+        reason = f" ({name} is scored on its {split} split, not on {others})" if others else ""
+        raise UserError(f"{path} is missing{reason}\n{command}")
     examples = []
     with open(path, encoding="utf-8") as file:
         for number, line in enumerate(islice(file, limit), 1):
             try:
-                example = task.render(json.loads(line))
-                if not 0 <= example.gold < len(example.requests):
-                    raise ValueError(f"no choice {example.gold}")
-                if not all(continuation.strip() for _, continuation in example.requests):
-                    raise ValueError("an empty choice")
+                examples.append(read_row(name, line))
             except (KeyError, IndexError, ValueError, TypeError, AttributeError, RecursionError) as error:
-                reason = f"{type(error).__name__}: {error}"
-                raise UserError(f"{path}, line {number}, is no row of {name} ({reason})\n"
-                                f"remove the file and get it again: {command}") from None
-            examples.append(example)
-    if not examples:
-        raise UserError(f"{path} has no rows\nremove it and get it again: {command}")
+                raise UserError(
+                    f"{path}, line {number}, is no row of {name} ({type(error).__name__}: {error})\n"
+                    f"remove the file and get it again: {command}"
+                ) from None
+    check(bool(examples), f"{path} has no rows\nremove it and get it again: {command}")
     return examples
 
 
-def make_task(name: str, data: str | Path, block_size: int, limit: int | None) -> list[Example]:
-    """Examples of a built-in task from the validation split of `data`, the same ones every time. Contexts
-    have at most block_size / 2 characters."""
+def read_row(name: str, line: str) -> Example:
+    example = TASKS[name].render(json.loads(line))
+    if not 0 <= example.gold < len(example.requests):
+        raise ValueError(f"no choice {example.gold}")
+    if not all(continuation.strip() for _, continuation in example.requests):
+        raise ValueError("an empty choice")
+    return example
+
+
+def make_task(name: str, data: str | Path | None, block_size: int, limit: int | None) -> list[Example]:
+    """Examples of a built-in task from the first 2 MB of the validation split of `data`: `limit` of them
+    (None: 300), if there are so many; a longer list begins with the shorter one. Contexts have at most
+    block_size / 2 characters."""
+    why = f"{name} is made of the text that the model was trained on, which is not known"
+    check(bool(data), f"{why}\ngive a folder of shards with --ppl DATA")
     tokenizer, texts, size = get_tokenizer(read_meta(data)["tokenizer"]), [], 0
     for tokens in documents(data, "val"):
-        texts.append(tokenizer.decode(tokens[:1 << 20].tolist()))
+        texts.append(tokenizer.decode(tokens[: 1 << 20].tolist()))
         size += len(texts[-1])
         if size > 1 << 21:
             break
-    n, before, rng = min(limit or N_BUILT_IN, N_BUILT_IN), min(512, block_size // 2), random.Random(1234)
-    examples = []
-    if name == "cloze":  # HellaSwag's form: the next 32 characters or so, and three others from elsewhere
-        spots = [(text, m.start()) for text in texts for m in re.finditer(r"(?s)(?<=\S) (?=\S.{47})", text)]
-        spots = rng.sample(spots, min(4 * n, len(spots) // 4 * 4))
-        stretches = [re.match(r"(?s).{32}\S{,16}", text[at + 1:at + 49]).group() for text, at in spots]
-        for i in range(0, len(spots), 4):
-            (text, at), gold, choices = spots[i], rng.randrange(4), stretches[i + 1:i + 4]
-            choices.insert(gold, stretches[i])
-            examples.append(choose(text[max(0, at - before):at], choices, gold))
-    else:  # LAMBADA's form: the last word of a line of four words or more
-        word = re.compile(r"(?m)(?<=\S) [^\W\d_]{1,20}[.,:;]?$")  # letters, and a point at most
-        spots = [(text, m.end()) for text in texts for m in word.finditer(text)
-                 if len(text[text.rfind("\n", 0, m.end()) + 1:m.end()].split()) >= 4]
-        spots = rng.sample(spots, min(n, len(spots)))
-        examples = [last_word(text[max(0, end - before):end]) for text, end in spots]
-    if not examples:
-        raise UserError(f"the validation split of {data} is too small to make {name} of it\n"
-                        "prepare more text")
+    make = make_cloze if name == "cloze" else make_last_word
+    examples = make(texts, limit or N_BUILT_IN, min(512, block_size // 2))
+    check(
+        bool(examples), f"the validation split of {data} is too small to make {name} of it\nprepare more text"
+    )
     return examples
 
 
-def load_tasks(names: list[str], data: str | Path | None, data_dir: str | Path, block_size: int,
-               limit: int | None) -> dict[str, list[Example]]:
-    """The examples of all tasks, or a UserError before anything is scored."""
-    loaded = {}
-    for name in names:
-        if name not in TASKS:
-            raise UserError(f"unknown task {name!r}{nearest(name, TASKS)}; there are {', '.join(TASKS)}\n"
-                            f"any other task of the harness: --lm_eval {name}")
-        if TASKS[name].render:
-            loaded[name] = read_task(name, data_dir, limit)
-        elif data:
-            loaded[name] = make_task(name, data, block_size, limit)
-        else:
-            raise UserError(f"{name} is made of the text that the model was trained on, which is not known\n"
-                            "give a folder of shards with --ppl DATA")
-    return loaded
+def draw(spots: list, n: int) -> list:
+    """n of the spots by chance (all, if there are fewer); the first of them are the same for every n."""
+    rng, chosen = random.Random(1234), {}
+    while len(chosen) < min(n, len(spots)):
+        chosen[rng.randrange(len(spots))] = True
+    return [spots[i] for i in chosen]
+
+
+def make_cloze(texts: list[str], n: int, before: int) -> list[Example]:
+    """HellaSwag's form: the next 32 characters or so, and three others from elsewhere."""
+    space = re.compile(r"(?s)(?<=\S) (?=\S.{47})")
+    spots = [(text, match.start()) for text in texts for match in space.finditer(text)]
+    spots = draw(spots, min(4 * n, len(spots) // 4 * 4))
+    stretches = [re.match(r"(?s).{32}\S{,16}", text[at + 1 : at + 49]).group() for text, at in spots]
+    examples = []
+    for i in range(0, len(spots), 4):
+        (text, at), choices = spots[i], stretches[i + 1 : i + 4]
+        gold = i // 4 % 4  # the right one takes every place in turn
+        choices.insert(gold, stretches[i])
+        examples.append(choose(text[max(0, at - before) : at], choices, gold))
+    return examples
+
+
+def make_last_word(texts: list[str], n: int, before: int) -> list[Example]:
+    """LAMBADA's form: the last word of a line of four words or more."""
+    word, spots = re.compile(r"(?m)(?<=\S) [^\W\d_]{1,20}[.,:;]?$"), []  # letters, and a point at most
+    for text in texts:
+        for match in word.finditer(text):
+            end = match.end()
+            line = text[text.rfind("\n", 0, end) + 1 : end]
+            if len(line.split()) >= 4:
+                spots.append((text, end))
+    return [last_word(text[max(0, end - before) : end]) for text, end in draw(spots, n)]
 
 
 # ------------------------------------------------------------------------------- requests -> tokens -> scores
 
-def encode(tokenizer, requests: list[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
+
+Pair = tuple[list[int], list[int]]  # a request's tokens: context, continuation
+
+
+def encode_requests(tokenizer, requests: list[tuple[str, str]]) -> list[Pair]:
     """Strings -> tokens of (context, continuation), split after as many tokens as the context alone has.
     Whitespace at a context's end belongs to the continuation; an empty context becomes the end-of-text
     token."""
-    ids = lru_cache(maxsize=8)(lambda text: list(tokenizer.encode_ordinary(text)))
+    encode = lru_cache(maxsize=8)(lambda text: list(tokenizer.encode_ordinary(text)))
     encoded = []
     for context, continuation in requests:
-        start, whole = ids(context.rstrip()), ids(context + continuation)
+        start, whole = encode(context.rstrip()), encode(context + continuation)
         if not start:
             start = [tokenizer.eot_token]
             whole = whole if whole[:1] == start else start + whole
-        encoded.append((start, whole[len(start):]))
+        encoded.append((start, whole[len(start) :]))
     return encoded
 
 
 class Group(NamedTuple):
     """A context and all its continuations, which make one row of a batch."""
+
     context: list[int]
     continuations: list[tuple[int, list[int]]]  # (number of the request, tokens)
 
@@ -343,16 +341,16 @@ class Group(NamedTuple):
         return len(self.context) + sum(len(tokens) - 1 for _, tokens in self.continuations)
 
 
-def group(requests: list[tuple[list[int], list[int]]], T: int) -> tuple[list[Group], list[int]]:
+def group(requests: list[Pair], T: int) -> tuple[list[Group], list[int]]:
     """Neighbours with equal contexts share a row, up to 2 T tokens. A request that does not fit into the
     model's context of T tokens loses the beginning of its own; the numbers of these requests come back as
     well."""
     groups, truncated = [], []
     for number, (context, tokens) in enumerate(requests):
-        if not 0 < len(tokens) <= T:
-            raise UserError(f"a continuation of {len(tokens)} tokens does not fit into a context of {T}\n"
-                            "evaluate a model of larger block_size")
-        if (excess := len(context) + len(tokens) - (T + 1)) > 0:
+        misfit = f"a continuation of {len(tokens)} tokens does not fit into a context of {T}"
+        check(0 < len(tokens) <= T, f"{misfit}\nevaluate a model of larger block_size")
+        excess = len(context) + len(tokens) - (T + 1)
+        if excess > 0:
             truncated.append(number)
             context = context[excess:]
         if not groups or groups[-1].context != context or groups[-1].size() + len(tokens) > 2 * T:
@@ -361,28 +359,38 @@ def group(requests: list[tuple[list[int], list[int]]], T: int) -> tuple[list[Gro
     return groups, truncated
 
 
+def batches_of(groups: list[Group], batch_size: int) -> list[list[Group]]:
+    """Little padding: a row is at least 3/4 as long as the longest of its batch, which comes first."""
+    batches = []
+    for row in sorted(groups, key=Group.size, reverse=True):
+        if not batches or len(batches[-1]) == batch_size or row.size() < 0.75 * batches[-1][0].size():
+            batches.append([])
+        batches[-1].append(row)
+    return batches
+
+
 class Tree:
-    """Stands where the cache stands in decoding. The continuations of a context lie one after another in
-    its row, each at the positions that it would have alone; it sees the context and itself, but not the
-    others."""
+    """A cache that keeps nothing: it follows the protocol between a cache and the model (decode.KVCache) for
+    the sake of its mask. The continuations of a context lie one after another in its row, each at the
+    positions that it would have alone; it sees the context and itself, but not the others."""
+
     causal = False
 
     def __init__(self, branch: Tensor):  # (B, T): 0 in the context and 1, 2, ... in its continuations
         visible = (branch[:, None, :] == 0) | (branch[:, None, :] == branch[:, :, None])
         self.mask = visible.tril()[:, None]  # (B, 1, T queries, T keys)
 
-    def at(self, part, i, k=0):
+    def at(self, part: str, i: int, k: int = 0) -> "Tree":
         return self
 
-    def store(self, k, v):
-        return k, v
+    def store(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        return keys, values
 
 
 def pack(groups: list[Group]) -> tuple[Tensor, ...]:
-    """-> idx, positions, branch, (B, T) each, padded on the right (what nothing reads); and for M tokens
-    to score the place in B * T whose logits predict it, the token, and the number of its request, (M,)
-    each."""
-    T = max(g.size() for g in groups)
+    """-> idx, positions, branch, (B, T) each, padded on the right (what nothing reads); and for M tokens to
+    score the place in B * T whose logits predict it, the token, and the number of its request, (M,) each."""
+    T = max(row.size() for row in groups)
     idx, positions, branch = (np.zeros((len(groups), T), np.int64) for _ in range(3))
     places, tokens, owners = [], [], []
     for b, (context, continuations) in enumerate(groups):
@@ -400,58 +408,50 @@ def pack(groups: list[Group]) -> tuple[Tensor, ...]:
 
 
 @torch.no_grad()
-def score(model: AbbIE, requests: list[tuple[list[int], list[int]]], iters: list[int], batch_size: int = 32,
-          rank: int = 0, world: int = 1, bar: str = "") -> tuple[np.ndarray, np.ndarray, list[int]]:
+def score(
+    model: AbbIE, requests: list[Pair], iters: list[int], batch_size=32, rank=0, world=1, bar=""
+) -> tuple[np.ndarray, np.ndarray, list[int]]:
     """Tokens of N (context, continuation) -> log-likelihoods (N, R), whether every token is the argmax
-    (N, R), and the numbers of the requests whose context was truncated. Batches hold rows of about equal
-    length and are the same for every number of ranks, each of which takes a stride of them."""
+    (N, R), and the numbers of the requests whose context was truncated. Batches are the same for every number
+    of ranks, each of which takes a stride of them."""
     groups, truncated = group(requests, model.config.block_size)
-    batches = []  # of rows at least 3/4 as long as the longest, which comes first
-    for row in sorted(groups, key=Group.size, reverse=True):
-        if not batches or len(batches[-1]) == batch_size or row.size() < 0.75 * batches[-1][0].size():
-            batches.append([])
-        batches[-1].append(row)
-    device, step = model.embed.weight.device, max(1, CHUNK // model.config.vocab_size)
+    device, at_a_time = model.embed.weight.device, max(1, LOGITS_AT_A_TIME // model.config.vocab_size)
     total, misses = (torch.zeros(len(requests), len(iters), dtype=torch.float64) for _ in range(2))
-    hidden = None if bar and rank == 0 else True
-    for batch in tqdm(batches[rank::world], desc=bar, disable=hidden):
+    for batch in progress(batches_of(groups, batch_size)[rank::world], bar, rank):
         *packed, owners = pack(batch)
         idx, positions, branch, places, tokens = (t.to(device) for t in packed)
         rope = tuple(table[positions][:, None] for table in model.rope_on(device))  # (B, 1, T, E/2) each
         tree = Tree(branch) if branch.max() > 1 else None  # without branches: plain causal attention
-        rows, row = places.unique(return_inverse=True)  # continuations share their context's last logits
         for i, z in enumerate(model.states_at(idx, iters, rope, tree)):
-            z = z.flatten(0, 1)[rows]
-            nats, miss = torch.zeros(len(tokens), device=device), torch.zeros(len(tokens), device=device)
-            for at in range(0, len(rows), step):
-                logits = model.logits(z[at:at + step]).float()  # (<= step, V)
-                mine = ((row >= at) & (row < at + step)).nonzero()[:, 0]
-                here = row[mine] - at
-                nats[mine] = logits[here, tokens[mine]] - logits.logsumexp(-1)[here]
-                miss[mine] = (logits.argmax(-1)[here] != tokens[mine]).float()
-            total[:, i].index_add_(0, owners, nats.cpu().double())
-            misses[:, i].index_add_(0, owners, miss.cpu().double())
-    total, misses = (sum_over_ranks(x, device, world).numpy() for x in (total, misses))
+            nats, missed = [], []
+            for part, token in zip(z.flatten(0, 1)[places].split(at_a_time), tokens.split(at_a_time)):
+                logits = model.logits(part).float()  # (<= at_a_time, V)
+                nats.append(F.cross_entropy(logits, token, reduction="none"))
+                missed.append(logits.argmax(-1) != token)
+            total[:, i].index_add_(0, owners, -torch.cat(nats).cpu().double())
+            misses[:, i].index_add_(0, owners, torch.cat(missed).cpu().double())
+    total, misses = (sum_over_ranks(x, world).numpy() for x in (total, misses))
     return total, misses == 0, truncated
 
 
 # ------------------------------------------------------------------------------------------ scores -> metrics
+
 
 def mean_stderr(x: np.ndarray) -> float | str:
     return float(np.std(x, ddof=1) / math.sqrt(len(x))) if len(x) > 1 else "N/A"
 
 
 def bootstrap_stderr(loglikelihoods: np.ndarray, bootstrap_iters: int) -> float | str:
-    """Standard error of exp(-mean) with the harness's own resamples: chunk i of at most 1000 of them is
-    drawn by random.Random(i). NumPy's generator in the same state gives the same numbers, a hundred times
-    sooner."""
+    """Standard error of exp(-mean) with the harness's own resamples: chunk i of at most 1000 of them is drawn
+    by random.Random(i). NumPy's generator in the same state gives the same numbers, a hundred times
+    faster."""
     n, size = len(loglikelihoods), min(1000, bootstrap_iters)
     if n == 1 or size < 2:
         return "N/A"
     means, source = [], np.random.RandomState()
     for i in range(bootstrap_iters // size):
-        *key, position = random.Random(i).getstate()[1]
-        source.set_state(("MT19937", key, position))
+        *state, position = random.Random(i).getstate()[1]
+        source.set_state(("MT19937", state, position))
         for rows in range(0, size, 100):
             picks = (source.random_sample((min(100, size - rows), n)) * n).astype(np.int32)
             means.append(loglikelihoods[picks].mean(1))
@@ -459,81 +459,107 @@ def bootstrap_stderr(loglikelihoods: np.ndarray, bootstrap_iters: int) -> float 
 
 
 def mcnemar(before: np.ndarray, after: np.ndarray) -> dict:
-    """Exact two-sided test of whether two r are right equally often, from the examples where just one of
-    them is."""
+    """Exact two-sided test of whether two r (or two models) are right equally often, from the examples where
+    just one of them is; before and after (N,) bool."""
     gained, lost = int((after & ~before).sum()), int((before & ~after).sum())
     n = gained + lost
-    tail = sum(math.comb(n, k) for k in range(min(gained, lost) + 1))
-    return {"gained": gained, "lost": lost, "p": min(1.0, 2 * tail / 2 ** n)}
+    tail = sum(math.comb(n, i) for i in range(min(gained, lost) + 1))
+    return {"gained": gained, "lost": lost, "p": min(1.0, 2 * tail / 2**n)}
 
 
-def run_task(model: AbbIE, tokenizer, name: str, examples: list[Example], iters: list[int],
-             bootstrap_iters: int = 100_000, log=None, rank: int = 0, **options) -> dict:
+def is_right(example: Example, scores: np.ndarray, greedy: np.ndarray, metric: str) -> np.ndarray:
+    """One example's scores and greedy, (choices, R) each -> whether it is right at each r, (R,)."""
+    if len(example.requests) == 1:  # LAMBADA: every token of the word is the argmax
+        return greedy[0]
+    if metric == "acc_norm":  # per character of the choice, without the space before it
+        scores = scores / np.array([[len(continuation) - 1] for _, continuation in example.requests])
+    return scores.argmax(0) == example.gold
+
+
+def run_task(
+    model: AbbIE, tokenizer, name: str, examples: list[Example], iters: list[int],
+    bootstrap_iters=100_000, log=None, **options,
+) -> dict:  # fmt: skip
     """Score one task -> {"n", "truncated": examples, "iters": {r: {metric, metric_stderr}}, "paired":
-    {"reference": the trained r (else the first), r: {metric: {gained, lost, p}}}}. `log`, an open file,
-    gets a line per example and r."""
-    requests = encode(tokenizer, [request for example in examples for request in example.requests])
-    scores, greedy, truncated = score(model, requests, iters, rank=rank, bar=name, **options)
+    {"reference": the trained r (else the first), r: {metric: {gained, lost, p}}}}. `log`, an open file, gets
+    a line per example and r. The options are score's."""
+    requests = encode_requests(tokenizer, [request for example in examples for request in example.requests])
+    scores, greedy, truncated = score(model, requests, iters, bar=name, **options)
     ends = np.cumsum([len(example.requests) for example in examples])
     scores, greedy = np.split(scores, ends[:-1]), np.split(greedy, ends[:-1])  # an example each, (choices, R)
-    base = iters.index(model.config.mean_iters) if model.config.mean_iters in iters else 0
-    cut = set(np.searchsorted(ends, truncated, side="right").tolist())
-    result = {"n": len(examples), "truncated": len(cut), "iters": {str(r): {} for r in iters},
-              "paired": {"reference": iters[base], **{str(r): {} for r in iters if r != iters[base]}}}
-    metrics = TASKS[name].metrics
-    for metric in metrics:
+    trained = model.config.mean_iters
+    base = iters.index(trained) if trained in iters else 0
+    result = {
+        "n": len(examples),
+        "truncated": len(set(np.searchsorted(ends, truncated, side="right").tolist())),
+        "iters": {str(r): {} for r in iters},
+        "paired": {"reference": iters[base], **{str(r): {} for r in iters if r != iters[base]}},
+    }
+    for metric in TASKS[name].metrics:
         if metric == "perplexity":
-            words = np.concatenate(scores)
+            words = np.concatenate(scores)  # (examples, R)
             values = np.exp(np.minimum(700, -words.mean(0)))
             stderrs = [bootstrap_stderr(column, bootstrap_iters) for column in words.T]
         else:
-            if metrics == WORD:
-                hits = np.array([exact.all(0) for exact in greedy])  # (examples, R)
-            else:
-                per = [np.array(e.lengths)[:, None] if metric == "acc_norm" else 1 for e in examples]
-                hits = np.array([(s / p).argmax(0) == e.gold for e, s, p in zip(examples, scores, per)])
-            values, stderrs = hits.mean(0), [mean_stderr(column) for column in hits.T]
+            right = np.array([is_right(*one, metric) for one in zip(examples, scores, greedy)])
+            values, stderrs = right.mean(0), [mean_stderr(column) for column in right.T]
             for i, r in enumerate(iters):
                 if i != base:
-                    result["paired"][str(r)][metric] = mcnemar(hits[:, base], hits[:, i])
+                    result["paired"][str(r)][metric] = mcnemar(right[:, base], right[:, i])
         for r, value, stderr in zip(iters, values.tolist(), stderrs):
             result["iters"][str(r)].update({metric: value, metric + "_stderr": stderr})
-    if log and rank == 0:
-        for number, (example, s, exact) in enumerate(zip(examples, scores, greedy)):
-            for i, r in enumerate(iters):
-                line = {"task": name, "doc_id": number, "iters": r, "loglikelihoods": s[:, i].tolist(),
-                        "is_greedy": exact[:, i].tolist(), "gold": example.gold}
-                log.write(json.dumps(line) + "\n")
+    for number, example in enumerate(examples if log else []):
+        for i, r in enumerate(iters):
+            line = {"task": name, "doc_id": number, "iters": r}
+            line["loglikelihoods"] = scores[number][:, i].tolist()
+            line["is_greedy"] = greedy[number][:, i].tolist()
+            line["gold"] = example.gold
+            log.write(json.dumps(line) + "\n")
     return result
 
 
-def run_tasks(model: AbbIE, tokenizer, tasks: list[str], iters: list[int], data: str | Path | None = None,
-              data_dir: str | Path = "data/icl", limit: int | None = None, **options) -> dict:
-    """Score tasks at every entry of iters -> {"tasks": {name: the result of run_task}}. The built-in
-    tasks are made of the shards in the folder `data`; the options are run_task's."""
-    iters = ascending(model, iters)
-    loaded = load_tasks(tasks, data, data_dir, model.config.block_size, limit)
-    return {"tasks": {name: run_task(model, tokenizer, name, examples, iters, **options)
-                      for name, examples in loaded.items()}}
+def run_tasks(
+    model: AbbIE, tokenizer, tasks: list[str], iters: list[int], data=None, data_dir="data/icl", limit=None,
+    **options,
+) -> dict:  # fmt: skip
+    """Score tasks at every entry of iters -> {"tasks": {name: the result of run_task}}. The built-in tasks
+    are made of the shards in the folder `data`; the options are run_task's."""
+    iters, results = ascending(model, iters), {}
+    for name, examples in load_tasks(tasks, data, data_dir, model.config.block_size, limit).items():
+        results[name] = run_task(model, tokenizer, name, examples, iters, **options)
+    return {"tasks": results}
 
 
 # ----------------------------------------------------------------------------- any other task, by the harness
 
-def harness_model(model: AbbIE, tokenizer, iters: int, batch_size: int = 32, rank: int = 0, world: int = 1):
-    """The model at one r as an lm_eval.api.model.LM. Ranks share the scoring and each hold all results."""
+
+def find_harness_tasks(names: list[str], include_path: str | None = None):
+    """The TaskManager of the harness, which knows these tasks; with include_path, those of this folder
+    instead of its own. Raises UserError for a name that it does not know, and where there is no harness."""
     try:
-        from lm_eval.api.model import LM
-        from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+        from lm_eval.tasks import TaskManager
     except ImportError:
         raise UserError("--lm_eval needs the harness\npip install lm_eval==0.4.13") from None
+    manager = TaskManager(include_path=include_path, include_defaults=include_path is None)
+    known = manager.all_tasks
+    for name in names:
+        check(name in known, f"the harness knows no task {name}{nearest(name, known)}")
+    return manager
+
+
+def harness_model(model: AbbIE, tokenizer, iters: int, batch_size: int = 32, rank: int = 0, world: int = 1):
+    """The model at one r as an lm_eval.api.model.LM. Ranks share the scoring and each hold all results."""
+    from lm_eval.api.model import LM
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
     T, eot = model.config.block_size, tokenizer.eot_token
 
     class HarnessModel(LM):
         tokenizer_name = getattr(tokenizer, "name", "tokenizer")
 
         def loglikelihood(self, requests, disable_tqdm=False):
-            encoded = encode(tokenizer, [request.args for request in requests])
-            scores, greedy, _ = score(model, encoded, [iters], batch_size, rank, world, bar="log-likelihood")
+            pairs = encode_requests(tokenizer, [request.args for request in requests])
+            scores, greedy, _ = score(model, pairs, [iters], batch_size, rank, world, bar="log-likelihood")
             return list(zip(scores[:, 0].tolist(), greedy[:, 0].tolist()))
 
         def loglikelihood_rolling(self, requests, disable_tqdm=False):
@@ -548,51 +574,55 @@ def harness_model(model: AbbIE, tokenizer, iters: int, batch_size: int = 32, ran
 
         def generate_until(self, requests, disable_tqdm=False):
             """What follows each context, up to its first stop string or the end of the text."""
-            from sample import stream
 
-            def settings(i):
-                return json.dumps(requests[i].args[1], sort_keys=True)
+            def alike(i):  # a batch shares its settings, and its contexts have about one length
+                context, settings = requests[i].args
+                return json.dumps(settings, sort_keys=True), len(context)
 
-            texts, batches = [""] * len(requests), []  # a batch shares its settings and has about one length
-            for _, alike in groupby(sorted(range(len(requests)), key=settings), settings):
-                alike = sorted(alike, key=lambda i: len(requests[i].args[0]))
-                batches += [alike[first:first + batch_size] for first in range(0, len(alike), batch_size)]
-            hidden = True if disable_tqdm or rank else None
-            for batch in tqdm(batches, desc="generation", disable=hidden):
-                asked = requests[batch[0]].args[1]
-                n = min(int(asked.get("max_gen_toks", 256)), T - 1)
-                stops = asked.get("until") or []
-                stops = [stops] if isinstance(stops, str) else stops
-                heat = float(asked.get("temperature") or 0) if asked.get("do_sample", True) else 0.0
-                prompts = [tokenizer.encode_ordinary(requests[i].args[0])[n - T:] or [eot] for i in batch]
-                new, done = [[] for _ in batch], set()
-                for b, token in stream(model, prompts, n, iters, temperature=heat, stop_token=eot, done=done):
-                    new[b].append(token)
-                    text = tokenizer.decode(new[b])
-                    if ends := [text.find(stop) for stop in stops if stop and stop in text]:
-                        done.add(b)
-                    texts[batch[b]] = text[:min(ends, default=len(text))]
+            texts, order = [""] * len(requests), sorted(range(len(requests)), key=alike)
+            for _, same in groupby(order, lambda i: alike(i)[0]):
+                same = list(same)
+                for first in progress(
+                    range(0, len(same), batch_size), "" if disable_tqdm else "generation", rank
+                ):
+                    batch = same[first : first + batch_size]
+                    contexts, settings = [requests[i].args[0] for i in batch], requests[batch[0]].args[1]
+                    for b, text in self.generate(contexts, settings):
+                        texts[batch[b]] = text
             return texts
+
+        def generate(self, contexts: list[str], settings: dict) -> Iterator[tuple[int, str]]:
+            """Yields (row, its text so far)."""
+            n = min(int(settings.get("max_gen_toks", 256)), T - 1)
+            stops = settings.get("until") or []
+            stops = [stops] if isinstance(stops, str) else stops
+            temperature = float(settings.get("temperature") or 0) if settings.get("do_sample", True) else 0.0
+            prompts = [tokenizer.encode_ordinary(context)[n - T :] or [eot] for context in contexts]
+            ids, done = [[] for _ in contexts], set()
+            options = {"temperature": temperature, "stop_token": eot, "done": done}
+            for b, token in stream(model, prompts, n, iters, **options):
+                ids[b].append(token)
+                text = tokenizer.decode(ids[b])
+                ends = [text.find(stop) for stop in stops if stop and stop in text]
+                if ends:
+                    done.add(b)
+                yield b, text[: min(ends, default=len(text))]
 
     return HarnessModel()
 
 
-def run_harness(model: AbbIE, tokenizer, tasks: list[str], iters: list[int], num_fewshot: int | None = None,
-                limit: int | None = None, bootstrap_iters: int = 100_000, **options) -> dict:
-    """The harness's own results for its own tasks: {r: {task: {metric: value}}}."""
-    models = {str(r): harness_model(model, tokenizer, r, **options) for r in iters}
+def run_harness(model: AbbIE, tokenizer, tasks: list[str], iters: list[int], manager, asked: dict, **options):
+    """The harness's own results for its own tasks: {r: {task: {metric: value}}}. asked: simple_evaluate's
+    num_fewshot, limit and bootstrap_iters. The options are harness_model's."""
     from lm_eval import simple_evaluate
-    from lm_eval.tasks import TaskManager
     from lm_eval.utils import make_table
-    manager, results = TaskManager(), {}
-    if unknown := [name for name in tasks if name not in manager.all_tasks]:
-        raise UserError(f"the harness knows no task {unknown[0]}{nearest(unknown[0], manager.all_tasks)}")
-    for r, adapter in models.items():
-        found = simple_evaluate(adapter, tasks=tasks, num_fewshot=num_fewshot, limit=limit, log_samples=False,
-                                task_manager=manager, bootstrap_iters=bootstrap_iters)
-        results[r] = found["results"]
-        if not options.get("rank"):
-            print(f"iters {r}\n{make_table(found)}")
+
+    results = {}
+    for r in iters:
+        adapter = harness_model(model, tokenizer, r, **options)
+        found = simple_evaluate(adapter, tasks=tasks, task_manager=manager, log_samples=False, **asked)
+        results[str(r)] = found["results"]
+        print(f"iters {r}\n{make_table(found)}")
     return results
 
 
@@ -620,9 +650,12 @@ def print_table(results: dict):
     columns, width = list(next(iter(sections.values()))["iters"]), max(map(len, sections))
     print(f"{'':{width}s}  {'':13s} {'n':>10s}" + "".join(f"{'r=' + r:>23s} " for r in columns) + " *: best")
     for name, section in sections.items():
-        official, n = TASKS[name].n if name in TASKS else None, section["n"]
-        count = f"{n}/{official}" if official and official != n else str(n)
-        for metric in (key for key in section["iters"][columns[0]] if not key.endswith("_stderr")):
+        n, official = section["n"], EVAL_SETS[name].n_rows if name in EVAL_SETS else section["n"]
+        count = str(n) if n == official else f"{n}/{official}"
+        paired = section.get("paired", {})
+        for metric in section["iters"][columns[0]]:
+            if metric.endswith("_stderr"):
+                continue
             values = {r: scores[metric] for r, scores in section["iters"].items()}
             best = (min if metric in LOWER_IS_BETTER else max)(values, key=values.get)
             line = ""
@@ -631,102 +664,105 @@ def print_table(results: dict):
                 text = cell(metric, value) + (f" ± {cell(metric, stderr)}" if stderr is not None else "")
                 line += f"{text:>23s}" + ("*" if value == values[best] else " ")
             print(f"{name:{width}s}  {metric:13s} {count:>10s}{line}")
-            paired = section.get("paired", {})
             test = paired.get(best, {}).get(metric)
             if test and test["gained"] > test["lost"]:
-                notes.append(f"{name} {metric}: r={best} gains {test['gained']} and loses {test['lost']} "
-                             f"examples against r={paired['reference']}, McNemar p = {test['p']:.2g}")
-        if cut := section.get("truncated"):
+                notes.append(
+                    f"{name} {metric}: r={best} gains {test['gained']} and loses {test['lost']} "
+                    f"examples against r={paired['reference']}, McNemar p = {test['p']:.2g}"
+                )
+        if section.get("truncated"):
+            cut = section["truncated"]
             notes.append(f"{name}: {cut} of {n} examples exceed the model's context and lost their beginning")
         if section.get("left_out"):
             notes.append(f"{name}: {section['left_out']} tokens behind the last window of a shard left out")
     print("\n".join(notes))
 
 
-def print_convergence(found: dict, iters: list[int]):
-    print(f"convergence, mean over {found['n']} tokens")
-    print(" " * 25 + "".join(f"{f'r={r}':>10s}" for r in iters))
-    for quantity in ("change", "cosine", "settled", "from_zero", "from_noise", "from_other"):
-        for which in ("trained", "untrained"):
-            values = [found[which][str(r)].get(quantity) for r in iters]
-            cells = ["-" if v is None else f"{v:.4f}" if v > 1e-3 else f"{v:.1e}" for v in values]
-            print(f"  {quantity:12s}{which:11s}" + "".join(f"{text:>10s}" for text in cells))
+# ------------------------------------------------------------------------------------------------ the command
 
 
-def find_shards(model: AbbIE, data: str | None) -> Shards:
-    """The validation split of a folder in the model's tokens."""
-    if not data:
-        raise UserError("this model does not name the data that it was trained on\n"
-                        "give a folder of shards with --ppl DATA")
-    shards, tokenizer = Shards(data, "val", model.config.block_size), model.meta["tokenizer"]
-    if shards.tokenizer != tokenizer:
-        raise UserError(f"{data} holds {shards.tokenizer} tokens, but the model reads {tokenizer}\n"
-                        f"prepare it with --tokenizer {tokenizer}")
-    return shards
-
-
-def main(argv: list[str]):
+def parse_args(argv: list[str]):
     parser = ArgumentParser(prog="eval_icl.py", description=__doc__.split("\n\nHow")[0])
     add = parser.add_argument
     add("--ckpt", help="run folder, checkpoint or hf:FOLDER (default: the newest under out/)")
     add("--iters", default="1,2,4,8", help="iterations of the Body (default 1,2,4,8)")
     add("--tasks", help=f"of {', '.join(TASKS)} (the first two)")
     add("--data_dir", default="data/icl", help="holds TASK/SPLIT.jsonl")
-    add("--limit", type=int, help="score only the first so many rows of each task")
-    add("--ppl", nargs="?", const="", metavar="DATA", help="loss, perplexity and bits per byte on the whole "
-        "validation split of a folder of shards (default: the one that the model was trained on)")
-    add("--convergence", action="store_true", help="how the state changes with each iteration")
+    add(
+        "--limit", type=int, help="score the first N rows of each task, or N examples of a built-in one (300)"
+    )
+    whole = "loss, perplexity and bits per byte on the whole validation split of a folder of shards"
+    add("--ppl", nargs="?", const="", metavar="DATA", help=f"{whole} (default: the training data's)")
     add("--lm_eval", help="tasks of the harness, such as mmlu,gsm8k, at every r in turn")
     add("--num_fewshot", type=int, help="shots for --lm_eval (default: the task's own)")
+    add("--include_path", help="folder of task files for --lm_eval to take instead of the harness's")
     add("--batch_size", type=int, default=32, help="rows at a time (default 32)")
     add("--bootstrap_iters", type=int, default=100_000, help="resamples for word perplexity")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     add("--out", help="write the results here as JSON")
     add("--log_samples", help="write every example's scores here, a line of JSON each")
     args = parser.parse_args(argv)
-    if args.batch_size < 1 or (args.limit is not None and args.limit < 1):
-        raise UserError("--batch_size and --limit must be at least 1")
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    cuda = args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available())
-    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else args.device.replace("auto", "cpu")
-    if world > 1:
-        dist.init_process_group("nccl" if cuda else "gloo")
+    check(args.batch_size >= 1, f"--batch_size={args.batch_size} must be at least 1")
+    check(args.limit is None or args.limit >= 1, f"--limit={args.limit} must be at least 1")
+    args.iters = parse_list(args.iters, "iters")
+    args.lm_eval = args.lm_eval.split(",") if args.lm_eval else []
+    args.tasks = args.tasks.split(",") if args.tasks else []
+    if not args.tasks and not args.lm_eval and args.ppl is None:
+        args.tasks = BUILT_IN
+    return args
 
-    # Whatever can be wrong is found before anything is computed.
-    model = AbbIE.from_checkpoint(args.ckpt, device=device)
-    iters, tokenizer = parse_list(args.iters, "iters"), get_tokenizer(model.meta["tokenizer"])
-    iters = ascending(model, iters)
-    tasks = args.tasks.split(",") if args.tasks else []
-    if not tasks and args.ppl is None and not args.convergence and not args.lm_eval:
-        tasks = list(TASKS)[:2]
+
+def find_shards(model: AbbIE, data: str | None) -> Shards:
+    """The validation split of a folder in the model's tokens."""
+    why = "this model does not name the data that it was trained on"
+    check(bool(data), f"{why}\ngive a folder of shards with --ppl DATA")
+    shards, tokenizer = Shards(data, "val", model.config.block_size), model.meta["tokenizer"]
+    why = f"{data} holds {shards.tokenizer} tokens, but the model reads {tokenizer}"
+    check(shards.tokenizer == tokenizer, f"{why}\nprepare it with --tokenizer {tokenizer}")
+    return shards
+
+
+def prepare(args, rank: int, model_class=AbbIE) -> tuple:
+    """-> model, examples of the tasks, shards or None, the harness's tasks or None. Whatever can be wrong is
+    found here, before anything is computed."""
+    model = load_model(args.ckpt, choose_device(args.device), model_class)
+    ascending(model, args.iters)
     own = model.meta.get("data")
-    examples = load_tasks(tasks, own or args.ppl, args.data_dir, model.config.block_size, args.limit)
-    if args.ppl is not None or args.convergence:
-        shards = find_shards(model, args.ppl or own)
-    if args.out and rank == 0:
-        open(args.out, "a").close()  # it can be written
-    log = open(args.log_samples, "w") if args.log_samples and rank == 0 else None
+    examples = load_tasks(args.tasks, own or args.ppl, args.data_dir, model.config.block_size, args.limit)
+    shards = None if args.ppl is None else find_shards(model, args.ppl or own)
+    manager = find_harness_tasks(args.lm_eval, args.include_path) if args.lm_eval else None
+    for path in (args.out, args.log_samples):
+        if path and rank == 0:
+            open(path, "a").close()  # it can be written
+    return model, examples, shards, manager
 
+
+def evaluate(
+    args, rank: int, world: int, model: AbbIE, examples: dict, shards: Shards | None, manager
+) -> dict:
     options = {"batch_size": args.batch_size, "rank": rank, "world": world}
+    iters, tokenizer = ascending(model, args.iters), get_tokenizer(model.meta["tokenizer"])
     results = {"ckpt": model.meta["ckpt"], "trained_iters": model.config.mean_iters, "tasks": {}}
-    for name in tasks:
-        results["tasks"][name] = run_task(model, tokenizer, name, examples[name], iters, log=log,
-                                          bootstrap_iters=args.bootstrap_iters, **options)
-    if args.ppl is not None:
+    log = open(args.log_samples, "w") if args.log_samples and rank == 0 else None
+    for name, task in examples.items():
+        how = {"bootstrap_iters": args.bootstrap_iters, "log": log, **options}
+        results["tasks"][name] = run_task(model, tokenizer, name, task, iters, **how)
+    if log:
+        log.close()
+    if shards:
         results["ppl"] = perplexity(model, shards, iters, **options)
-    if rank == 0:
-        print_table(results)
-    if args.convergence:
-        n = min(8, shards.n_windows)
-        idx = shards.batch(np.arange(n) * shards.n_windows // n)[0].to(device)
-        torch.manual_seed(0)
-        results["convergence"] = {"n": idx.numel(), "trained": convergence(model, idx, iters[-1]),
-                                  "untrained": convergence(AbbIE(model.config).to(device), idx, iters[-1])}
-        if rank == 0:
-            print_convergence(results["convergence"], iters)
-    if args.lm_eval:
-        results["lm_eval"] = run_harness(model, tokenizer, args.lm_eval.split(","), iters, args.num_fewshot,
-                                         args.limit, args.bootstrap_iters, **options)
+    print_table(results)
+    if manager:
+        asked = {name: getattr(args, name) for name in ("num_fewshot", "limit", "bootstrap_iters")}
+        results["lm_eval"] = run_harness(model, tokenizer, args.lm_eval, iters, manager, asked, **options)
+    return results
+
+
+def main(argv: list[str], model_class=AbbIE):
+    rank, world = start_ranks()
+    args = together(lambda: parse_args(argv))
+    work = together(lambda: prepare(args, rank, model_class))
+    results = together(lambda: evaluate(args, rank, world, *work))
     if args.out and rank == 0:
         Path(args.out).write_text(json.dumps(results, indent=1, default=float) + "\n")
     if world > 1:

@@ -12,8 +12,7 @@ The same command continues an interrupted run. What a step computes does not dep
 processes: the config fixes tokens per step, data order and iterations are pure functions of (seed, step), and
 no other state exists. SIGTERM and SIGINT save and leave. Under torchrun, which then reports a failure,
 workers have its grace period (30 s) to finish the save before it kills them; only the step at hand is lost if
-they do not.
-"""
+they do not. """
 
 import contextlib
 import dataclasses
@@ -34,22 +33,28 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import prepare_data
-from config import Config, cli, load_config, parse_list, show
+from checkpoint import FILES, find_checkpoint, load_model, load_tensors, save_checkpoint
+from config import Config, choose_device, cli, load_config, on_rank_0, parse_list, show, start_ranks, together
+from data import Shards, get_tokenizer
+from decode import generate
 from eval_icl import evaluate_loss, print_table, run_tasks
-from model import AbbIE, UserError, find_checkpoint, load_tensors, parse_iters, save_checkpoint
-from prepare_data import Shards, get_tokenizer
-from sample import generate
+from model import AbbIE, UserError, check, parse_iters
 
 # Dense bf16 peaks in FLOP/s (no sparsity) from the vendors' data sheets; MFU is shown for these devices only.
-PEAK_FLOPS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12,
-              "A100": 312e12, "L40S": 362e12, "L4": 121e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
+PEAK_FLOPS = {
+    "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12,
+    "L40S": 362e12, "L4": 121e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
+}  # fmt: skip
+WHOLE = 2**20  # at the end, the loss at the model's own iters is measured on so many validation tokens
 
 
-# ----------------------------------------------------------- what a step is: pure functions of (config, step)
+# --------------------------------------------------------- what a step is: pure functions of (config, step)
+
 
 def draw_iters(spec: int | str, seed: int, step: int) -> int:
     """The iterations of a step: the same on every rank, a pure function of (seed, step). "poisson:m" is r = 1
@@ -62,7 +67,7 @@ def draw_iters(spec: int | str, seed: int, step: int) -> int:
     if kind == "uniform":
         return int(rng.integers(low, high + 1))
     sigma = 0.5
-    rate = rng.lognormal(math.log(low - 1) - sigma ** 2 / 2, sigma)
+    rate = rng.lognormal(math.log(low - 1) - sigma**2 / 2, sigma)
     return min(1 + int(rng.poisson(rate)), high)
 
 
@@ -83,19 +88,43 @@ def windows_at(n_windows: int, order, first: int, count: int) -> np.ndarray:
     return np.concatenate([order(int(e))[offset[epoch == e]] for e in np.unique(epoch)])
 
 
-# ------------------------------------------------------------------------------------------------- setting up
+def share_of(windows: np.ndarray, rank: int, world: int, micro_batch: int) -> np.ndarray:
+    """A rank's part of a step's windows, (micro-batches, micro_batch): the ranks take turns."""
+    return windows.reshape(-1, world, micro_batch)[:, rank]
 
-def choose_device(config: Config, local_rank: int) -> torch.device:
-    name = config.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(f"cuda:{local_rank}" if name == "cuda" else name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"device={name} cannot be used: {reason}\ntry --device=cpu") from None
-    return device
+
+def to_device(batch: tuple[Tensor, Tensor], device: torch.device) -> tuple[Tensor, ...]:
+    """On CUDA through pinned memory, so that the copy does not wait for what the device is doing."""
+    if device.type == "cuda":
+        return tuple(t.pin_memory().to(device, non_blocking=True) for t in batch)
+    return tuple(t.to(device) for t in batch)
+
+
+def train_step(net, optimizer, batches: list[tuple[Tensor, Tensor]], iters: int, grad_clip: float, autocast):
+    """One optimizer step of a model or its DDP, over this process's micro-batches of (x, y) -> the loss and
+    the gradient's norm over all processes. A step of which either is not finite leaves the weights as they
+    are."""
+    ddp, device = isinstance(net, DistributedDataParallel), batches[0][0].device
+    total = torch.zeros((), dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
+    for i, (x, y) in enumerate(batches):
+        waits = ddp and i < len(batches) - 1  # gradients are averaged over processes with the last one only
+        with net.no_sync() if waits else contextlib.nullcontext():
+            with autocast():
+                loss = net(x, y, iters)[1] / len(batches)
+            loss.backward()
+        total += loss.detach()
+    norm = torch.nn.utils.clip_grad_norm_(net.parameters(), grad_clip or math.inf)
+    if ddp:
+        dist.all_reduce(total)
+        total /= dist.get_world_size()
+    loss, norm = total.item(), norm.item()
+    if math.isfinite(loss) and math.isfinite(norm):  # the same everywhere: all processes step, or none does
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return loss, norm
+
+
+# ------------------------------------------------------------------------------------------------- setting up
 
 
 def choose_dtype(config: Config, device: torch.device) -> torch.dtype:
@@ -114,20 +143,20 @@ def choose_attention(device: torch.device, dtype: torch.dtype, compiled: bool):
         torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # without a detour through fp32
 
 
-def compile_blocks(model: AbbIE, config: Config, device: torch.device) -> bool:
+def compile_blocks(model: AbbIE, config: Config, device: torch.device, **how) -> bool:
     """torch.compile each block in place (one compilation serves all blocks and iterations) and the loss.
     Returns whether it was done. auto: on CUDA only, since a short run on a CPU does not earn the compilation
     back."""
     if config.compile == "off" or (config.compile == "auto" and device.type != "cuda"):
         return False
     try:
-        torch.compile(torch.sin)(torch.zeros(8, device=device))
+        torch.compile(torch.sin, **how)(torch.zeros(8, device=device))
     except Exception as error:  # a missing compiler shows in many ways
         print(f"torch.compile does not work here ({type(error).__name__}): running without", file=sys.stderr)
         return False
     for block in [*model.head, *model.body, *model.tail]:
-        block.compile()
-    model.logits_and_loss = torch.compile(model.logits_and_loss)
+        block.compile(**how)
+    model.logits_and_loss = torch.compile(model.logits_and_loss, **how)
     return True
 
 
@@ -135,55 +164,110 @@ def adamw(model: AbbIE, config: Config) -> torch.optim.AdamW:
     """Matrices are decayed, norms are not."""
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": config.weight_decay},
-              {"params": vectors, "weight_decay": 0.0}]
+    groups = [
+        {"params": matrices, "weight_decay": config.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
     return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), fused=True)
 
 
-def build_model(config: Config, vocab_size: int, tokenizer: str) -> AbbIE:
-    """A freshly initialised model, or the weights of `init_from` under this config's rule and iters."""
+def differences(old: dict, new: dict) -> str:
+    changed = [name for name in new if old.get(name) != new[name]]
+    return ", ".join(f"{name} is {old.get(name)!r} there, {new[name]!r} here" for name in changed)
+
+
+def new_model(config: Config, shards: Shards, model_class=AbbIE) -> AbbIE:
+    """A freshly initialised model, or the weights of `init_from` under this config's rule, iters and cut."""
     torch.manual_seed(config.seed)
-    shape = config.model_config(vocab_size)
+    shape = config.model_config(shards.vocab_size)
     if not config.init_from:
-        return AbbIE(shape)
-    recurrence = {"rule": config.rule, "iters": config.iters, "backprop_iters": config.backprop_iters,
-                  "block_size": config.block_size}
+        return model_class(shape)
+    changes = {name: getattr(config, name) for name in ("rule", "iters", "backprop_iters", "block_size")}
+    cut = {name: getattr(config, name) for name in ("n_head_blocks", "n_body_blocks", "n_tail_blocks")}
     if config.init_from.startswith("hf:"):  # its shape counts, and the config's cut where it fits
-        model = AbbIE.from_checkpoint(config.init_from, **recurrence)
+        model = load_model(config.init_from, **changes)
         if model.config.n_blocks == config.n_blocks:
-            cut = {name: getattr(config, name) for name in ("n_head_blocks", "n_body_blocks")}
-            model = AbbIE.from_checkpoint(config.init_from, **recurrence, **cut)
+            model = load_model(config.init_from, **changes, **cut)
     else:
-        cut = {name: getattr(config, name) for name in ("n_head_blocks", "n_body_blocks", "n_tail_blocks")}
-        model = AbbIE.from_checkpoint(config.init_from, **recurrence, **cut)
-        if model.config != shape:
-            raise UserError(f"init_from={config.init_from}: {differences(vars(model.config), vars(shape))}\n"
-                            "start from a checkpoint of this config's shape, or set these keys")
-    if model.meta["tokenizer"] != tokenizer and not config.force:
-        wanted = model.meta["tokenizer"]
-        raise UserError(f"init_from={config.init_from} reads {wanted} tokens, the data holds {tokenizer}\n"
-                        f"prepare the data with --tokenizer {wanted}, or pass --force=true")
+        model = load_model(config.init_from, model_class=model_class, **changes, **cut)
+        changed = differences(vars(model.config), vars(shape))
+        check(
+            not changed,
+            f"init_from={config.init_from}: {changed}\n"
+            "start from a checkpoint of this config's shape, or set these keys",
+        )
+    theirs = model.meta["tokenizer"]
+    check(
+        theirs == shards.tokenizer or config.force,
+        f"init_from={config.init_from} reads {theirs} tokens, the data holds {shards.tokenizer}\n"
+        f"prepare the data with --tokenizer {theirs}, or pass --force=true",
+    )
     return model
 
 
-def differences(old: dict, new: dict) -> str:
-    return ", ".join(f"{name} is {old.get(name)!r} there, {new[name]!r} here" for name in new
-                     if old.get(name) != new[name])
+def continued_model(
+    config: Config, folder: Path, shards: Shards, data_sha256: str, model_class=AbbIE
+) -> AbbIE:
+    """The model of a checkpoint, if its data, tokenizer, rule and shape are this run's."""
+    may_change = {"iters": config.iters, "backprop_iters": config.backprop_iters}  # in mid-run
+    model = load_model(folder, model_class=model_class, **may_change)
+    here = {"rule": config.rule, "tokenizer": shards.tokenizer, "data_sha256": data_sha256}
+    if config.init_from:
+        here["init_from"] = config.init_from
+    if not config.init_from.startswith("hf:"):  # whose shape is not the config's
+        here |= dataclasses.asdict(config.model_config(shards.vocab_size))
+        here |= {name: model.meta[name] for name in may_change}
+    changed = differences(model.meta, here)
+    check(
+        not changed or config.force,
+        f"{folder} cannot be continued: {changed}\n"
+        "set these keys as they were or choose another out_dir; or pass --resume=never or --force=true",
+    )
+    return model
 
 
 def find_resume(config: Config, out_dir: Path) -> Path | None:
     """The checkpoint to continue from, if there is one. With resume=never an earlier run is moved aside."""
     if config.resume not in ("auto", "never"):
-        return find_checkpoint(config.resume)
+        return find_checkpoint(config.resume, FILES)
     if not any(out_dir.glob("step_*")):
         return None
     if config.resume == "auto":
-        return find_checkpoint(out_dir)
+        return find_checkpoint(out_dir, FILES)
     names = (out_dir.with_name(f"{out_dir.name}.{n}") for n in itertools.count(1))
     aside = next(path for path in names if not path.exists())
     out_dir.rename(aside)
     print(f"the earlier run in {out_dir} is now {aside}")
     return None
+
+
+def divide_step(config: Config, world: int) -> tuple[int, int]:
+    """-> sequences of a step, over all processes and micro-batches, and the size of a micro-batch."""
+    sequences = config.tokens_per_step // config.block_size
+    micro_batch = min(config.micro_batch, max(1, sequences // world))
+    check(
+        sequences % (micro_batch * world) == 0,
+        f"tokens_per_step={config.tokens_per_step} is {sequences} sequences of {config.block_size}, "
+        f"no multiple of {world} process(es) x micro_batch {micro_batch}\nset micro_batch or tokens_per_step",
+    )
+    return sequences, micro_batch
+
+
+def prepare_run(config: Config, world: int) -> Path | None:
+    """What one process checks and does for all -> the checkpoint to continue from, or None."""
+    divide_step(config, world)
+    if config.data == "data/stdlib" and not Path(config.data, "meta.json").exists():
+        prepare_data.main(["stdlib"])  # the embedded corpus makes itself, every other one is made by hand
+    for split in ("train", "val"):
+        Shards(
+            config.data, split, config.block_size
+        )  # verifies the hashes, which are remembered beside the data
+    resume_from = find_resume(config, Path(config.out_dir))
+    Path(config.out_dir).mkdir(parents=True, exist_ok=True)
+    return resume_from
+
+
+# ---------------------------------------------------------------------------------------------------- the log
 
 
 def open_log(path: Path, header: dict, start: int):
@@ -195,9 +279,9 @@ def open_log(path: Path, header: dict, start: int):
         with contextlib.suppress(ValueError):  # a line cut short by a kill
             if json.loads(line).get("step", -1) < start:
                 kept.append(line + "\n")
-    temp = path.with_suffix(".tmp")
-    temp.write_text("".join(kept))
-    os.replace(temp, path)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept))
+    os.replace(temporary, path)
     file = open(path, "a", buffering=1)
 
     def write(record: dict):
@@ -212,23 +296,34 @@ def describe(record: dict) -> str:
     """A log record as the fixed fields of a terminal line."""
     mfu = "-" if record["mfu"] is None else f"{record['mfu']:.1%}"
     eta = tqdm.format_interval(record["eta_s"])
-    return (f"loss {record['loss']:.4f} | lr {record['lr']:.2e} | norm {record['grad_norm']:.3f} | "
-            f"iters {record['iters']} | {record['tokens_per_s']:,.0f} tok/s | mfu {mfu} | "
-            f"{record['flops']:.2e} flops | eta {eta}"
-            + (" | skipped: not finite" if record["skipped"] else ""))
+    skipped = " | skipped: not finite" if record["skipped"] else ""
+    return (
+        f"loss {record['loss']:.4f} | lr {record['lr']:.2e} | norm {record['grad_norm']:.3f} | "
+        f"iters {record['iters']} | {record['tokens_per_s']:,.0f} tok/s | mfu {mfu} | "
+        f"{record['flops']:.2e} flops | eta {eta}{skipped}"
+    )
 
 
 def versions(device: torch.device) -> dict:
     """What a reader of a log wants to know of where it ran."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    commit = None
+    name, commit = cpu_name(), None
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
     if shutil.which("git"):
-        git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent,
-                             capture_output=True, text=True)
-        commit = git.stdout.strip() or None
-    return {"device": f"{device.type}: {name}", "python": platform.python_version(),
-            "torch": torch.__version__, "numpy": np.__version__, "threads": torch.get_num_threads(),
-            "commit": commit}
+        command, folder = ["git", "rev-parse", "HEAD"], Path(__file__).parent
+        commit = subprocess.run(command, cwd=folder, capture_output=True, text=True).stdout.strip() or None
+    return {
+        "device": f"{device.type}: {name}", "python": platform.python_version(), "torch": torch.__version__,
+        "numpy": np.__version__, "threads": torch.get_num_threads(), "commit": commit,
+    }  # fmt: skip
+
+
+def cpu_name() -> str:
+    """Model and instruction set, since the fastest way to compute depends on both."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    models = [line.split(": ", 1)[1] for line in lines if line.startswith("model name")]
+    return f"{models[0] if models else platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 # ---------------------------------------------------------------------------------------------------- the run
@@ -249,6 +344,14 @@ def noticed_signals():
             signal.signal(s, handler)
 
 
+def agreed_signal(asked: list, device: torch.device, world: int) -> int:
+    """The signal that any process was sent, on every one of them; or 0."""
+    flags = torch.tensor([float(s in asked) for s in SIGNALS], device=device)
+    if world > 1:
+        dist.all_reduce(flags)
+    return next((s for s, flag in zip(SIGNALS, flags.tolist()) if flag), 0)
+
+
 def prune(run: Path, keep_last: int, newest: Path):
     """Delete all checkpoints but the last ones up to `newest`, and what a killed save left. Later ones can
     only be damaged or of an abandoned future: the run has just passed them by."""
@@ -258,204 +361,170 @@ def prune(run: Path, keep_last: int, newest: Path):
             shutil.rmtree(path, ignore_errors=True)
 
 
-def barrier(world: int):
-    if world > 1:
-        dist.barrier()
-
-
-def continue_model(config: Config, folder: Path, shards: Shards, data_sha256: str) -> AbbIE:
-    """The model of a checkpoint, if its data, tokenizer, rule and shape are this run's."""
-    model = AbbIE.from_checkpoint(folder, iters=config.iters, backprop_iters=config.backprop_iters)
-    here = {"rule": config.rule, "tokenizer": shards.tokenizer, "data_sha256": data_sha256}
-    if not config.init_from.startswith("hf:"):  # whose shape is not the config's
-        here.update(dataclasses.asdict(config.model_config(shards.vocab_size)))
-        here.update({name: model.meta[name] for name in ("iters", "backprop_iters")})  # may change in mid-run
-    changed = differences(model.meta, here)
-    if changed and not config.force:
-        raise UserError(f"{folder} cannot be continued: {changed}\n"
-                        "set these keys as they were or choose another out_dir;"
-                        " or pass --resume=never or --force=true")
-    return model
-
-
-def main(argv: list[str]):
-    config = load_config(argv)
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if rank:  # one voice
-        sys.stdout = open(os.devnull, "w")
-    device = choose_device(config, int(os.environ.get("LOCAL_RANK", 0)))
-    if world > 1:
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        # Apart from what the store may still hold of ranks that died before a restart: their addresses.
-        attempt, [store, *_] = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), next(dist.rendezvous("env://"))
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=world,
-                                store=dist.PrefixStore(attempt, store))
+def main(argv: list[str], model_class=AbbIE):
+    rank, world = start_ranks()
+    config = together(lambda: load_config(argv))
     try:
-        status = run(config, device, rank, world)
+        status = run(config, rank, world, model_class)
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         text = str(error).lower()
         signs = ("out of memory", "not enough memory", "can't allocate memory")  # CUDA's, the CPU's
         if isinstance(error, RuntimeError) and not any(sign in text for sign in signs):
             raise
         half = max(1, config.micro_batch // 2)
-        raise UserError(f"rank {rank} is out of memory at micro_batch={config.micro_batch} on {device.type}\n"
-                        f"try --micro_batch={half} or --activation_checkpointing=true") from None
+        raise UserError(
+            f"rank {rank} is out of memory at micro_batch={config.micro_batch}\n"
+            f"try --micro_batch={half} or --activation_checkpointing=true"
+        ) from None
     if world > 1:
         dist.destroy_process_group()
     if status:
         sys.exit(status)
 
 
-def run(config: Config, device: torch.device, rank: int, world: int) -> int:
+def run(config: Config, rank: int, world: int, model_class=AbbIE) -> int:
     """Train, evaluate, save. Returns the exit status: 0, or 128 + the signal that ended the run early."""
     print(show(config))
-    T, out_dir = config.block_size, Path(config.out_dir)
-    sequences = config.tokens_per_step // T  # of a step, over all processes and micro-batches
-    micro_batch = min(config.micro_batch, max(1, sequences // world))
-    if sequences % (micro_batch * world):
-        raise UserError(f"tokens_per_step={config.tokens_per_step} is {sequences} sequences of {T}, no "
-                        f"multiple of {world} process(es) x micro_batch {micro_batch}\n"
-                        "set micro_batch or tokens_per_step")
-    accumulation = sequences // (micro_batch * world)
+    resume_from = on_rank_0(lambda: prepare_run(config, world))
+    device, T, out_dir = (
+        together(lambda: choose_device(config.device)),
+        config.block_size,
+        Path(config.out_dir),
+    )
+    sequences, micro_batch = divide_step(config, world)
 
-    # Data: the embedded corpus makes itself, every other one is made by prepare_data.py.
-    if config.data == "data/stdlib" and not Path(config.data, "meta.json").exists() and rank == 0:
-        prepare_data.main(["stdlib"])
-    if rank:
-        barrier(world)  # rank 0 checks the hashes, which are remembered beside the data
-    shards, val_shards = Shards(config.data, "train", T), Shards(config.data, "val", T)
-    if not rank:
-        barrier(world)
+    # The data, the model, fresh or from a checkpoint, and its optimizer.
+    shards, val_shards = together(
+        lambda: [Shards(config.data, split, T, verify=False) for split in ("train", "val")]
+    )
     order = functools.lru_cache(maxsize=1)(lambda epoch: shards.window_order(config.seed, epoch))
     data_sha256 = hashlib.sha256(json.dumps(shards.meta["splits"], sort_keys=True).encode()).hexdigest()
-
-    # The model, fresh or from a checkpoint, and its optimizer.
-    resume_from = find_resume(config, out_dir) if rank == 0 else None
-    if world > 1:
-        found = [resume_from]
-        dist.broadcast_object_list(found, src=0)
-        resume_from = found[0]
+    start, skipped, flops = 0, 0, 0.0
     if resume_from is None:
-        model = build_model(config, shards.vocab_size, shards.tokenizer)
+        model = together(lambda: new_model(config, shards, model_class))
     else:
-        model = continue_model(config, resume_from, shards, data_sha256)
+        model = together(lambda: continued_model(config, resume_from, shards, data_sha256, model_class))
     model.to(device).train()
     model.activation_checkpointing = config.activation_checkpointing
     optimizer = adamw(model, config)
-    start, skipped, flops = 0, 0, 0.0
     if resume_from is not None:
         saved = load_tensors(resume_from / "train.pt")
         optimizer.load_state_dict(saved["optimizer"])
         start, skipped, flops = saved["step"], saved["skipped"], saved["flops"]
-    max_steps = config.max_steps or round(config.tokens_per_param * model.n_params() / config.tokens_per_step)
-    max_steps = max(max_steps, start)
+    tokens = config.max_steps * config.tokens_per_step or config.tokens_per_param * model.n_params()
+    max_steps = max(start, round(tokens / config.tokens_per_step))
     dtype = choose_dtype(config, device)
     compiled = compile_blocks(model, config, device)
     choose_attention(device, dtype, compiled)
     autocast = functools.partial(torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32)
-    net = model if world == 1 else DistributedDataParallel(
-        model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True)
+    net = model
+    if world > 1:
+        cards = [device] if device.type == "cuda" else None
+        net = DistributedDataParallel(model, device_ids=cards, gradient_as_bucket_view=True)
+
+    # What runs, for the terminal and the log.
     facts = versions(device)
     peak = next((peak for name, peak in PEAK_FLOPS.items() if name in facts["device"]), None)
-    print(f"{facts['device']}, {str(dtype)[6:]}{', compiled' if compiled else ''}, {world} process(es), "
-          f"{sequences} sequences of {T} per step = {world} x {accumulation} x {micro_batch}")
-    cut = "+".join(str(getattr(model.config, f"n_{part}_blocks")) for part in ("head", "body", "tail"))
-    print(f"{model.n_params():,} parameters, blocks {cut}, rule {config.rule}, iters {config.iters}; "
-          f"{max_steps:,} steps, {max_steps * config.tokens_per_step:,} tokens, "
-          f"{max_steps * sequences / shards.n_windows:.2f} epochs"
-          + (f"; from step {start} of {resume_from}" if resume_from else ""))
-    saved_config = {**dataclasses.asdict(config), **dataclasses.asdict(model.config),
-                    "tokenizer": shards.tokenizer, "data_sha256": data_sha256}
-    if rank == 0:
-        out_dir.mkdir(parents=True, exist_ok=True)
-        header = {"config": saved_config, "n_params": model.n_params(), "max_steps": max_steps,
-                  "world": world, "dtype": str(dtype)[6:], "compiled": compiled, **facts}
-        log = open_log(out_dir / "log.jsonl", header, start)
+    accumulation, epochs = sequences // micro_batch // world, max_steps * sequences / shards.n_windows
+    cut = "+".join(str(len(blocks)) for blocks in (model.head, model.body, model.tail))
+    print(f"{facts['device']}, {str(dtype)[6:]}{', compiled' if compiled else ''}, {world} process(es)")
+    print(f"{sequences} sequences of {T} per step = {world} x {accumulation} x {micro_batch}")
+    print(f"{model.n_params():,} parameters, blocks {cut}, rule {config.rule}, iters {config.iters}")
+    print(f"{max_steps:,} steps, {max_steps * config.tokens_per_step:,} tokens, {epochs:.2f} epochs")
+    if resume_from:
+        print(f"from step {start} of {resume_from}")
+    run_config = {**dataclasses.asdict(config), **dataclasses.asdict(model.config)}
+    run_config |= {"tokenizer": shards.tokenizer, "data_sha256": data_sha256}
+    header = {
+        "config": run_config, "n_params": model.n_params(), "max_steps": max_steps, "world": world,
+        "dtype": str(dtype)[6:], "compiled": compiled, **facts,
+    }  # fmt: skip
+    log = open_log(out_dir / "log.jsonl", header, start) if rank == 0 else lambda record: None
 
-    eval_iters, n_eval = parse_list(config.eval_iters, "eval_iters"), max(1, config.eval_tokens // T)
+    def evaluate(iters: list[int], tokens: int) -> dict[int, float]:
+        options = {"batch_size": micro_batch, "rank": rank, "world": world, "autocast": autocast}
+        return evaluate_loss(model, val_shards, iters, n_windows=max(1, tokens // T), **options)
+
+    def save(step: int):
+        if rank == 0:
+            state = {"optimizer": optimizer.state_dict(), "step": step, "skipped": skipped, "flops": flops}
+            meta = {**run_config, "step": step}
+            newest = save_checkpoint(out_dir, step, model.state_dict(), state, meta)
+            prune(out_dir, config.keep_last, newest)
+        if world > 1:
+            dist.barrier()
+
     stop, saved_at, started = 0, start if resume_from else None, time.perf_counter()
-    precise = torch.float32 if device.type == "mps" else torch.float64
     hidden = rank > 0 or not sys.stderr.isatty()
     bar = tqdm(total=max_steps, initial=start, disable=hidden, dynamic_ncols=True)
     with noticed_signals() as asked:
-        for step in range(start, max_steps + 1):
+        for step in range(start, max_steps + 1):  # once more than there are steps: to evaluate and save
             last = step == max_steps
-
             if last or (config.eval_every and step % config.eval_every == 0 and not stop):
-                losses = evaluate_loss(model, val_shards, eval_iters, n_windows=n_eval,
-                                       batch_size=micro_batch, rank=rank, world=world, autocast=autocast)
+                losses = evaluate(parse_list(config.eval_iters, "eval_iters"), config.eval_tokens)
                 text = "  ".join(f"r={r} {value:.4f}" for r, value in losses.items())
                 tqdm.write(f"step {step:>6d} | validation loss (nats/token)  {text}")
-                if rank == 0:
-                    log({"step": step, "val_loss": {str(r): value for r, value in losses.items()}})
-
+                log({"step": step, "val_loss": {str(r): value for r, value in losses.items()}})
             due = last or stop or (config.save_every and step and step % config.save_every == 0)
             if due and saved_at != step:
-                if rank == 0:
-                    state = {"optimizer": optimizer.state_dict(), "step": step, "skipped": skipped,
-                             "flops": flops}
-                    newest = save_checkpoint(out_dir, step, model.state_dict(), state,
-                                             {**saved_config, "step": step})
-                    prune(out_dir, config.keep_last, newest)
-                barrier(world)
+                save(step)
             if last or stop:
                 break
 
-            # One step: this rank's micro-batches; gradients are averaged over ranks with the last one only.
             began, lr = time.perf_counter(), lr_at(step, config, max_steps)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             iters = draw_iters(model.config.iters, config.seed, step)
             windows = windows_at(shards.n_windows, order, step * sequences, sequences)
-            loss = torch.zeros((), dtype=precise, device=device)
-            for i, chosen in enumerate(windows.reshape(accumulation, world, micro_batch)[:, rank]):
-                x, y = (t.to(device, non_blocking=True) for t in shards.batch(chosen))
-                with contextlib.nullcontext() if world == 1 or i == accumulation - 1 else net.no_sync():
-                    with autocast():
-                        micro_loss = net(x, y, iters)[1] / accumulation
-                    micro_loss.backward()
-                loss += micro_loss.detach()
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
-            flags = [torch.tensor(s in asked, dtype=precise, device=device) for s in SIGNALS]
-            shared = torch.stack([loss / world, *flags])
-            if world > 1:  # the loss, and whether a rank was asked to stop
-                dist.all_reduce(shared)
-            (loss, *flags), norm = shared.tolist(), norm.item()
+            chosen = share_of(windows, rank, world, micro_batch)
+            batches = [to_device(shards.batch(numbers), device) for numbers in chosen]
+            loss, norm = train_step(net, optimizer, batches, iters, config.grad_clip, autocast)
             finite = math.isfinite(loss) and math.isfinite(norm)
-            if finite:  # loss and norm are the same on every rank: all of them step, or none does
-                optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
             skipped = 0 if finite else skipped + 1
-            diverged = DIVERGED if skipped >= config.max_skips else 0
-            stop = next((s for s, flag in zip(SIGNALS, flags) if flag), diverged)
+            stop = agreed_signal(asked, device, world)
+            if skipped >= config.max_skips:
+                stop = stop or DIVERGED
 
-            # What happened, for the log, the bar and the terminal.
             seconds = time.perf_counter() - began
             step_flops = model.flops_per_token(iters, T) * config.tokens_per_step
             flops += step_flops
-            rate = step_flops / seconds / (peak * world) if peak else None
             pace = (time.perf_counter() - started) / (step + 1 - start)  # evaluations and saves included
-            record = {"step": step, "iters": iters, "loss": loss, "lr": lr, "grad_norm": norm,
-                      "tokens_per_s": config.tokens_per_step / seconds, "mfu": rate, "flops": flops,
-                      "eta_s": pace * (max_steps - step - 1), "skipped": not finite}
-            if rank == 0:
-                log(record)
+            record = {
+                "step": step,
+                "iters": iters,
+                "loss": loss,
+                "lr": lr,
+                "grad_norm": norm,
+                "tokens_per_s": config.tokens_per_step / seconds,
+                "mfu": step_flops / seconds / (peak * world) if peak else None,
+                "flops": flops,
+                "eta_s": pace * (max_steps - step - 1),
+                "skipped": not finite,
+            }
+            log(record)
             bar.update()
-            bar.set_postfix_str(line := describe(record))
+            bar.set_postfix_str(describe(record))
             if not finite or step % max(1, max_steps // 50) == 0:
-                tqdm.write(f"step {step:>6d} | {line}")
+                tqdm.write(f"step {step:>6d} | {describe(record)}")
     bar.close()
 
     if stop == DIVERGED:
-        raise UserError(f"{skipped} steps in a row had no finite loss and gradient;"
-                        f" the weights from before are saved in {out_dir}\ntry a lower lr, then run again")
+        raise UserError(
+            f"{skipped} steps in a row had no finite loss and gradient; the weights from before are saved in "
+            f"{out_dir}\ntry a lower lr, then run again"
+        )
     if stop:
         print(f"{signal.Signals(stop).name}: step {step} is saved; the same command continues from there")
         return 128 + stop
+    own = model.config.mean_iters
+    n_tokens = min(WHOLE, val_shards.n_windows * T)
+    loss = evaluate([own], n_tokens)[own]
+    print(f"validation loss at iters {own} on {n_tokens:,} tokens: {loss:.4f} nats/token")
+    log({"step": max_steps, "final_val_loss": loss, "iters": own, "tokens": n_tokens})
     if rank == 0:
         show_off(model, config, shards)
-    barrier(world)
+    if world > 1:
+        dist.barrier()
     return 0
 
 
@@ -469,10 +538,12 @@ def show_off(model: AbbIE, config: Config, shards: Shards):
         except UserError as error:  # a context or validation split too small for them
             print(f"no tasks: {error}")
         prompt = "def " if shards.tokenizer == "bytes" else "The "
-        ids = generate(model, [tokenizer.encode_ordinary(prompt)], 200, temperature=0.8, top_k=50,
-                       seed=config.seed, stop_token=tokenizer.eot_token)[0]
-    print(f"\na sample at iters {model.config.mean_iters} (python sample.py makes more):\n"
-          f"{prompt}{tokenizer.decode(ids)}")
+        options = {"temperature": 0.8, "top_k": 50, "seed": config.seed, "stop_token": tokenizer.eot_token}
+        ids = generate(model, [tokenizer.encode_ordinary(prompt)], 200, **options)[0]
+    print(
+        f"\na sample at iters {model.config.mean_iters} (python sample.py makes more):\n"
+        f"{prompt}{tokenizer.decode(ids)}"
+    )
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""The configuration of a run: dataclass default < Python file < command-line flag, every key typed and
-checked.
+"""The configuration of a run, and how every script starts: its errors, its flags, its device, its ranks.
+
+A key is set by its default, then by the config file, then by a flag:
 
     python train.py config/abbie_tiny.py --iters=2 --max_steps 100
 
-A config file is Python that assigns keys (`n_embd = 128`); one that varies another begins with `from config.X
-import *`.
+A config file is Python that assigns keys (`n_embd = 128`); one that varies another begins with
+`from config.X import *`.
 """
 
 import argparse
@@ -19,71 +20,57 @@ import typing
 from dataclasses import dataclass
 from pathlib import Path
 
-from model import AbbIEConfig, UserError, key
+import torch
+import torch.distributed as dist
+
+from model import AbbIEConfig, UserError, check, key
 
 
 @dataclass(frozen=True)
 class Config(AbbIEConfig):
     """A model's shape and recurrence (see AbbIEConfig), and the run that trains it."""
-    vocab_size: int = key(0, "tokens of the vocabulary (0: as the data says)")
+
+    vocab_size: int = key(0, "tokens of the vocabulary (0: as the data says)", least=0)
     data: str = key("data/stdlib", "folder of token shards, made by prepare_data.py")
     out_dir: str = key("", "folder of checkpoints and log (empty: out/ and the config file's name)")
-    seed: int = key(1, "seed of the initial weights, the data order and the iteration schedule")
+    seed: int = key(1, "seed of the initial weights, the data order and the iteration schedule", least=0)
     device: str = key("auto", "auto, cpu, cuda or mps")
-    dtype: str = key("auto", "of the matrix products: auto, float32 or bfloat16; the weights stay float32")
-    compile: str = key("auto", "torch.compile of the blocks: auto, on or off")
-    tokens_per_step: int = key(2 ** 19, "batch size in tokens, whatever the number of processes")
-    micro_batch: int = key(16, "sequences that one process takes through the model at a time")
-    max_steps: int = key(0, "optimizer steps (0: tokens_per_param decides)")
-    tokens_per_param: float = key(20.0, "training tokens per parameter, where max_steps is 0")
-    lr: float = key(6e-4, "learning rate after the warmup")
-    min_lr: float = key(0.0, "learning rate at the end of the decay")
-    warmup_steps: int = key(-1, "steps of linear warmup (-1: 1 % of the run)")
-    decay_frac: float = key(0.2, "last part of the run, in which the learning rate falls linearly to min_lr")
-    weight_decay: float = key(0.1, "decoupled weight decay of the matrices (norms have none)")
-    grad_clip: float = key(1.0, "largest norm of the gradient (0: no clipping)")
-    beta1: float = key(0.9, "AdamW's decay of the first moment")
-    beta2: float = key(0.95, "AdamW's decay of the second moment")
-    eval_every: int = key(500, "steps between evaluations on validation data (0: only at the end)")
+    dtype: str = key(
+        "auto", "of the matrix products; weights stay float32", choices=("auto", "float32", "bfloat16")
+    )
+    compile: str = key("auto", "torch.compile of the blocks", choices=("auto", "on", "off"))
+    tokens_per_step: int = key(2**19, "batch size in tokens, whatever the number of processes", least=1)
+    micro_batch: int = key(16, "sequences that one process takes through the model at a time", least=1)
+    max_steps: int = key(0, "optimizer steps (0: tokens_per_param decides)", least=0)
+    tokens_per_param: float = key(20.0, "training tokens per parameter, where max_steps is 0", least=1e-9)
+    lr: float = key(6e-4, "learning rate after the warmup", least=0)
+    min_lr: float = key(0.0, "learning rate at the end of the decay", least=0)
+    warmup_steps: int = key(-1, "steps of linear warmup (-1: 1 % of the run)", least=-1)
+    decay_frac: float = key(
+        0.2, "last part of the run, in which lr falls linearly to min_lr", least=0, most=1
+    )
+    weight_decay: float = key(0.1, "decoupled weight decay of the matrices (norms have none)", least=0)
+    grad_clip: float = key(1.0, "largest norm of the gradient (0: no clipping)", least=0)
+    beta1: float = key(0.9, "AdamW's decay of the first moment", least=0, most=1)
+    beta2: float = key(0.95, "AdamW's decay of the second moment", least=0, most=1)
+    eval_every: int = key(500, "steps between evaluations on validation data (0: only at the end)", least=0)
     eval_iters: str = key("1,2,4,8", "iterations at which validation loss is measured")
-    eval_tokens: int = key(2 ** 20, "validation tokens of an evaluation, always the same ones")
-    save_every: int = key(500, "steps between checkpoints (0: only at the end)")
-    keep_last: int = key(2, "checkpoints that are kept")
+    eval_tokens: int = key(2**20, "validation tokens of an evaluation, always the same ones", least=1)
+    save_every: int = key(500, "steps between checkpoints (0: only at the end)", least=0)
+    keep_last: int = key(2, "checkpoints that are kept", least=1)
     resume: str = key("auto", "auto: continue the run in out_dir; never: start afresh; or a checkpoint")
     init_from: str = key("", "checkpoint, or hf:FOLDER, whose weights the run starts from")
     force: bool = key(False, "resume although data, tokenizer or shape differ")
-    max_skips: int = key(10, "steps in a row without a finite loss and gradient before the run stops")
+    max_skips: int = key(
+        10, "steps in a row without a finite loss and gradient before the run stops", least=1
+    )
     activation_checkpointing: bool = key(False, "recompute iterations in the backward pass, to save memory")
 
     def __post_init__(self):
-        problems = []
-        try:
-            super().__post_init__()
-        except UserError as error:
-            problems.append(str(error))
-        problems += [f"{name}={getattr(self, name)} must be at least {least}" for name, least in (
-            ("tokens_per_step", 1),
-            ("micro_batch", 1), ("max_steps", 0), ("lr", 0), ("min_lr", 0),
-            ("warmup_steps", -1), ("weight_decay", 0), ("grad_clip", 0), ("eval_every", 0),
-            ("eval_tokens", 1),
-            ("save_every", 0), ("keep_last", 1), ("max_skips", 1), ("seed", 0))
-            if not getattr(self, name) >= least]
-        problems += [f"{name}={getattr(self, name)} must lie between 0 and 1"
-                     for name in ("decay_frac", "beta1", "beta2") if not 0 <= getattr(self, name) <= 1]
-        for name, choices in (("dtype", ("auto", "float32", "bfloat16")), ("compile", ("auto", "on", "off"))):
-            if getattr(self, name) not in choices:
-                problems.append(f"{name}={getattr(self, name)!r} is none of {', '.join(choices)}")
-        if self.max_steps == 0 and not self.tokens_per_param > 0:
-            problems.append("max_steps or tokens_per_param must be positive")
-        if self.tokens_per_step % self.block_size:
-            problems.append(f"tokens_per_step={self.tokens_per_step} is no multiple of "
-                            f"block_size={self.block_size}")
-        try:
-            parse_list(self.eval_iters, "eval_iters")
-        except UserError as error:
-            problems.append(str(error))
-        if problems:
-            raise UserError("; ".join(problems))
+        super().__post_init__()
+        tokens, T = self.tokens_per_step, self.block_size
+        check(tokens % T == 0, f"tokens_per_step={tokens} is no multiple of block_size={T}")
+        parse_list(self.eval_iters, "eval_iters")
 
     def model_config(self, vocab_size: int) -> AbbIEConfig:
         """The model's part, with the vocabulary that the data has."""
@@ -97,8 +84,8 @@ def parse_list(text: str, name: str) -> list[int]:
         values = [int(part) for part in str(text).split(",")]
     except ValueError:
         values = [0]
-    if not all(1 <= value <= 128 for value in values):
-        raise UserError(f"{name}={text!r}: give integers from 1 to 128, such as 1,2,4,8")
+    valid = all(1 <= value <= 128 for value in values)
+    check(valid, f"{name}={text!r}: give integers from 1 to 128, such as 1,2,4,8")
     return values
 
 
@@ -108,109 +95,80 @@ def nearest(name: str, names) -> str:
     return f" (did you mean {close[0]}?)" if close else ""
 
 
-# ------------------------------------------------------------------------------------------------- the loader
+# ---------------------------------------------------------------------------------- config file and flags
 
-def convert(name: str, value, kind, from_flag: bool):
-    """A key's value as its annotated type. Flags come as text, files as Python values; an int may stand for a
-    float. Raises UserError where it does not fit."""
-    kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-    if from_flag:
-        for k in kinds:  # the first type of the annotation that the text fits
-            try:
-                if k is bool:
-                    return {"true": True, "1": True, "false": False, "0": False}[value.lower()]
-                if k is types.NoneType:
-                    return {"none": None}[value.lower()]
-                return json.loads(value) if k is dict else k(value)
-            except (ValueError, KeyError):
-                continue
-    elif type(value) in kinds:
-        return value
-    elif type(value) is int and float in kinds:
-        return float(value)
-    names = " or ".join(k.__name__.replace("NoneType", "None") for k in kinds)
-    raise UserError(f"{name}={value!r} is not {names}")
+
+def from_text(kind, text: str):
+    """A flag's text as the first type of the key's annotation that it fits."""
+    for one in typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,):
+        try:
+            if one is bool:
+                return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+            if one is types.NoneType:
+                return {"none": None}[text.lower()]
+            return json.loads(text) if one is dict else one(text)
+        except (ValueError, KeyError):
+            continue
+    raise ValueError(text)
 
 
 def load_config(argv: list[str]) -> Config:
-    """[CONFIG.py] [--key=value | --key value ...] -> Config. Everything that is wrong is refused together."""
-    hints, values, problems = typing.get_type_hints(Config), {}, []
-
-    def put(name, value, from_flag):
-        if name not in hints:
-            problems.append(f"unknown key {name}{nearest(name, hints)}")
-            return
+    """CONFIG.py [--key=value | --key value ...] -> Config. Raises UserError for what is wrong in either."""
+    hints = typing.get_type_hints(Config)
+    parser = ArgumentParser(prog="train.py", description=__doc__)
+    parser.add_argument("file", metavar="CONFIG.py", type=Path, help="such as config/abbie_tiny.py")
+    for f in dataclasses.fields(Config):
+        choices = f" ({', '.join(f.metadata['choices'])})" if f.metadata["choices"] else ""
+        text = f"{f.metadata['help']}{choices}; default {f.default!r}".replace("%", "%%")
+        parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, metavar="", help=text)
+    flags = vars(parser.parse_args(argv))
+    path = flags.pop("file")
+    values = {"out_dir": f"out/{path.stem}"}
+    for name, value in read_config_file(path).items():
+        check(name in hints, f"{path}: unknown key {name}{nearest(name, hints)}")
+        kinds = typing.get_args(hints[name]) or (hints[name],)
+        value = float(value) if type(value) is int and float in kinds else value
+        check(type(value) in kinds, f"{path}: {name}={value!r} is not {describe(kinds)}")
+        values[name] = value
+    for name, text in flags.items():
         try:
-            values[name] = convert(name, value, hints[name], from_flag)
-        except UserError as error:
-            problems.append(str(error))
+            values[name] = from_text(hints[name], text)
+        except ValueError:
+            kinds = typing.get_args(hints[name]) or (hints[name],)
+            raise UserError(f"--{name}={text} is not {describe(kinds)}") from None
+    return Config(**values)
 
-    flags, files, args = [], [], list(argv)
-    if "--help" in args or "-h" in args:
-        print_help()
-        sys.exit(0)
-    while args:
-        arg = args.pop(0)
-        if not arg.startswith("--"):
-            files.append(arg)
-        elif "=" in arg:
-            flags.append(tuple(arg[2:].split("=", 1)))
-        elif args and not args[0].startswith("--"):
-            flags.append((arg[2:], args.pop(0)))
-        else:
-            problems.append(f"{arg} has no value")
-    if len(files) != 1:
-        raise UserError(f"give one config file, not {len(files)}: python train.py config/abbie_tiny.py")
-    for name, value in read_config_file(Path(files[0])).items():
-        put(name, value, from_flag=False)
-    for name, value in flags:
-        put(name.replace("-", "_"), value, from_flag=True)
-    values.setdefault("out_dir", "out/" + Path(files[0]).stem)
-    try:
-        config = Config(**values)
-    except UserError as error:
-        problems.append(str(error))
-    if problems:
-        raise UserError("; ".join(problems) + "\npython train.py --help lists every key")
-    return config
+
+def describe(kinds) -> str:
+    return " or ".join(kind.__name__.replace("NoneType", "None") for kind in kinds)
 
 
 def read_config_file(path: Path) -> dict:
     """The names that a config file assigns."""
-    root = str(Path(__file__).parent.parent)
-    if not path.is_file():
-        known = sorted(p.stem for p in Path(__file__).parent.glob("*.py") if p.stem != "__init__")
-        raise UserError(f"{path} is no file{nearest(path.stem, known)}\nconfigs: {', '.join(known)}")
-    sys.path.insert(0, root)
+    folder = Path(__file__).parent
+    known = sorted(p.stem for p in folder.glob("*.py") if p.stem != "__init__")
+    check(path.is_file(), f"{path} is no file{nearest(path.stem, known)}\nconfigs: {', '.join(known)}")
+    sys.path.insert(0, str(folder.parent))  # for `from config.X import *`, wherever the file lies
     try:
         names = runpy.run_path(str(path))
     except Exception as error:
         raise UserError(f"{path}: {type(error).__name__}: {error}") from None
     finally:
-        sys.path.remove(root)
+        sys.path.pop(0)
     return {k: v for k, v in names.items() if not k.startswith("_") and not isinstance(v, types.ModuleType)}
-
-
-def print_help():
-    print("python train.py CONFIG.py [--key=value | --key value ...]\n\nKeys, with type and default "
-          "(a config file's value replaces the default, a flag's replaces both):")
-    for f in dataclasses.fields(Config):
-        kind = f.type if isinstance(f.type, str) else getattr(f.type, "__name__", str(f.type))
-        print(f"  {f.name:26s}{kind:12s}{str(f.default):14s}{f.metadata['help']}")
 
 
 def show(config: Config) -> str:
     """The resolved config, a few keys a line."""
-    lines, line = [], ""
+    lines = [""]
     for name, value in dataclasses.asdict(config).items():
         item = f"{name}={value}  "
-        if len(line) + len(item) > 110:
-            lines, line = [*lines, line.rstrip()], ""
-        line += item
-    return "\n".join([*lines, line.rstrip()])
+        lines[-1:] = [lines[-1] + item] if len(lines[-1]) + len(item) <= 110 else [lines[-1].rstrip(), item]
+    return "\n".join(lines).rstrip()
 
 
-# ------------------------------------------------------------------------------------------ the other scripts
+# --------------------------------------------------------------------------------- how every script starts
+
 
 class ArgumentParser(argparse.ArgumentParser):
     """argparse whose errors are UserErrors that name the nearest flag."""
@@ -244,3 +202,61 @@ def cli(main):
 def fail(message: str):
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
+
+
+def choose_device(name: str = "auto") -> torch.device:
+    """The device of this process: 'auto' is the machine's accelerator, or the CPU; under torchrun each
+    process has a card of its own. Raises UserError for one that cannot be used."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    name = (accelerator.type if accelerator else "cpu") if name == "auto" else name
+    try:
+        device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0].split(". ")[0]
+        raise UserError(f"device={name} cannot be used: {reason}\ntry --device=cpu") from None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
+
+
+def start_ranks() -> tuple[int, int]:
+    """Join the other processes, if torchrun started several -> (rank, world). Only rank 0 is heard."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if rank:
+        sys.stdout = open(os.devnull, "w")
+    if world > 1:
+        # Apart from what the store may still hold of ranks that died before a restart: their addresses.
+        attempt, [store, *_] = (
+            os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"),
+            next(dist.rendezvous("env://")),
+        )
+        dist.init_process_group(rank=rank, world_size=world, store=dist.PrefixStore(attempt, store))
+    return rank, world
+
+
+def together(function):
+    """function() on every rank -> its result. What one of them refuses ends them all, with one error."""
+    result = error = None
+    try:
+        result = function()
+    except (UserError, OSError) as refusal:
+        error = refusal
+    if dist.is_initialized():
+        refused = [None] * dist.get_world_size()
+        dist.all_gather_object(refused, error is not None)
+        if any(refused) and dist.get_rank() != refused.index(True):
+            sys.exit(2)  # the first that refuses says why
+    if error is not None:
+        raise error
+    return result
+
+
+def on_rank_0(function):
+    """function() on rank 0 alone -> its result, on every rank. What it refuses ends them all, with one
+    error."""
+    first = not dist.is_initialized() or dist.get_rank() == 0
+    result = [together(function if first else lambda: None)]
+    if dist.is_initialized():
+        dist.broadcast_object_list(result, src=0)
+    return result[0]

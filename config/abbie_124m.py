@@ -1,4 +1,5 @@
 """About 124M parameters at r = 2: GPT-2 small's size."""
+
 from config.abbie_350m import *  # noqa: F403
 
 n_embd = 768

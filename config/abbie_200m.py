@@ -1,4 +1,5 @@
 """About 201M parameters at r = 2."""
+
 from config.abbie_350m import *  # noqa: F403
 
 n_embd = 896

@@ -1,5 +1,6 @@
 """The main job: about three minutes on two CPU cores, bytes of the Python standard library. The shape and the
-recipe won by measurement: results/tiny.py."""
+recipe won by measurement: experiments/recipe.py."""
+
 data = "data/stdlib"
 block_size = 256
 n_embd = 128
@@ -18,4 +19,4 @@ warmup_steps = 100
 decay_frac = 0.5
 eval_every = 1000
 eval_iters = "1,2,3,4,8,16,32"
-eval_tokens = 2 ** 14
+eval_tokens = 2**14

@@ -1,5 +1,6 @@
-"""Chains of variables (results/hops.py): what iterations of the Body are for. By itself this stays on a
-plateau for very long; `python results/hops.py --train` leads it there in stages."""
+"""Chains of variables (experiments/hops.py): what iterations of the Body are for. By itself this stays on a
+plateau for very long; `python -m experiments.hops --train` leads it there in stages."""
+
 data = "data/hops"
 block_size = 128
 n_embd = 64
@@ -18,6 +19,6 @@ warmup_steps = 50
 weight_decay = 0.01
 eval_every = 0
 eval_iters = "1,2,4,8"
-eval_tokens = 2 ** 14
+eval_tokens = 2**14
 save_every = 100
 dtype = "float32"

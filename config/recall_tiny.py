@@ -1,4 +1,5 @@
 """abbie_tiny under the rule recall."""
+
 from config.abbie_tiny import *  # noqa: F403
 
 rule = "recall"

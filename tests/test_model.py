@@ -1,48 +1,20 @@
-"""The specification of model.py (decoding through its cache is specified in test_sample.py)."""
+"""The specification of model.py (what decode.py adds, a cache above all, is specified in test_decode.py)."""
 
+import ast
 import copy
-import json
 import math
-import os
-import pickle
-import random
+import sys
 
 import pytest
 import torch
+from common import ROOT, TINY, make, tokens
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from model import (
-    FILES,
-    RULES,
-    AbbIE,
-    AbbIEConfig,
-    UserError,
-    find_checkpoint,
-    is_complete,
-    parse_iters,
-    save_checkpoint,
-)
+from model import RULES, AbbIE, AbbIEConfig, UserError, parse_iters
 
-TINY = dict(vocab_size=97, block_size=32, n_embd=32, n_attn_heads=4, n_kv_heads=2, ffn_dim=48,
-            n_head_blocks=1, n_body_blocks=2, n_tail_blocks=1)
 STD_AT_1 = ("abbie_d", "abbie_c", "recall")  # the rules that promise a standard Transformer at r = 1
-
-
-def make(seed=0, **keys) -> AbbIE:
-    """A tiny model with weights of the size that training reaches, so that every sublayer matters."""
-    torch.manual_seed(seed)
-    model = AbbIE(AbbIEConfig(**{**TINY, **keys}))
-    with torch.no_grad():
-        for p in model.parameters():
-            noise = torch.randn_like(p)
-            p.copy_(noise / p.shape[-1] ** 0.5 if p.dim() == 2 else 1 + 0.2 * noise)
-    return model
-
-
-def tokens(batch=2, length=24, seed=1, vocab=97):
-    return torch.randint(vocab, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
 def gradients(model, loss) -> dict:
@@ -53,6 +25,7 @@ def gradients(model, loss) -> dict:
 
 # ------------------------------------------------------------------------------------- r = 1 is a Transformer
 
+
 @pytest.mark.parametrize("rule", STD_AT_1)
 def test_one_iteration_is_a_standard_transformer_bit_for_bit(rule):
     model, idx = make(rule=rule), tokens()
@@ -61,17 +34,6 @@ def test_one_iteration_is_a_standard_transformer_bit_for_bit(rule):
         x = x + block.attn(block.attn_norm(x), rope)
         x = x + block.mlp(block.mlp_norm(x))
     assert torch.equal(model(idx, iters=1)[0], F.linear(model.norm(x), model.embed.weight)[..., :97])
-
-
-@pytest.mark.parametrize("rule", STD_AT_1)
-def test_one_iteration_does_not_depend_on_where_the_cut_lies(rule):
-    model, idx = make(rule=rule), tokens()
-    other = make(seed=2, n_head_blocks=2, n_body_blocks=1, n_tail_blocks=1)
-    blocks = [*model.head, *model.body, *model.tail]
-    for ours, theirs in zip([*other.head, *other.body, *other.tail], blocks, strict=True):
-        ours.load_state_dict(theirs.state_dict())
-    other.embed.weight.data, other.norm.weight.data = model.embed.weight.data, model.norm.weight.data
-    assert torch.equal(model(idx, iters=1)[0], other(idx, iters=1)[0])
 
 
 def test_c_at_two_iterations_is_a_deeper_transformer_bit_for_bit():
@@ -93,14 +55,16 @@ def test_the_other_rules_are_not_standard_at_one_iteration(rule):
     assert (model(idx, iters=1)[0] - standard(idx, iters=1)[0]).abs().max() > 0.1
 
 
+STRETCHED = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}  # fmt: skip
 LLAMAS = {
     "full heads": dict(n_kv_heads=4),
     "grouped heads": dict(n_kv_heads=2),
     "one kv head, untied": dict(n_kv_heads=1, tie_embeddings=False),
     "another base and epsilon": dict(rope_base=500.0, norm_eps=1e-2),
-    "stretched wavelengths": dict(rope_scaling={
-        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 16}),
+    "stretched wavelengths": dict(rope_scaling=STRETCHED),
 }
 
 
@@ -109,28 +73,35 @@ def test_one_iteration_equals_hugging_face_llama_in_logits_and_all_gradients(key
     transformers = pytest.importorskip("transformers")
     model, idx, targets = make(**keys), tokens(), tokens(seed=2)
     c = model.config
-    llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+    rope = {"rope_type": "default", **(c.rope_scaling or {}), "rope_theta": c.rope_base}
+    llama_config = transformers.LlamaConfig(
         vocab_size=c.vocab_size, hidden_size=c.n_embd, intermediate_size=c.ffn_dim,
         num_hidden_layers=c.n_blocks, num_attention_heads=c.n_attn_heads, num_key_value_heads=c.n_kv_heads,
-        rms_norm_eps=c.norm_eps, max_position_embeddings=c.block_size, tie_word_embeddings=c.tie_embeddings,
-        rope_parameters={"rope_type": "default", **(c.rope_scaling or {}), "rope_theta": c.rope_base}))
+        max_position_embeddings=c.block_size, rms_norm_eps=c.norm_eps,
+        tie_word_embeddings=c.tie_embeddings, rope_parameters=rope,
+    )  # fmt: skip
+    llama = transformers.LlamaForCausalLM(llama_config)
 
     def theirs(ours: dict) -> dict:
         """Our tensors (weights or gradients) under their names, written out by hand."""
-        out = {"model.embed_tokens.weight": ours["embed.weight"][:97],
-               "model.norm.weight": ours["norm.weight"]}
+        out = {"model.embed_tokens.weight": ours["embed.weight"][:97]}
+        out["model.norm.weight"] = ours["norm.weight"]
         if not c.tie_embeddings:
             out["lm_head.weight"] = ours["unembed.weight"][:97]
-        E, KE = c.n_embd, c.n_kv_heads * c.attn_head_dim
+        D, KE = c.n_embd, c.n_kv_heads * c.attn_head_dim
         for i, block in enumerate(("head.0", "body.0", "body.1", "tail.0")):
-            q, k, v = ours[f"{block}.attn.qkv.weight"].split((E, KE, KE))
+            layer = f"model.layers.{i}"
+            q, k, v = ours[f"{block}.attn.qkv.weight"].split((D, KE, KE))
             gate, up = ours[f"{block}.mlp.gate_up.weight"].chunk(2)
-            out |= {f"model.layers.{i}.{name}.weight": value for name, value in {
-                "self_attn.q_proj": q, "self_attn.k_proj": k, "self_attn.v_proj": v,
-                "self_attn.o_proj": ours[f"{block}.attn.proj.weight"],
-                "mlp.gate_proj": gate, "mlp.up_proj": up, "mlp.down_proj": ours[f"{block}.mlp.down.weight"],
-                "input_layernorm": ours[f"{block}.attn_norm.weight"],
-                "post_attention_layernorm": ours[f"{block}.mlp_norm.weight"]}.items()}
+            out[f"{layer}.self_attn.q_proj.weight"] = q
+            out[f"{layer}.self_attn.k_proj.weight"] = k
+            out[f"{layer}.self_attn.v_proj.weight"] = v
+            out[f"{layer}.self_attn.o_proj.weight"] = ours[f"{block}.attn.proj.weight"]
+            out[f"{layer}.mlp.gate_proj.weight"] = gate
+            out[f"{layer}.mlp.up_proj.weight"] = up
+            out[f"{layer}.mlp.down_proj.weight"] = ours[f"{block}.mlp.down.weight"]
+            out[f"{layer}.input_layernorm.weight"] = ours[f"{block}.attn_norm.weight"]
+            out[f"{layer}.post_attention_layernorm.weight"] = ours[f"{block}.mlp_norm.weight"]
         return out
 
     assert not llama.load_state_dict(theirs(model.state_dict()), strict=False).unexpected_keys
@@ -146,6 +117,7 @@ def test_one_iteration_equals_hugging_face_llama_in_logits_and_all_gradients(key
 
 
 # --------------------------------------------------------------------------------------------- the recurrence
+
 
 def unrolled(model, copies, idx, backprop_iters=0):
     """Every rule written out by hand over untied copies of the Body -> logits. Updates of iterations
@@ -166,7 +138,7 @@ def unrolled(model, copies, idx, backprop_iters=0):
     for k in range(r):
         match model.config.rule:
             case "abbie_d":
-                u = body(k, x, 0.5 ** k)
+                u = body(k, x, 0.5**k)
                 x = 0.5 * u + 0.5 * x
             case "abbie_d_literal":
                 u = x = x + body(k, x)
@@ -180,7 +152,7 @@ def unrolled(model, copies, idx, backprop_iters=0):
                 x = 0.5 * u + 0.5 * x
     for block in model.tail:
         u = block(u, rope)
-    return F.linear(model.norm(u), model.unembed.weight[:model.config.vocab_size])
+    return F.linear(model.norm(u), model.unembed.weight[: model.config.vocab_size])
 
 
 @pytest.mark.parametrize("backprop_iters", [0, 1, 2])
@@ -222,8 +194,10 @@ def test_abbie_d_is_the_papers_formula_on_the_raw_state(iters):
     assert torch.allclose(model(idx, iters=iters)[0], model.logits(model.norm(x)), atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("iters, weights", [(1, [1]), (2, [1 / 2, 1 / 2]), (3, [1 / 2, 1 / 4, 1 / 4]),
-                                            (4, [1 / 2, 1 / 4, 1 / 8, 1 / 8])])
+@pytest.mark.parametrize(
+    "iters, weights",
+    [(1, [1]), (2, [1 / 2, 1 / 2]), (3, [1 / 2, 1 / 4, 1 / 4]), (4, [1 / 2, 1 / 4, 1 / 8, 1 / 8])],
+)
 def test_the_tail_of_abbie_d_reads_a_geometric_average_of_the_bodys_updates(iters, weights):
     model, idx, seen, updates = make().double(), tokens(), [], []
     for block in model.body:
@@ -233,9 +207,38 @@ def test_the_tail_of_abbie_d_reads_a_geometric_average_of_the_bodys_updates(iter
     model.tail[0].register_forward_pre_hook(lambda m, args: seen.append(args[0]))
     model(idx, iters=iters)
     h, u = seen[0], seen[-1]
-    deltas = [sum(updates[4 * k:4 * k + 4]) for k in range(iters)]  # two blocks of two sublayers
+    deltas = [sum(updates[4 * k : 4 * k + 4]) for k in range(iters)]  # two blocks of two sublayers
     assert len(updates) == 4 * iters and sum(weights) == 1
     assert torch.allclose(u, h + sum(w * d for w, d in zip(weights, deltas, strict=True)), atol=1e-12, rtol=0)
+
+
+def test_recall_at_two_iterations_is_the_explicit_midpoint_method():
+    model, idx = make(rule="recall").double(), tokens()
+    rope = model.rope(idx)
+    h = model.run_head(idx, rope)
+
+    def delta(x):
+        y = x
+        for block in model.body:
+            y = block(y, rope)
+        return y - x
+
+    u, _ = model.advance(h, h, 0, 2, rope)
+    euler, midpoint = h + delta(h), h + delta(h + delta(h) / 2)
+    assert torch.allclose(u, midpoint, atol=1e-12, rtol=0) and (u - euler).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_iterations_in_two_goes_equal_one_go(rule):
+    """Drafting, early exit and one sweep for many r rely on it."""
+    model, idx = make(rule=rule), tokens()
+    rope = model.rope(idx)
+    h = model.run_head(idx, rope)
+    whole = model.advance(model.start(h), h, 0, 5, rope)
+    for cut in range(1, 5):
+        _, x = model.advance(model.start(h), h, 0, cut, rope)
+        for ours, theirs in zip(model.advance(x, h, cut, 5, rope), whole, strict=True):
+            assert torch.equal(ours, theirs)
 
 
 def trajectory(model, idx, iters):
@@ -245,7 +248,7 @@ def trajectory(model, idx, iters):
         h = model.run_head(idx, rope)
         x, us, xs = model.start(h), [], []
         for k in range(iters):
-            u, x = model.iterate(x, h, k, rope)
+            u, x = model.advance(x, h, k, k + 1, rope)
             us.append(u)
             xs.append(x)
     change = [torch.stack([(b - a).norm() for a, b in zip(s, s[1:])]) for s in (us, xs)]
@@ -271,7 +274,7 @@ def test_abbie_d_converges_by_construction_and_abbie_c_does_not(steps):
         if steps:
             train(model, steps)
         u, x = trajectory(model.double(), tokens(), 25)
-        if rule == "abbie_d":  # the changes of y halve, those of u quarter
+        if rule == "abbie_d":  # the changes of x halve, those of u quarter
             assert torch.allclose(x[12:], torch.full_like(x[12:], 1 / 2), atol=0.01)
             assert torch.allclose(u[12:], torch.full_like(u[12:], 1 / 4), atol=0.02)
         else:
@@ -300,8 +303,7 @@ def test_the_residual_stream_keeps_its_precision_under_autocast(rule):
 def test_every_rule_is_finite_at_all_the_iterations_that_it_allows(rule, most, dtype):
     model, idx = make(rule=rule).to(dtype), tokens(1, 8)
     with torch.no_grad():
-        for r, logits in enumerate(model.logits_at(idx, range(1, most + 1)), start=1):
-            assert logits.isfinite().all(), r
+        assert all(logits.isfinite().all() for logits in model.logits_at(idx, [1, 2, 8, most // 2, most]))
     with pytest.raises(UserError, match=f"from 1 to {most}"):
         model(idx, iters=most + 1)
     grads = gradients(model, model(idx, idx, iters=most)[1])
@@ -309,6 +311,7 @@ def test_every_rule_is_finite_at_all_the_iterations_that_it_allows(rule, most, d
 
 
 # ------------------------------------------------------------------------------------- sharing and interfaces
+
 
 def test_iterations_share_their_parameters():
     model, idx, used = make(), tokens(), []
@@ -322,11 +325,15 @@ def test_iterations_share_their_parameters():
     assert {make(iters=iters).n_params() for iters in (1, 2, 8, "1-3", "poisson:4")} == {model.n_params()}
 
 
-@pytest.mark.parametrize("shape, expected", [
-    ((1024, 2816, 16, 8, 8, 8), 359_842_816),
-    ((896, 2432, 14, 5, 6, 5), 201_077_632),
-    ((768, 2048, 12, 4, 4, 4), 123_587_328),
-], ids=["350m", "200m", "124m"])
+@pytest.mark.parametrize(
+    "shape, expected",
+    [
+        ((1024, 2816, 16, 8, 8, 8), 359_842_816),
+        ((896, 2432, 14, 5, 6, 5), 201_077_632),
+        ((768, 2048, 12, 4, 4, 4), 123_587_328),
+    ],
+    ids=["350m", "200m", "124m"],
+)
 def test_parameter_counts(shape, expected):
     names = ("n_embd", "ffn_dim", "n_attn_heads", "n_head_blocks", "n_body_blocks", "n_tail_blocks")
     with torch.device("meta"):  # no memory, no initialisation
@@ -345,24 +352,21 @@ def test_no_position_sees_a_later_one(rule, iters):
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_logits_at_equals_separate_calls(rule):
+def test_logits_at_equals_separate_calls_from_one_sweep(rule):
     model, idx = make(rule=rule), tokens()
     for wanted in ([1, 2, 4, 8], [3, 1, 3], []):
+        calls = []
+        counter = model.body[0].register_forward_hook(lambda *_: calls.append(1))  # noqa: B023
         swept = list(model.logits_at(idx, wanted))
-        assert len(swept) == len(wanted)
-        for r, logits in zip(wanted, swept):
+        counter.remove()
+        assert len(calls) == max(wanted, default=0)  # one sweep of the Body
+        for r, logits in zip(wanted, swept, strict=True):
             assert torch.equal(logits, model(idx, iters=r)[0])
 
 
-def test_logits_at_applies_the_body_once_per_iteration():
-    model, calls = make(), []
-    model.body[0].register_forward_hook(lambda *_: calls.append(1))
-    list(model.logits_at(tokens(), [1, 2, 4, 8]))
-    assert len(calls) == 8
-
-
-@pytest.mark.parametrize("iters, mean", [
-    (3, 3), ("1-3", 2), ("1-4", 3), ("poisson:4", 4), ("poisson:2.4", 2)])
+@pytest.mark.parametrize(
+    "iters, mean", [(3, 3), ("1-3", 2), ("1-4", 3), ("poisson:4", 4), ("poisson:2.4", 2)]
+)
 def test_no_iters_means_the_rounded_mean_of_the_schedule(iters, mean):
     model, idx = make(iters=iters), tokens()
     assert torch.equal(model(idx)[0], model(idx, iters=mean)[0])
@@ -391,6 +395,7 @@ def test_padded_columns_of_the_vocabulary_never_count():
 
 # --------------------------------------------------------------------------------------------------- training
 
+
 @pytest.mark.parametrize("rule", RULES)
 def test_loss_at_initialisation_is_near_the_logarithm_of_the_vocabulary(rule):
     torch.manual_seed(0)
@@ -406,8 +411,10 @@ def test_initial_weights_follow_the_table():
     model = AbbIE(AbbIEConfig(**{**TINY, **keys}))
     std = (0.4 / 128) ** 0.5
     deep = std / (2 * 4) ** 0.5  # 4 blocks
-    std = {"embed": std, "unembed": std, "qkv": std, "gate_up": std, "proj": deep, "down": deep,
-           "project": (2 * 128) ** -0.5}
+    std = {
+        "embed": std, "unembed": std, "qkv": std, "gate_up": std, "proj": deep, "down": deep,
+        "project": (2 * 128) ** -0.5,
+    }  # fmt: skip
     for name, p in model.named_parameters():
         if "norm" in name:
             assert torch.equal(p, torch.ones_like(p))
@@ -420,11 +427,12 @@ def test_initial_weights_follow_the_table():
 def test_a_batch_can_be_overfitted(rule):
     torch.manual_seed(0)
     model = AbbIE(AbbIEConfig(**{**TINY, "rule": rule}))
-    assert train(model, 120, batch=4, lr=1e-2) < 0.1
+    assert train(model, 60, batch=4, lr=2e-2) < 0.1
 
 
-@pytest.mark.parametrize("keys", [
-    dict(), dict(rule="zero_pt"), dict(backprop_iters=2), dict(n_kv_heads=4, ffn_dim=64)])
+@pytest.mark.parametrize(
+    "keys", [dict(), dict(rule="zero_pt"), dict(backprop_iters=2), dict(n_kv_heads=4, ffn_dim=64)]
+)
 def test_flops_per_token_equal_a_count_of_the_operations(keys):
     model, idx = make(**keys), tokens(2, 32)
     for iters in (1, 2, 5):
@@ -456,155 +464,42 @@ def test_activation_checkpointing_saves_memory_and_changes_nothing():
         assert all(torch.equal(g, results[1][1][name]) for name, g in results[0][1].items()), rule
 
 
-# ------------------------------------------------------------------------------------------------ checkpoints
-
-def save(run, step, model):
-    config = {**{k: v for k, v in model.config.__dict__.items()}, "tokenizer": "bytes", "step": step}
-    return save_checkpoint(run, step, model.state_dict(), {"step": step}, config)
-
-
-def flip(path, position):
-    data = bytearray(path.read_bytes())
-    data[position] ^= 1
-    path.write_bytes(data)
-
-
-@pytest.mark.parametrize("keys", [dict(), dict(tie_embeddings=False, rule="zero_pt", iters="1-3")])
-def test_a_checkpoint_comes_back_as_it_was(tmp_path, keys):
-    model, idx = make(**keys), tokens()
-    folder = save(tmp_path / "run", 7, model)
-    assert folder == tmp_path / "run/step_00000007" and (tmp_path / "run/latest").read_text() == folder.name
-    assert {p.name for p in folder.iterdir()} == {*FILES, "manifest.json"}
-    for path in (folder, tmp_path / "run", str(folder)):
-        again = AbbIE.from_checkpoint(path)
-        assert again.config == model.config and again.meta["ckpt"] == str(folder) and again.meta["step"] == 7
-        assert torch.equal(model(idx)[0], again(idx)[0])
-        tied = again.unembed.weight.data_ptr() == again.embed.weight.data_ptr()
-        assert tied == model.config.tie_embeddings and again.n_params() == model.n_params()
-        state, loaded = model.state_dict(), again.state_dict()
-        assert loaded.keys() == state.keys() and all(torch.equal(loaded[k], state[k]) for k in state)
-
-
-@pytest.mark.parametrize("cut", [(0, 4, 0), (2, 1, 1), (1, 1, 2)])
-def test_the_same_blocks_load_under_another_cut_and_rule(tmp_path, cut):
-    model, idx = make(), tokens()
-    save(tmp_path, 1, model)
-    keys = dict(zip(("n_head_blocks", "n_body_blocks", "n_tail_blocks"), cut))
-    other = AbbIE.from_checkpoint(tmp_path, rule="recall", iters=3, **keys)
-    assert (other.config.rule, other.config.iters, len(other.body)) == ("recall", 3, cut[1])
-    assert torch.equal(model(idx, iters=1)[0], other(idx, iters=1)[0])
-    zero_pt = AbbIE.from_checkpoint(tmp_path, rule="zero_pt", **keys)  # `project` has no counterpart: fresh
-    assert torch.equal(zero_pt.embed.weight, model.embed.weight)
-    with pytest.raises(UserError, match="has 4 blocks, not"):
-        AbbIE.from_checkpoint(tmp_path, n_body_blocks=3)
-
-
-def test_a_flipped_byte_anywhere_is_never_loaded_and_the_older_checkpoint_is(tmp_path, capsys):
-    old, new = save(tmp_path, 999, make()), save(tmp_path, 1000, make(seed=1))
-    assert find_checkpoint(tmp_path) == new
-    rng = random.Random(0)
-    for name in (*FILES, "manifest.json"):
-        size = (new / name).stat().st_size
-        for position in {0, size - 1, *rng.choices(range(size), k=40)}:
-            flip(new / name, position)
-            assert not is_complete(new), (name, position)
-            flip(new / name, position)
-        assert is_complete(new)
-        flip(new / name, size // 2)
-        assert find_checkpoint(tmp_path) == old and "step_00001000 is damaged" in capsys.readouterr().err
-        assert AbbIE.from_checkpoint(tmp_path).meta["step"] == 999
-        with pytest.raises(UserError, match="no checkpoint here is complete"):
-            AbbIE.from_checkpoint(new)
-        flip(new / name, size // 2)
-
-
-@pytest.mark.parametrize("name", [*FILES, "manifest.json"])
-def test_a_missing_or_cut_file_is_never_loaded(tmp_path, name):
-    old, new = save(tmp_path, 1, make()), save(tmp_path, 2, make())
-    (new / name).write_bytes((new / name).read_bytes()[:-1])
-    assert find_checkpoint(tmp_path) == old
-    (new / name).unlink()
-    assert find_checkpoint(tmp_path) == old
-    (old / name).unlink()
-    with pytest.raises(UserError):
-        find_checkpoint(tmp_path)
-
-
-def test_what_a_killed_save_leaves_is_ignored_and_replaced(tmp_path):
-    first = save(tmp_path, 1, make())
-    (tmp_path / ".step_00000002.tmp").mkdir()
-    (tmp_path / ".step_00000002.tmp" / "model.pt").write_bytes(b"half of it")
-    (tmp_path / "latest").write_text("step_00000002")  # a hint that is wrong does no harm
-    assert find_checkpoint(tmp_path) == first
-    assert find_checkpoint(tmp_path) == first and save(tmp_path, 2, make()) == find_checkpoint(tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step_00000001", "step_00000002"]
-
-
-def test_without_a_path_the_run_that_was_written_last_is_found(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="no checkpoint under out/\nmake one: "):
-        find_checkpoint()
-    for age, run in enumerate(("b", "c", "a")):
-        folder = save(tmp_path / "out" / run, 5 - age, make())
-        os.utime(folder / "manifest.json", (1000 - age, 1000 - age))
-    assert str(find_checkpoint()) == "out/b/step_00000005"
-
-
-def test_paths_that_are_no_checkpoints_are_refused(tmp_path):
-    (tmp_path / "file").write_text("x")
-    (tmp_path / "empty").mkdir()
-    for path in ("missing", "file", "empty"):
-        with pytest.raises(UserError, match="is no checkpoint: it needs .*manifest.json\ngive a run folder"):
-            AbbIE.from_checkpoint(tmp_path / path)
-
-
-def test_a_checkpoint_cannot_run_code_and_must_fit_its_config(tmp_path):
-    class Bomb:
-        def __reduce__(self):
-            return os.mkdir, (str(tmp_path / "exploded"),)
-
-    pickle.loads(pickle.dumps(Bomb()))
-    (tmp_path / "exploded").rmdir()  # the bomb is a real one
-    config = json.loads((save(tmp_path / "run", 1, make()) / "config.json").read_text())
-    save_checkpoint(tmp_path / "bomb", 1, {"embed.weight": Bomb()}, {}, config)
-    with pytest.raises(UserError, match="model.pt cannot be read"):
-        AbbIE.from_checkpoint(tmp_path / "bomb")
-    assert not (tmp_path / "exploded").exists()
-    save_checkpoint(tmp_path / "other", 1, make().state_dict(), {}, {**config, "ffn_dim": 50})
-    with pytest.raises(UserError, match="weights do not fit its config"):
-        AbbIE.from_checkpoint(tmp_path / "other")
-
-
 # ----------------------------------------------------------------------------------------------------- errors
 
-@pytest.mark.parametrize("keys, message", [
-    (dict(n_embd=30), "n_embd=30.* n_attn_heads=4"),
-    (dict(n_embd=36), "n_embd=36.* n_attn_heads=4"),
-    (dict(n_kv_heads=3), "n_kv_heads=3"),
-    (dict(n_kv_heads=0), "n_kv_heads=0 must be at least 1"),
-    (dict(n_body_blocks=0), "n_body_blocks=0 must be at least 1"),
-    (dict(n_head_blocks=-1), "n_head_blocks=-1 must be at least 0"),
-    (dict(block_size=1), "block_size=1 must be at least 2"),
-    (dict(norm_eps=0.0), "norm_eps=0.0 must be positive"),
-    (dict(rope_base=float("nan")), "rope_base=nan must be positive"),
-    (dict(rope_scaling={"rope_type": "yarn", "factor": 2.0}), "rope_scaling needs rope_type 'llama3'"),
-    (dict(rule="abbie_e"), "rule='abbie_e' is none of abbie_d, "),
-    (dict(rule="abbie_d_literal", iters=49), "rule abbie_d_literal allows iters up to 48, not 49"),
-    (dict(rule="abbie_d_literal", iters="2-64"), "allows iters up to 48, not 2-64"),
-    (dict(backprop_iters=-1), "backprop_iters=-1 must be at least 0"),
-    (dict(n_kv_heads=3, rule="x", iters=0), "n_kv_heads=3.*; rule='x' is none of .*; iters=0: give"),
-])
-def test_a_shape_that_contradicts_itself_is_refused_with_all_that_is_wrong(keys, message):
+
+@pytest.mark.parametrize(
+    "keys, message",
+    [
+        (dict(n_embd=30), "n_embd=30.* n_attn_heads=4"),
+        (dict(n_embd=36), "n_embd=36.* n_attn_heads=4"),
+        (dict(n_kv_heads=3), "n_kv_heads=3"),
+        (dict(n_kv_heads=0), "n_kv_heads=0 must be at least 1"),
+        (dict(n_body_blocks=0), "n_body_blocks=0 must be at least 1"),
+        (dict(n_head_blocks=-1), "n_head_blocks=-1 must be at least 0"),
+        (dict(block_size=1), "block_size=1 must be at least 2"),
+        (dict(norm_eps=0.0), "norm_eps=0.0 must be at least 1e-30"),
+        (dict(rope_base=float("nan")), "rope_base=nan must be at least 1e-09"),
+        (dict(rope_scaling={"rope_type": "yarn", "factor": 2.0}), "rope_scaling needs rope_type 'llama3'"),
+        (dict(rule="abbie_e"), "rule='abbie_e' is none of abbie_d, "),
+        (dict(rule="abbie_d_literal", iters=49), "rule abbie_d_literal allows iters up to 48, not 49"),
+        (dict(rule="abbie_d_literal", iters="2-64"), "allows iters up to 48, not 2-64"),
+        (dict(backprop_iters=-1), "backprop_iters=-1 must be at least 0"),
+        (dict(vocab_size=-1), "vocab_size=-1 must be at least 0"),
+        (dict(vocab_size=0), "vocab_size is not known"),
+        (dict(iters=0), "iters=0: give an integer"),
+    ],
+)
+def test_a_shape_that_contradicts_itself_is_refused(keys, message):
     with pytest.raises(UserError, match=message):
-        AbbIEConfig(**{**TINY, **keys})
+        AbbIE(AbbIEConfig(**{**TINY, **keys}))
 
 
 def test_iteration_schedules():
     assert parse_iters(2) == parse_iters("2") == ("fixed", 2, 2)
     assert parse_iters("1-3") == ("uniform", 1, 3)
     assert parse_iters("poisson:4") == ("poisson", 4.0, 128)
-    for spec in (0, 129, -1, 2.0, True, None, "", "x", "3-1", "0-2", "1-129", "1-2-3",
-                 "poisson:", "poisson:1", "poisson:nan", "poisson:129"):
+    wrong = [0, 129, -1, 2.0, True, None, "", "x", "3-1", "0-2", "1-129", "1-2-3"]
+    for spec in [*wrong, "poisson:", "poisson:1", "poisson:nan", "poisson:129"]:
         with pytest.raises(UserError, match="give an integer from 1 to 128, a range .*1-3.* or 'poisson:4'"):
             parse_iters(spec)
 
@@ -624,5 +519,10 @@ def test_bad_calls_are_refused():
         bad[1, 5] = token
         with pytest.raises(UserError, match=f"token id {token} .* vocabulary of 97"):
             model(bad)
-    with pytest.raises(UserError, match="vocab_size is not known"):
-        AbbIE(AbbIEConfig(**{**TINY, "vocab_size": 0}))
+
+
+def test_the_file_can_be_copied_and_used_alone():
+    tree = ast.parse((ROOT / "model.py").read_text())
+    imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    imported |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert {name.split(".")[0] for name in imported} - set(sys.stdlib_module_names) == {"torch"}

@@ -1,0 +1,209 @@
+"""Token shards on disk -> windows to train on; tokenizers; where the evaluation sets come from.
+
+    data/NAME/{train,val}_00000.bin, ...    token ids, little-endian uint16, or uint32 where the vocabulary
+                                            needs it, an end-of-text token after each document
+    data/NAME/meta.json                     tokenizer, vocab_size, source, and what each split holds
+
+A window is T + 1 consecutive tokens: T inputs, and one token ahead their T targets. Windows begin at every
+T-th token of a shard; what is left at a shard's end is dropped. prepare_data.py makes the shards.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import tiktoken
+import torch
+from torch import Tensor
+
+from checkpoint import sha256, write_json
+from model import UserError, check
+
+CONVERTED = "refs/convert/parquet"  # the branch in which the Hub keeps datasets as CONFIG/SPLIT/0000.parquet
+
+
+class EvalSet(NamedTuple):
+    """A split of an evaluation set: a file of a dataset repository on the Hugging Face Hub."""
+
+    repo: str
+    file: str
+    split: str
+    n_rows: int
+    revision: str = CONVERTED
+    sha256: str = ""  # "": what the Hub says it is
+
+
+HELLASWAG = "218ec52e09a7e7462a5400043bb9a69a41d06b76"  # a revision that has all rows
+LAMBADA = "4aa8d02cd17c719165fc8a7887fddd641f43fcafa4b1c806ca8abc31fabdb226"  # SHA-256 of OpenAI's file
+# By task. The names of the converted files follow the Hub's rule; the configuration of piqa's is a guess.
+EVAL_SETS = {
+    "hellaswag": EvalSet(
+        "Rowan/hellaswag", "data/validation-00000-of-00001.parquet", "validation", 10042, HELLASWAG
+    ),
+    "lambada_openai": EvalSet(
+        "EleutherAI/lambada_openai", "data/lambada_test.jsonl", "test", 5153, "main", LAMBADA
+    ),
+    "arc_easy": EvalSet("allenai/ai2_arc", "ARC-Easy/test/0000.parquet", "test", 2376),
+    "arc_challenge": EvalSet("allenai/ai2_arc", "ARC-Challenge/test/0000.parquet", "test", 1172),
+    "commonsense_qa": EvalSet("tau/commonsense_qa", "default/validation/0000.parquet", "validation", 1221),
+    "piqa": EvalSet("baber/piqa", "default/validation/0000.parquet", "validation", 1838),
+    "openbookqa": EvalSet("allenai/openbookqa", "main/test/0000.parquet", "test", 500),
+    "sciq": EvalSet("allenai/sciq", "default/test/0000.parquet", "test", 1000),
+    "winogrande": EvalSet("allenai/winogrande", "winogrande_xl/validation/0000.parquet", "validation", 1267),
+}
+
+
+# ------------------------------------------------------------------------------------------------- tokenizers
+
+
+def get_tokenizer(name: str):
+    """'bytes', a tiktoken encoding ('gpt2', 'cl100k_base', ...) or 'hf:FOLDER_OR_REPO' -> an object with
+    n_vocab, eot_token, encode_ordinary(str) -> ids, decode(ids) -> str, decode_bytes(ids) -> bytes, name."""
+    if name == "bytes":  # nothing merges, so the pattern only sets how much text is looked at in one go
+        ranks = {bytes([i]): i for i in range(256)}
+        special = {"<|endoftext|>": 256}
+        return tiktoken.Encoding(
+            "bytes", pat_str=r"(?s:.{1,64})", mergeable_ranks=ranks, special_tokens=special
+        )
+    if name.startswith("hf:"):
+        from hf.llama import HFTokenizer
+
+        return HFTokenizer(name[3:])
+    known = tiktoken.list_encoding_names()
+    check(name in known, f"unknown tokenizer {name!r}\nknown: bytes, {', '.join(known)}, hf:FOLDER_OR_REPO")
+    try:
+        return tiktoken.get_encoding(name)
+    except Exception as error:  # whatever the network, a proxy or the cache came up with
+        raise UserError(
+            f"tiktoken cannot load the vocabulary of {name} ({type(error).__name__})\n"
+            "set TIKTOKEN_CACHE_DIR to a folder that has it (from a machine with network),\n"
+            "or use --tokenizer bytes, which needs no download"
+        ) from None
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
+
+
+# ---------------------------------------------------------------------------------------- shards -> windows
+
+COMMANDS = (
+    "stdlib",
+    "c4",
+    "tinystories",
+    "fineweb_edu",
+)  # of prepare_data.py, each with a folder of its name
+
+
+def broken(path: Path, why: str) -> UserError:
+    return UserError(f"{path} {why}\nremove {path.parent} and prepare the data again")
+
+
+def read_meta(folder: str | Path) -> dict:
+    """meta.json of a folder of shards, or a UserError that names the command which makes them."""
+    folder = Path(folder)
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+        for name in ("tokenizer", "vocab_size", "splits"):
+            meta[name]
+        return meta
+    except (FileNotFoundError, NotADirectoryError):
+        command = f"text --input FILE_OR_DIR --out {folder}"
+        if folder.name in COMMANDS:
+            command = folder.name
+            if folder != Path("data", folder.name):
+                command += f" --out {folder}"
+        raise UserError(
+            f"{folder} holds no prepared data, or its preparation was interrupted\n"
+            f"make it: python prepare_data.py {command}"
+        ) from None
+    except (ValueError, KeyError, TypeError):
+        raise broken(folder / "meta.json", "does not describe token shards") from None
+
+
+class Shards:
+    """A split of a folder of shards as windows of block_size + 1 tokens, at stride block_size in each shard.
+
+    .meta, .tokenizer (name), .vocab_size, .n_windows, .n_tokens, .n_bytes (of the text: for bits per byte).
+    Windows are read at their positions and nothing is mapped, so that memory does not grow with the data.
+    With verify, each shard's SHA-256 is checked once and remembered beside it by size and time. Raises
+    UserError where files are missing or differ from meta.json, or where no window fits."""
+
+    def __init__(self, folder: str | Path, split: str, block_size: int, verify: bool = True):
+        self.folder, self.block_size, self.meta = Path(folder), block_size, read_meta(folder)
+        self.tokenizer, self.vocab_size = self.meta["tokenizer"], self.meta["vocab_size"]
+        self.dtype = token_dtype(self.vocab_size)
+        entry = self.meta["splits"][split]
+        self.n_tokens, self.n_bytes = entry["tokens"], entry["bytes"]
+        self.paths = [self.folder / shard["file"] for shard in entry["shards"]]
+        for path, shard in zip(self.paths, entry["shards"]):
+            size = shard["tokens"] * self.dtype.itemsize
+            if not path.exists() or path.stat().st_size != size:
+                raise broken(path, f"is missing or has not {size} bytes")
+        if verify:
+            self.verify(entry["shards"])
+        n_windows = [max(0, (shard["tokens"] - 1) // block_size) for shard in entry["shards"]]
+        self.first = np.cumsum([0, *n_windows])  # first[i]: number of the first window of shard i
+        self.n_windows = int(self.first[-1])
+        check(
+            self.n_windows > 0,
+            f"{self.folder}: the {split} split of {self.n_tokens} tokens has no window of {block_size} + 1\n"
+            "prepare more text, or choose a smaller block_size",
+        )
+
+    def verify(self, shards: list[dict]):
+        """Check each shard's SHA-256, unless verified.json knows the file by its size and time."""
+        memory = self.folder / "verified.json"
+        try:
+            known = json.loads(memory.read_text())
+        except (OSError, ValueError):
+            known = {}
+        new = {}
+        for path, shard in zip(self.paths, shards):
+            stat = path.stat()
+            mark = [stat.st_size, stat.st_mtime_ns, shard["sha256"]]
+            if known.get(path.name) != mark:
+                if sha256(path) != shard["sha256"]:
+                    raise broken(path, "is not what was prepared (its SHA-256 differs)")
+                new[path.name] = mark
+        if new:
+            try:
+                write_json(memory, {**known, **new})
+            except OSError:  # a folder that we may only read: the next run checks again
+                pass
+
+    def window_order(self, seed: int, epoch: int) -> np.ndarray:
+        """A permutation of range(n_windows), a pure function of (seed, epoch)."""
+        return np.random.default_rng([seed, epoch]).permutation(self.n_windows)
+
+    def batch(self, windows) -> tuple[Tensor, Tensor]:
+        """Numbers of B windows -> x, y (B, T) int64, y one token ahead of x."""
+        T, windows = self.block_size, np.asarray(windows, dtype=np.int64)
+        if windows.size and not 0 <= windows.min() <= windows.max() < self.n_windows:
+            raise IndexError(f"windows are numbered 0 to {self.n_windows - 1}")
+        tokens = torch.empty(len(windows), T + 1, dtype=torch.int64)
+        shards = np.searchsorted(self.first, windows, side="right") - 1
+        for row, window, shard in zip(tokens.numpy(), windows, shards):
+            start = int(window - self.first[shard]) * T * self.dtype.itemsize
+            read = np.fromfile(self.paths[shard], self.dtype, T + 1, offset=start)
+            if len(read) != T + 1 or read.max() >= self.vocab_size:
+                raise broken(self.paths[shard], f"is cut short, or has a token over {self.vocab_size - 1}")
+            row[:] = read
+        return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+
+def documents(folder: str | Path, split: str) -> Iterator[np.ndarray]:
+    """The documents of a split in order, each (n,) int64 without its end-of-text."""
+    meta = read_meta(folder)
+    dtype, eot = token_dtype(meta["vocab_size"]), get_tokenizer(meta["tokenizer"]).eot_token
+    begun = []  # what has been read of a document whose end has not
+    for shard in meta["splits"][split]["shards"]:
+        for start in range(0, shard["tokens"], 1 << 20):
+            block = np.fromfile(Path(folder) / shard["file"], dtype, 1 << 20, offset=start * dtype.itemsize)
+            *ended, rest = np.split(block.astype(np.int64), np.flatnonzero(block == eot) + 1)
+            for part in ended:
+                yield np.concatenate([*begun, part[:-1]])
+                begun = []
+            begun.append(rest)

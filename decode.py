@@ -1,0 +1,512 @@
+"""Decoding: the KV cache of a model with iterations, and the ways to use it.
+
+    generate(model, prompts, max_new_tokens, iters=None, ...) -> the new ids of every prompt
+    stream(the same)                  -> an iterator of (row, id), each as soon as it is certain
+
+Prompts are lists of token ids; decoding is greedy unless a temperature is given. The strategies are
+`stream_plain` (cached, batched), in which `adaptive_step` (early exit) or `static_step` (compiled) may stand
+for `step`, and `stream_drafted` (self-speculative). When a context is full, its last block_size // 2 tokens
+start again from position 0.
+
+Shapes as in model.py: B rows, T new tokens, K n_kv_heads, E attn_head_dim, S = block_size positions of a
+cache."""
+
+import math
+import random
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from model import AbbIE, AbbIEConfig, UserError, check
+
+# -------------------------------------------------------------------------------------------------- the cache
+
+
+class KVCache:
+    """Keys and values of the tokens so far, each (slots, B, K, S, E); `lengths` says how many tokens each of
+    the B rows holds. In mode "full" there is one slot per block and *iteration*: iteration k of a new token
+    reads what iteration k of the old ones wrote, so decoding is exact. In mode "last" all iterations of a
+    Body block share one slot: a prompt is processed exactly, then only its last iteration is left for all
+    iterations to read.
+
+    The protocol between a cache and the model: the model asks `kv.at(part, i, k)` for the slot of block i of
+    "head", "body" (in iteration k) or "tail"; Attention hands the slot its new keys and values, (B, K, T, E)
+    each, by `store`, gets all that there are, (B, K, S, E) each, and lets queries see them by the slot's
+    `mask`, (T, S) or (B, 1, T, S) of True where a query sees a key, or None, and `causal`."""
+
+    def __init__(
+        self, config: AbbIEConfig, batch_size=1, max_iters=None, mode="full", device="cpu", dtype=None
+    ):
+        self.config, self.mode, self.max_iters = config, mode, max_iters or config.mean_iters
+        self.n_once = config.n_head_blocks + config.n_tail_blocks
+        n_slots = self.n_once + config.n_body_blocks * (self.max_iters if mode == "full" else 1)
+        shape = (n_slots, batch_size, config.n_kv_heads, config.block_size, config.attn_head_dim)
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)
+        self.values = torch.zeros_like(self.keys)
+        self.lengths = [0] * batch_size
+
+    @property
+    def bytes_per_token(self) -> int:
+        return 2 * self.keys[:, 0, :, 0].numel() * self.keys.element_size()
+
+    def slot(self, part: str, i: int, k: int = 0) -> int:
+        """Slots run: Head, Tail, Body in iteration 0, Body in iteration 1, ..."""
+        if part == "body":
+            return self.n_once + i + (k * self.config.n_body_blocks if self.mode == "full" else 0)
+        return i + (self.config.n_head_blocks if part == "tail" else 0)
+
+    def chunk(self, starts: list[int] | Tensor, T: int, rows: list[int] | None = None) -> "Chunk":
+        """T new tokens in each of `rows` (default: all), from position starts[b] on. starts as a tensor (B,)
+        keeps every shape the same from step to step, as a compiled or recorded step needs."""
+        return Chunk(self, starts, T, None if rows == list(range(len(self.lengths))) else rows)
+
+
+class Chunk:
+    """New tokens in some rows of a cache: where their keys and values go, and what they may attend to. One
+    chunk serves every block and iteration; `at` picks the slot."""
+
+    def __init__(self, cache: KVCache, starts: list[int] | Tensor, T: int, rows: list[int] | None):
+        self.cache, device, static = cache, cache.keys.device, isinstance(starts, Tensor)
+        S = cache.config.block_size
+        self.end = S if static else max(starts) + T
+        check(self.end <= S, f"{self.end} tokens do not fit into a context of {S}")
+        # Rows of equal length are written and read as slices; others through their indices, under a mask.
+        self.together = not static and rows is None and len(set(starts)) == 1
+        self.causal, self.mask, places = False, None, torch.arange(self.end, device=device)
+        if self.together:
+            self.where = (slice(None), slice(None), slice(starts[0], self.end))  # of (B, K, S, E)
+            self.positions = places[starts[0] :]  # (T,)
+            self.causal = T > 1 and starts[0] == 0  # SDPA aligns its causal mask top-left: for a prefill only
+            if T > 1 and not self.causal:
+                self.mask = places <= self.positions[:, None]  # (T, S)
+        else:
+            self.rows = torch.tensor(range(len(starts)) if rows is None else rows, device=device)
+            starts = starts if static else torch.tensor(starts, device=device)
+            self.positions = starts[:, None] + torch.arange(T, device=device)  # (B, T)
+            self.where = (self.rows[:, None], slice(None), self.positions)
+            self.mask = places <= self.positions[:, None, :, None]  # (B, 1, T, S)
+
+    def rope(self, model: AbbIE) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of the new tokens' positions, (T, E/2) or (B, 1, T, E/2)."""
+        tables = (table[self.positions] for table in model.rope_on(self.positions.device))
+        return tuple(tables) if self.together else tuple(table[:, None] for table in tables)
+
+    def at(self, part: str, i: int, k: int = 0) -> "Slot":
+        return Slot(self, self.cache.slot(part, i, k))
+
+    def fill_deeper(self, iters: int):
+        """Let these tokens' last keys and values stand for the iterations that they did not run, which other
+        tokens may read."""
+        cache = self.cache
+        if cache.mode == "last" or iters == cache.max_iters:
+            return
+        for table in (cache.keys, cache.values):
+            body = table[cache.n_once :].unflatten(0, (cache.max_iters, -1))  # (iters, blocks, B, K, S, E)
+            last = body[(slice(iters - 1, iters), slice(None), *self.where)]
+            body[(slice(iters, None), slice(None), *self.where)] = last
+
+
+class Slot:
+    """One slot of a cache under a chunk: what Attention meets."""
+
+    def __init__(self, chunk: Chunk, index: int):
+        self.chunk, self.index, self.mask, self.causal = chunk, index, chunk.mask, chunk.causal
+
+    def store(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        cache = self.chunk.cache
+        return self._write(cache.keys[self.index], keys), self._write(cache.values[self.index], values)
+
+    def _write(self, table: Tensor, new: Tensor) -> Tensor:
+        """Put new (B, K, T, E) into its places of table -> all that the rows hold so far, (B, K, S, E)."""
+        chunk = self.chunk
+        table[chunk.where] = new if chunk.together else new.transpose(1, 2)
+        if chunk.together or len(chunk.rows) == len(table):
+            return table[:, :, : chunk.end]
+        return table[chunk.rows, :, : chunk.end]
+
+
+def run(model: AbbIE, idx: Tensor, kv: Chunk, iters: int) -> Tensor:
+    """idx (B, T), whose places in a cache kv knows -> the state that is unembedded, (B, T, D)."""
+    return next(model.states_at(idx, [iters], kv.rope(model), kv))
+
+
+@torch.no_grad()
+def step(model: AbbIE, idx: Tensor, cache: KVCache, iters=None, n_new=None, rows=None) -> Tensor:
+    """Append idx (B, T) to `rows` of a cache (default: all) -> logits (B, V) after each row's last new token.
+    Rows may be padded on the right: the list n_new (default: T each) says how many tokens of each count."""
+    iters, n_new = model.check_iters(iters), n_new or [idx.shape[1]] * idx.shape[0]
+    most = cache.max_iters
+    check(iters <= most, f"iters={iters}, but the cache was made for {most} iterations")
+    rows = list(range(idx.shape[0])) if rows is None else rows
+    kv = cache.chunk([cache.lengths[b] for b in rows], idx.shape[1], rows)
+    z = run(model, idx, kv, iters)
+    kv.fill_deeper(iters)
+    for b, n in zip(rows, n_new):
+        cache.lengths[b] += n
+    last = torch.tensor(n_new, device=z.device) - 1
+    return model.logits(z[torch.arange(len(n_new), device=z.device), last])
+
+
+# ------------------------------------------------------------------------------------------- choosing a token
+
+
+def distribution(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
+    """logits (B, V) -> the probabilities (B, V) that tokens are drawn with; at temperature 0 all is on the
+    best one. top_k keeps the k best (0: all), top_p the fewest that hold this much probability together
+    (nucleus sampling, arXiv 1904.09751)."""
+    if temperature == 0:
+        return F.one_hot(logits.argmax(-1), logits.shape[-1]).double()
+    logits = logits.double()
+    p = ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1)
+    if 0 < top_k < p.shape[-1]:
+        p = p.masked_fill(p < p.topk(top_k).values[:, -1:], 0)
+    if top_p < 1:
+        ranked, order = (p / p.sum(-1, keepdim=True)).sort(descending=True, stable=True)
+        kept = ranked.masked_fill(ranked.cumsum(-1) - ranked >= top_p, 0)
+        p = torch.zeros_like(p).scatter(-1, order, kept)
+    return p / p.sum(-1, keepdim=True)
+
+
+def draw(p: Tensor, rngs: list[random.Random]) -> list[int]:
+    """A token from each row of p (B, V), which need not sum to 1: the inverse of its distribution function at
+    one random number of the row's own, so that rows do not depend on one another, nor results on the
+    device."""
+    total = p.cumsum(-1)
+    u = torch.tensor([[rng.random()] for rng in rngs], dtype=p.dtype, device=p.device)
+    return torch.searchsorted(total, u * total[:, -1:], right=True).clamp_(max=p.shape[-1] - 1)[:, 0].tolist()
+
+
+# -------------------------------------------------------------------------------------- generate and stream
+
+
+@dataclass
+class Stats:
+    """What a generation did, for the report at its end."""
+
+    tokens: int = 0  # generated
+    seconds: float = 0.0  # for them, the prompt's time included
+    drafted: int = 0
+    accepted: int = 0  # of the drafted ones
+    iters: Counter = field(default_factory=Counter)  # early exit: iterations -> tokens that ran so many
+    depth: dict = field(default_factory=dict)  # and row -> iterations of its newest token
+
+    def report(self, iters: int) -> str:
+        text = f"{self.tokens} tokens, {self.tokens / max(self.seconds, 1e-9):.1f} tokens/s"
+        if self.iters:
+            n = self.iters.total()
+            mean = sum(k * count for k, count in self.iters.items()) / n
+            shares = ", ".join(f"{k}: {self.iters[k] / n:.0%}" for k in sorted(self.iters))
+            return f"{text}, {mean:.2f} iterations per token ({shares})"
+        text += f", {iters} iterations per token"
+        if self.drafted:
+            text += f", {self.accepted / self.drafted:.0%} of {self.drafted} drafted tokens accepted"
+        return text
+
+
+def generate(
+    model: AbbIE, prompts: list[list[int]], max_new_tokens: int, iters=None, **options
+) -> list[list[int]]:
+    """-> the new ids of every prompt, at most max_new_tokens each. Options and errors: see `stream`."""
+    new = [[] for _ in prompts]
+    for row, token in stream(model, prompts, max_new_tokens, iters, **options):
+        new[row].append(token)
+    return new
+
+
+def stream(
+    model: AbbIE,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    iters: int | None = None,
+    *,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 1,
+    stop_token: int | None = None,
+    cache_mode: str = "full",
+    draft_iters: int = 0,
+    draft_tokens: int = 4,
+    early_exit: str = "",
+    compiled: bool = False,
+    done: set[int] | None = None,
+    stats: Stats | None = None,
+) -> Iterator[tuple[int, int]]:
+    """An iterator of (row, id): the new tokens of the prompts, at most max_new_tokens each. A row ends before
+    stop_token, and when the caller adds it to the set `done`. Row b draws from seed + b, so that a batch of N
+    equals N batches of 1. cache_mode: see KVCache; draft_iters > 0: see stream_drafted (one prompt after the
+    other); early_exit, "kl:1e-3" or "u:1e-2": see adaptive_step; compiled: see static_step. `stats` is filled
+    on the way. Raises UserError for values that are out of range or contradict one another."""
+    iters, S = model.check_iters(iters), model.config.block_size
+    check(len(prompts) > 0 and all(prompts), "a prompt has no tokens")
+    check(all(len(prompt) <= S for prompt in prompts), f"a prompt is longer than the context of {S} tokens")
+    known = all(0 <= min(prompt) and max(prompt) < model.config.vocab_size for prompt in prompts)
+    check(known, f"a prompt has a token id that is not in the vocabulary of {model.config.vocab_size}")
+    check(max_new_tokens >= 1, f"max_new_tokens={max_new_tokens} must be at least 1")
+    check(0 <= temperature < math.inf, f"temperature={temperature} must be 0 (greedy) or more")
+    check(top_k >= 0, f"top_k={top_k} must be 0 (all) or more")
+    check(0 < top_p <= 1, f"top_p={top_p} must be above 0 and at most 1")
+    check(cache_mode in ("full", "last"), f"cache={cache_mode!r} is neither full nor last")
+    check(0 <= draft_iters < iters, f"draft_iters={draft_iters} must be below iters={iters}")
+    check(draft_tokens >= 1, f"draft_tokens={draft_tokens} must be at least 1")
+    if draft_iters:
+        check(cache_mode == "full", "drafting needs cache=full: its iterations begin the verification")
+        check(not early_exit, "drafting and exit exclude each other: a verified token runs all iterations")
+    if compiled:
+        check(
+            not draft_iters and not early_exit,
+            "compile is for plain decoding: leave out draft_iters and exit",
+        )
+    stats, done, start = stats or Stats(), set() if done is None else done, time.perf_counter()
+    sample = partial(distribution, temperature=temperature, top_k=top_k, top_p=top_p)
+    rngs = [random.Random(seed + b) for b in range(len(prompts))]
+    weight = model.embed.weight
+    cache = KVCache(
+        model.config, 1 if draft_iters else len(prompts), iters, cache_mode, weight.device, weight.dtype
+    )
+    if draft_iters:
+        draft = partial(draft_and_verify, model, cache, iters=iters, draft_iters=draft_iters, sample=sample)
+        tokens = stream_drafted(
+            model, cache, prompts, max_new_tokens, iters, draft_tokens, draft, sample, rngs, done, stats
+        )
+    else:
+        next_step = partial(step, model, cache=cache, iters=iters)
+        if early_exit:
+            next_step = partial(
+                adaptive_step, model, cache=cache, iters=iters, rule=parse_exit(early_exit), stats=stats
+            )
+        elif compiled:
+            cache, next_step = static_step(model, len(prompts), iters, cache_mode)
+        tokens = stream_plain(model, cache, prompts, max_new_tokens, iters, next_step, sample, rngs, done)
+    return until_done(tokens, stop_token, done, stats, start)
+
+
+def until_done(tokens, stop_token, done, stats, start):
+    for b, token in tokens:
+        if token == stop_token:
+            done.add(b)
+        if b not in done:
+            stats.tokens, stats.seconds = stats.tokens + 1, time.perf_counter() - start
+            yield b, token
+
+
+# ------------------------------------------------------------------------------------------------ plain steps
+
+
+def feed(model, cache, contexts, rows, iters, next_step) -> Tensor:
+    """Take what the cache does not hold yet of contexts, dict of row -> ids, through the model -> logits
+    (len(rows), V) after the last ids. Prompts, and contexts that start again because they have become too
+    long, run all iters together, padded; single tokens take `next_step` together."""
+    S, device = model.config.block_size, cache.keys.device
+    for b in rows:
+        if len(contexts[b]) > S:
+            contexts[b] = contexts[b][-(S // 2) :]
+            cache.lengths[b] = 0
+    new = {b: contexts[b][cache.lengths[b] :] for b in rows}
+    many = [b for b in rows if cache.lengths[b] == 0]
+    one = [b for b in rows if cache.lengths[b] > 0]
+    logits = {}
+    if many:
+        n_new = [len(new[b]) for b in many]
+        padded = [new[b] + [0] * (max(n_new) - len(new[b])) for b in many]
+        found = step(model, torch.tensor(padded, device=device), cache, iters, n_new, many)
+        logits.update(zip(many, found))
+    if one:
+        found = next_step(torch.tensor([new[b] for b in one], device=device), rows=one)
+        logits.update(zip(one, found))
+    return torch.stack([logits[b] for b in rows])
+
+
+@torch.no_grad()
+def stream_plain(model, cache, prompts, max_new_tokens, iters, next_step, sample, rngs, done):
+    """Every row's next token, again and again; rows in `done` leave the batch."""
+    contexts = {b: list(prompt) for b, prompt in enumerate(prompts)}
+    for _ in range(max_new_tokens):
+        p = sample(feed(model, cache, contexts, list(contexts), iters, next_step))
+        for b, token in zip(list(contexts), draw(p, [rngs[b] for b in contexts])):
+            contexts[b].append(token)
+            yield b, token
+        contexts = {b: ids for b, ids in contexts.items() if b not in done}
+        if not contexts:
+            return
+
+
+def static_step(model: AbbIE, batch_size: int, iters: int, cache_mode: str, **how):
+    """A cache and a step -> logits (B, V) for one token idx (B, 1) of each of `rows`, with the same shapes
+    whatever the rows and lengths: positions are a tensor; all rows and the whole cache take part, under a
+    mask. So it can be compiled and, on CUDA, recorded as a graph whose replay needs no Python. That takes a
+    minute, so the model keeps both for the next call."""
+    kept, name = model.__dict__.setdefault("static_steps", {}), (batch_size, iters, cache_mode)
+    if name in kept:
+        kept[name][0].lengths = [0] * batch_size
+        return kept[name]
+    weight, S = model.embed.weight, model.config.block_size
+    cache = KVCache(model.config, batch_size, iters, cache_mode, weight.device, weight.dtype)
+    model.rope_on(weight.device)
+    for table in (cache.keys, cache.values):
+        torch._dynamo.mark_static_address(table)
+
+    def forward(idx, starts):
+        return model.logits(run(model, idx, cache.chunk(starts, 1), iters))[:, 0]
+
+    forward = torch.compile(forward, fullgraph=True, **(how or {"mode": "reduce-overhead"}))
+
+    def compiled_step(idx, rows):
+        whole = torch.zeros(batch_size, 1, dtype=idx.dtype, device=idx.device)
+        whole[rows] = idx
+        starts = torch.tensor([min(n, S - 1) for n in cache.lengths], device=idx.device)
+        logits = forward(whole, starts)[rows]  # the other rows wrote beyond their end, which nobody reads
+        for b in rows:
+            cache.lengths[b] += 1
+        return logits
+
+    kept[name] = cache, compiled_step
+    return kept[name]
+
+
+# ------------------------------------------------------------------------------------------------- early exit
+
+
+def parse_exit(text: str) -> tuple[str, float]:
+    """'kl:1e-3' -> ("kl", 0.001)."""
+    kind, _, threshold = text.partition(":")
+    try:
+        if kind in ("kl", "u") and 0 < float(threshold) < math.inf:
+            return kind, float(threshold)
+    except ValueError:
+        pass
+    raise UserError(
+        f"exit={text!r}: give kl:1e-3 (change of the prediction in nats)\n"
+        "or u:1e-2 (relative change of the state that the Tail reads)"
+    )
+
+
+@torch.no_grad()
+def adaptive_step(
+    model: AbbIE, idx: Tensor, rows: list[int], *, cache, iters: int, rule, stats: Stats
+) -> Tensor:
+    """One token idx (B, 1) for each of `rows` -> logits (B, V), with early exit: a row leaves the Body once
+    it has settled, and the iterations that it skips reuse its last keys and values. It has settled when one
+    more changes
+    - "kl": the prediction by a KL divergence below the threshold (as arXiv 2502.05171, section 6.1; each look
+      costs a Tail and an unembedding);
+    - "u": what the Tail reads by less than this share of its norm (costs nothing).
+    The raw state of abbie_d never settles: it halves its distance, and u quarters it, whatever the token."""
+    kind, threshold = rule
+
+    def chunk(live):
+        chosen = [rows[i] for i in live]
+        return cache.chunk([cache.lengths[b] for b in chosen], 1, chosen)
+
+    live = list(range(len(rows)))
+    whole = kv = chunk(live)
+    rope = kv.rope(model)
+    h = model.run_head(idx, rope, kv)
+    x, final, before = model.start(h), torch.empty_like(h), None
+    logits = h.new_empty(len(rows), model.config.vocab_size)
+    for k in range(iters):
+        u, x = model.advance(x, h, k, k + 1, rope, kv)
+        if kind == "kl":
+            logits[live] = model.logits(model.run_tail(u, rope, kv))[:, 0]
+            now = logits[live].float().log_softmax(-1)
+        else:
+            final[live] = u
+            now = u[:, 0].float()
+        if k + 1 == iters:
+            settled = torch.ones(len(live), dtype=torch.bool)
+        elif k == 0:
+            settled = torch.zeros(len(live), dtype=torch.bool)
+        elif kind == "kl":
+            settled = F.kl_div(before, now, log_target=True, reduction="none").sum(-1) < threshold
+        else:
+            settled = (now - before).norm(dim=-1) < threshold * now.norm(dim=-1)
+        leaving = [i for i, leaves in zip(live, settled.tolist()) if leaves]
+        before = now
+        if leaving:
+            stats.iters[k + 1] += len(leaving)
+            stats.depth.update((rows[i], k + 1) for i in leaving)
+            chunk(leaving).fill_deeper(k + 1)
+            live = [i for i in live if i not in leaving]
+            if not live:
+                break
+            x, h, before, kv = x[~settled], h[~settled], now[~settled], chunk(live)
+            rope = kv.rope(model)
+    if kind == "u":
+        logits = model.logits(model.run_tail(final, whole.rope(model), whole))[:, 0]
+    for b in rows:
+        cache.lengths[b] += 1
+    return logits
+
+
+# --------------------------------------------------------------------------------------------------- drafting
+
+
+@torch.no_grad()
+def stream_drafted(
+    model, cache, prompts, max_new_tokens, iters, draft_tokens, draft, sample, rngs, done, stats
+):
+    """Self-speculative decoding (LayerSkip, arXiv 2404.16710), one prompt after the other: draft some tokens
+    at few iterations, then take all of them on to `iters` in one pass and keep those that decoding at `iters`
+    could have drawn (speculative sampling, arXiv 2302.01318, and 2211.17192)."""
+    S = model.config.block_size
+    for b, prompt in enumerate(prompts):
+        context, n, cache.lengths = {0: list(prompt)}, 0, [0]
+        while n < max_new_tokens and b not in done:
+            start = cache.lengths[0]
+            if start in (0, S):  # a prompt, or a full context that starts again
+                tokens = draw(sample(feed(model, cache, context, [0], iters, None)), [rngs[b]])
+            else:
+                width = min(draft_tokens + 1, S - start, max_new_tokens - n)
+                tokens = draft(context[0][-1], width, rng=rngs[b], stats=stats)
+            context[0] += tokens
+            n += len(tokens)
+            yield from ((b, token) for token in tokens)
+
+
+def draft_and_verify(model, cache, token, n, *, iters, draft_iters, sample, rng, stats) -> list[int]:
+    """Feed `token` and n - 1 drafted ones -> the accepted ones and one more, drawn at `iters`. The first
+    draft_iters iterations do not depend on iters: the draft's Head and Body, their states and their keys and
+    values, are the beginning of the verification and are not repeated. The Tail's are overwritten."""
+    start, states, drafted, q = cache.lengths[0], [], [], []
+    for j in range(n):
+        kv = cache.chunk([start + j], 1)
+        rope = kv.rope(model)
+        h = model.run_head(torch.tensor([[token]], device=cache.keys.device), rope, kv)
+        u, x = model.advance(model.start(h), h, 0, draft_iters, rope, kv)
+        states.append((h, x))
+        if j < n - 1:  # after the last one, the verification itself predicts
+            q.append(sample(model.logits(model.run_tail(u, rope, kv))[:, 0]))
+            [token] = draw(q[-1], [rng])
+            drafted.append(token)
+
+    h, x = (torch.cat(parts, dim=1) for parts in zip(*states))  # (1, n, D)
+    kv = cache.chunk([start], n)
+    rope = kv.rope(model)
+    u, _ = model.advance(x, h, draft_iters, iters, rope, kv)
+    p = sample(model.logits(model.run_tail(u, rope, kv))[0])  # (n, V)
+
+    accepted = 0
+    for token, draft in zip(drafted, q):
+        if rng.random() * draft[0, token] >= p[accepted, token]:
+            p[accepted] = (p[accepted] - draft[0]).clamp(min=0)  # with acceptance at p/q, this makes p again
+            break
+        accepted += 1
+    cache.lengths[0] = start + 1 + accepted  # what was rejected is forgotten
+    stats.drafted, stats.accepted = stats.drafted + n - 1, stats.accepted + accepted
+    return drafted[:accepted] + draw(p[accepted][None], [rng])
+
+
+def lay_out_for_decoding(model: AbbIE) -> AbbIE:
+    """Store every matrix column by column, with the same shape and values: a CPU then multiplies it with one
+    row about 1.3x faster."""
+    if model.embed.weight.device.type == "cpu":
+        for module in model.modules():
+            if isinstance(module, nn.Linear):
+                module.weight.data = module.weight.data.t().contiguous().t()
+    return model

@@ -1,0 +1,403 @@
+"""Draw the figures of README.md and RESULTS.md from results/*.jsonl into assets/: one function per figure.
+
+python -m experiments.plot                    # all figures whose records are there
+python -m experiments.plot more_iterations    # one
+"""
+
+import statistics
+from pathlib import Path
+
+from config import ArgumentParser, cli
+from experiments import RESULTS, ROOT, read
+from experiments.study import MANY
+from model import UserError, check
+
+try:
+    import matplotlib
+except ImportError:
+    raise UserError("figures need matplotlib\npip install matplotlib") from None
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402
+
+# One colour per rule, in every panel of every figure; what else differs is the line's style and marker.
+RULE_COLOURS = {
+    "std": "#555555",
+    "abbie_d": "#1f77b4",
+    "recall": "#d62728",
+    "abbie_c": "#2ca02c",
+    "zero_pt": "#9467bd",
+    "abbie_d_literal": "#ff7f0e",
+}
+STYLES = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)))
+MAIN_ROWS = (
+    "std",
+    "std_deep",
+    "abbie_d",
+    "recall",
+    "abbie_c",
+    "zero_pt",
+)  # of the study; others are variants
+
+
+def colour_of(row: str) -> str:
+    """The colour of a row's rule: that of the longest name of a rule with which the row's begins."""
+    rules = [rule for rule in RULE_COLOURS if row.startswith(rule)]
+    return RULE_COLOURS[max(rules, key=len)] if rules else "#000000"
+
+
+def subplots(n: int, **options):
+    """A figure of n panels side by side."""
+    figure, axes = plt.subplots(1, n, figsize=(5 * n, 4.4), squeeze=False, layout="constrained", **options)
+    return figure, axes[0]
+
+
+def set_iters(ax, iters, **labels):
+    """r on a logarithmic axis."""
+    ticks = [r for r in iters if r in (1, 2, 3, 4, 6) or r >= 8]
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(ticks, [str(r) for r in ticks])
+    ax.minorticks_off()
+    ax.set(xlabel="iterations r of the Body", **labels)
+
+
+def legend_below(ax, columns: int = 2):
+    """Outside of the panel, so that no curve is covered."""
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=columns, fontsize="small", frameon=False)
+
+
+def save(figure, path: Path):
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+# ------------------------------------------------------------------------------------------------- the study
+
+
+def runs_of(folder: Path) -> dict[str, list[dict]]:
+    """{row: its runs}."""
+    rows = {}
+    for run in read("study", folder):
+        rows.setdefault(run["row"], []).append(run)
+    return rows
+
+
+def loss_curve(ax, runs: list[dict], label: str, **style):
+    """Mean of a row's loss against r, and the band of its seeds."""
+    iters = [int(r) for r in runs[0]["val_loss"]]
+    losses = [[run["val_loss"][str(r)] for run in runs] for r in iters]
+    ax.plot(iters, [statistics.mean(seeds) for seeds in losses], label=label, **style)
+    low, high = [min(seeds) for seeds in losses], [max(seeds) for seeds in losses]
+    ax.fill_between(iters, low, high, color=style["color"], alpha=0.2, linewidth=0)
+    return iters
+
+
+def more_iterations(folder: Path, path: Path):
+    """The figure at the top of the README: loss against r of a model trained at many r, with its controls."""
+    found = runs_of(folder)
+    check("recall_p6b3" in found, "results/study.jsonl has no row recall_p6b3 yet")
+    figure, ax = plt.subplots(figsize=(7.5, 4.6), layout="constrained")
+    ax.axvspan(3, 10, color="#d62728", alpha=0.07, linewidth=0)  # 8 of 10 draws of poisson:6
+    ax.text(5.5, 1.0, "trained here", color="#a03030", ha="center", va="bottom", fontsize="small",
+            transform=ax.get_xaxis_transform())  # fmt: skip
+    curves = {
+        "recall_p6b3": "recall, trained at many r",
+        "abbie_d_p6b3": "abbie_d, trained at many r",
+        "abbie_d_2_8k": "abbie_d, trained at r = 2",
+    }
+    iters = [1, 32]
+    for (row, label), style in zip(curves.items(), ("-", "-", "--")):
+        if row in found:
+            n = f" ({len(found[row])} seeds)" if len(found[row]) > 1 else ""
+            iters = loss_curve(ax, found[row], label + n, color=colour_of(row), marker="o", linestyle=style)
+    controls = {
+        "std_8k": "Std, equal parameters and tokens",
+        "std_ten": "Std of ten blocks, equal FLOPs and tokens",
+        "std_more": "Std, equal parameters and FLOPs, 2.4 times the tokens",
+    }
+    for row, label in controls.items():
+        if row in found:
+            loss = statistics.mean(run["val_loss"]["1"] for run in found[row])
+            ax.axhline(loss, color=colour_of("std"), linestyle="--", linewidth=1)
+            ax.text(
+                32, loss, f"{label}: {loss:.3f}", ha="right", va="bottom", fontsize="small", color="#333333"
+            )
+    set_iters(ax, iters, ylabel="validation loss, nats per byte")
+    legend_below(ax, columns=3)
+    save(figure, path)
+
+
+def study_loss(folder: Path, path: Path):
+    """Validation loss against r for every row of the study, mean and range over its seeds."""
+    found = runs_of(folder)
+    short = [row for row, runs in found.items() if runs[0]["steps"] == 2000]
+    wide = [row for row in short if row.endswith("_wide")]
+    panels = {
+        "the rules (number of seeds)": [row for row in MAIN_ROWS if row in found],
+        "variants, 2000 steps": [row for row in short if row not in (*MAIN_ROWS, *wide)],
+        "two and four times as long": [row for row in found if row.endswith(("_long", "_longer"))],
+        "trained at many r, and controls": [row for row in MANY if row in found],
+        "twice as wide": wide,
+    }
+    panels = {title: rows for title, rows in panels.items() if rows}
+    figure, axes = subplots(len(panels))
+    for ax, (title, rows) in zip(axes, panels.items()):
+        used = {}
+        for row in rows:
+            color = colour_of(row)
+            style = STYLES[used.get(color, 0) % len(STYLES)]
+            used[color] = used.get(color, 0) + 1
+            label = f"{row} ({len(found[row])})"
+            iters = loss_curve(ax, found[row], label, color=color, linestyle=style, marker=".")
+        ax.set_ylim(top=min(ax.get_ylim()[1], 1.8))
+        set_iters(ax, iters, title=title, ylabel="validation loss, nats per byte")
+        legend_below(ax)
+    save(figure, path)
+
+
+def study_flops(folder: Path, path: Path):
+    """Validation loss at the trained r against the FLOPs spent in training, mean over seeds."""
+    found = runs_of(folder)
+    figure, (ax,) = subplots(1)
+    for row in (row for row in MAIN_ROWS if row in found):
+        r = "1" if row.startswith("std") else "2"
+        points = list(zip(*(run["curve"][1:] for run in found[row])))  # per evaluation, its seeds
+        flops = [seeds[0]["flops"] for seeds in points]
+        losses = [statistics.mean(seed["val_loss"][r] for seed in seeds) for seeds in points]
+        style = "--" if row == "std_deep" else "-"
+        ax.plot(flops, losses, style, marker=".", color=colour_of(row), label=f"{row}, r = {r}")
+    ax.set(title="loss against training compute", xlabel="training FLOPs", ylabel="validation loss")
+    legend_below(ax, columns=3)
+    save(figure, path)
+
+
+def study_change(folder: Path, path: Path):
+    """How much the state that the Tail reads changes with each iteration, trained and untrained."""
+    found = runs_of(folder)
+    figure, axes = subplots(2, sharey=True)
+    for ax, which in zip(axes, ("trained", "untrained")):
+        for row in (row for row in MAIN_ROWS if row in found and not row.startswith("std")):
+            entries = found[row][0]["convergence"][which].items()
+            change = {int(r): entry["change"] for r, entry in entries if "change" in entry}
+            ax.plot(change.keys(), change.values(), marker=".", color=colour_of(row), label=row)
+        ax.set_yscale("log")
+        title = "trained at r = 2" if which == "trained" else "untrained"
+        set_iters(ax, [2, 4, 8, 16], title=title, ylabel="relative change from the iteration before")
+        legend_below(ax, columns=4)
+    save(figure, path)
+
+
+def study_tasks(folder: Path, path: Path):
+    """Accuracy of the built-in tasks against r, mean over seeds."""
+    found = runs_of(folder)
+    rows = [row for row in MAIN_ROWS if row in found]
+    tasks = found[rows[0]][0]["tasks"]
+    figure, axes = subplots(len(tasks))
+    for ax, task in zip(axes, tasks):
+        for row in rows:
+            scores = [run["tasks"][task]["iters"] for run in found[row]]
+            iters = [int(r) for r in scores[0]]
+            acc = [100 * statistics.mean(score[str(r)]["acc"] for score in scores) for r in iters]
+            style = "--" if row == "std_deep" else "-"
+            ax.plot(iters, acc, style, marker=".", color=colour_of(row), label=row)
+        set_iters(ax, iters, title=f"{task}, {tasks[task]['n']} examples", ylabel="accuracy, %")
+        legend_below(ax, columns=3)
+    save(figure, path)
+
+
+# ----------------------------------------------------------------------------------------- one model, every r
+
+
+def newest(name: str, what: str, folder: Path) -> dict:
+    records = [record for record in read(name, folder) if record["what"] == what]
+    check(bool(records), f"results/{name}.jsonl has no {what!r} yet")
+    return records[-1]
+
+
+def evaluation(folder: Path, path: Path):
+    """Accuracy, perplexity per word and validation loss against r, with standard errors."""
+    found = newest("evaluation", "tiny", folder)
+    tasks = found["tasks"]
+    panels = {
+        "accuracy, %": [(name, task["iters"], "acc") for name, task in tasks.items()],
+        "perplexity per word": [
+            (name, task["iters"], "perplexity") for name, task in tasks.items() if name == "lastword"
+        ],
+        "loss, nats per token": [(found["ppl"]["data"], found["ppl"]["iters"], "loss")],
+    }
+    figure, axes = subplots(len(panels))
+    for ax, (ylabel, lines) in zip(axes, panels.items()):
+        for (name, scores, metric), style in zip(lines, STYLES):
+            iters, scale = [int(r) for r in scores], 100 if metric == "acc" else 1
+            values = [scale * score[metric] for score in scores.values()]
+            errors = [scale * score[f"{metric}_stderr"] for score in scores.values()]
+            ax.errorbar(
+                iters, values, errors, marker="o", capsize=3, label=name, linestyle=style,
+                color=RULE_COLOURS["abbie_d"],
+            )  # fmt: skip
+        ax.axvline(found["trained_iters"], color="grey", linestyle=":", label="trained at")
+        set_iters(ax, iters, title="abbie_tiny", ylabel=ylabel)
+        legend_below(ax, columns=3)
+    save(figure, path)
+
+
+def fixed_point(folder: Path, path: Path):
+    """How the state that the Tail reads changes with each iteration, trained and untrained."""
+    found = newest("evaluation", "tiny", folder)["convergence"]
+    titles = {
+        "change": "change from the iteration before",
+        "settled": "tokens whose argmax has settled",
+        "from_noise": "distance when started from noise",
+    }
+    figure, axes = subplots(len(titles))
+    for ax, (quantity, title) in zip(axes, titles.items()):
+        for which, style in (("trained", "-"), ("untrained", "--")):
+            points = {int(r): entry[quantity] for r, entry in found[which].items() if quantity in entry}
+            color = RULE_COLOURS["abbie_d"]
+            ax.plot(points.keys(), points.values(), style, marker=".", color=color, label=f"abbie_d, {which}")
+        if quantity != "settled":
+            ax.set_yscale("log")
+        if quantity == "from_noise":  # a flat line is to look flat
+            ax.set_ylim(min(0.1, ax.get_ylim()[0]), 2)
+        ylabel = "fraction" if quantity == "settled" else "relative distance"
+        set_iters(ax, [2**i for i in range(8) if 2**i <= max(points)], title=title, ylabel=ylabel)
+        legend_below(ax)
+    save(figure, path)
+
+
+# ------------------------------------------------------------------------------------------- cuts and chains
+
+
+def partition(folder: Path, path: Path):
+    """What repeating each contiguous Body of an untouched Std model costs: a panel for each rule."""
+    records = read("partition", folder)
+    check(bool(records), "results/partition.jsonl is empty")
+    found = records[-1]
+    rules = sorted({cut["rule"] for cut in found["cuts"]})
+    n = max(cut["n_body_blocks"] for cut in found["cuts"])
+    figure, axes = subplots(len(rules))
+    for ax, rule in zip(axes, rules):
+        cost = [[float("nan")] * n for _ in range(n)]  # [blocks of the Head][blocks of the Body - 1]
+        for cut in (cut for cut in found["cuts"] if cut["rule"] == rule):
+            head, body = cut["n_head_blocks"], cut["n_body_blocks"]
+            cost[head][body - 1] = cut["cost"]
+            ax.text(body, head, f"{cut['cost']:.3f}", ha="center", va="center", fontsize="small")
+        ax.imshow(cost, extent=(0.5, n + 0.5, n - 0.5, -0.5), cmap="RdYlGn_r", norm="symlog", aspect="auto")
+        ax.set(title=f"{rule}, r = {found['iters']}", xlabel="blocks of the Body", ylabel="blocks of Head")
+    figure.suptitle(f"added loss (nats per token) over r = 1, {found['loss_at_1']:.3f}")
+    save(figure, path)
+
+
+def panels_of(folder: Path) -> dict[str, list[dict]]:
+    """{title of a panel: its seeds}, of the tries that have a panel."""
+    panels = {}
+    for entry in read("hops", folder):
+        if entry["figure"]:
+            panels.setdefault(entry["figure"], []).append(entry)
+    return panels
+
+
+def hops(folder: Path, path: Path):
+    """Accuracy of variable chains by hops and r: a panel for each model, the mean of its seeds; what it was
+    trained on is framed."""
+    panels = panels_of(folder)
+    check(bool(panels), "results/hops.jsonl has no panel")
+    widths = [len(seeds[0]["acc"]) for seeds in panels.values()]
+    size = (0.55 * sum(widths) + 1.5, 4.5)
+    shared = {"width_ratios": widths, "sharey": True, "squeeze": False}
+    figure, axes = plt.subplots(1, len(panels), figsize=size, layout="constrained", **shared)
+    for ax, (title, seeds) in zip(axes[0], panels.items()):
+        entry = seeds[0]
+        lengths, iters = [int(n) for n in entry["n"]], [int(r) for r in entry["acc"]]
+        acc = []
+        for n in lengths:
+            acc.append([100 * statistics.mean(seed["acc"][str(r)][str(n)] for seed in seeds) for r in iters])
+        image = ax.imshow(acc, origin="lower", vmin=0, vmax=100, cmap="viridis", aspect="auto")
+        for i, row in enumerate(acc):
+            for j, value in enumerate(row):
+                color = "black" if value > 60 else "white"
+                ax.text(j, i, f"{value:.0f}", ha="center", va="center", fontsize="small", color=color)
+        low, _, high = str(entry["config"]["iters"]).partition("-")
+        left, right = iters.index(int(low)), iters.index(int(high or low))
+        frame = {"fill": False, "edgecolor": "red", "linewidth": 2.5, "clip_on": False}
+        ax.add_patch(plt.Rectangle((left - 0.5, -0.5), right - left + 1, entry["trained_hops"], **frame))
+        ax.set_xticks(range(len(iters)), iters)
+        ax.set_yticks(range(len(lengths)), lengths)
+        ax.set_title(title + (f", mean of {len(seeds)} seeds" if len(seeds) > 1 else ""), fontsize="medium")
+        ax.set_xlabel("r at test time")
+    axes[0][0].set_ylabel("hops of the chain")
+    figure.colorbar(image, ax=axes, label="answers that are right, % (framed: seen in training)")
+    save(figure, path)
+
+
+def hops_exit(folder: Path, path: Path):
+    """Chains with early exit: a row of panels for each model, a style for each seed. Left: the iterations of
+    a query, by its hops. Right: accuracy, beside that at the best r for every token."""
+    panels = {title: seeds for title, seeds in panels_of(folder).items() if "exit" in seeds[0]}
+    check(bool(panels), "results/hops.jsonl has no try with --exit")
+    size = (10, 4.4 * len(panels))
+    figure, axes = plt.subplots(len(panels), 2, figsize=size, squeeze=False, layout="constrained")
+    for (left, right), (title, seeds) in zip(axes, panels.items()):
+        color = colour_of(seeds[0]["config"]["rule"])
+        for entry, style in zip(seeds, STYLES):
+            spec, found = next(iter(entry["exit"].items()))
+            lengths = [int(n) for n in found["iters"]]
+            line = {"color": color, "linestyle": style, "marker": "."}
+            label = f"seed {entry['config']['seed']}: {found['mean_iters']:.1f} per token"
+            left.plot(lengths, found["iters"].values(), label=label, **line)
+            right.plot(
+                lengths,
+                [100 * found["acc"][str(n)] for n in lengths],
+                label=f"seed {entry['config']['seed']}",
+                **line,
+            )
+            best = max(entry["acc"], key=lambda r: sum(entry["acc"][r].values()))
+            at_best = [100 * entry["acc"][best][str(n)] for n in lengths]
+            right.plot(lengths, at_best, label=f"r = {best}", **{**line, "color": "grey"})
+        left.plot(lengths, lengths, color="black", linewidth=0.8, label="one iteration a hop")
+        right.axvline(
+            seeds[0]["trained_hops"] + 0.5, color="black", linewidth=0.8, label="longest in training"
+        )
+        left.set(title=f"{title}, --exit {spec}", ylabel="iterations that a query takes")
+        right.set(
+            title="with early exit; grey: every token at the best r", ylabel="answers that are right, %"
+        )
+        for ax in (left, right):
+            ax.set(xlabel="hops of the chain", xticks=lengths)
+            legend_below(ax, columns=3)
+    save(figure, path)
+
+
+FIGURES = {
+    "more_iterations": more_iterations,
+    "study_loss": study_loss,
+    "study_flops": study_flops,
+    "study_change": study_change,
+    "study_tasks": study_tasks,
+    "evaluation": evaluation,
+    "fixed_point": fixed_point,
+    "partition": partition,
+    "hops": hops,
+    "hops_exit": hops_exit,
+}
+
+
+def main(argv: list[str]):
+    parser = ArgumentParser(prog="-m experiments.plot", description=__doc__)
+    parser.add_argument("figures", nargs="*", help=f"of {', '.join(FIGURES)} (default: all)")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the records (results)")
+    parser.add_argument("--out", type=Path, default=ROOT / "assets", help="folder of the figures (assets)")
+    args = parser.parse_args(argv)
+    args.out.mkdir(parents=True, exist_ok=True)
+    for name in args.figures or FIGURES:
+        check(name in FIGURES, f"no figure {name}\nfigures: {', '.join(FIGURES)}")
+        try:
+            FIGURES[name](args.results, args.out / f"{name}.png")
+            print(args.out / f"{name}.png")
+        except UserError as error:
+            if args.figures:
+                raise
+            print(f"{name} is left out: {error}")
+
+
+if __name__ == "__main__":
+    cli(main)

@@ -1,0 +1,393 @@
+"""The study behind the README's results: every rule trained on the same batches, read at many r.
+
+    python -m experiments.study --row abbie_d --seed 1                 # one row -> results/study.jsonl
+    python -m experiments.study --row std --seed 1 --evaluate FOLDER   # a row that is trained already
+    python -m experiments.study --all                                  # all rows and seeds that are missing
+    python -m experiments.study --table                                # what is there, as tables
+    python -m experiments.study --pair recall_p6b3,std_8k              # two rows, window by window
+    python -m experiments.study --gpu --all                            # 52M parameters, on one GPU
+
+A row is flags of train.py, or a subclass that changes one line of the model. The same command continues an
+interrupted row; a row that is in the results is not run again. --gpu writes results/study_gpu.jsonl, and
+reads data/books and the tasks in data/icl (REPRODUCE.md says how to make them).
+"""
+
+import json
+import statistics
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+import train
+from checkpoint import load_model
+from config import ArgumentParser, choose_device, cli, load_config, nearest, parse_list
+from data import Shards, get_tokenizer
+from eval_icl import mean_stderr, perplexity, run_tasks, window_losses
+from experiments import RESULTS, ROOT, append, read
+from experiments.evaluation import convergence_of
+from model import AbbIE, check
+
+# ------------------------------------------------------------------------------ models that differ in a line
+
+
+class RawTail(AbbIE):
+    """abbie_d whose Tail reads the raw state 2^(r-1) u: what differs from abbie_d is scale alone."""
+
+    def iterate(self, x, h, k, body):
+        u, x = super().iterate(x, h, k, body)
+        return u * 2.0**k, x
+
+
+class HalfTail(AbbIE):
+    """abbie_d whose Tail starts from output projections of half the size, so with smaller updates."""
+
+    @torch.no_grad()
+    def init_weights(self):
+        super().init_weights()
+        for block in self.tail:
+            block.attn.proj.weight.mul_(0.5)
+            block.mlp.down.weight.mul_(0.5)
+
+
+class NoRecall(AbbIE):
+    """recall without its h: what is left is the average."""
+
+    def iterate(self, x, h, k, body):
+        u = body(x)
+        return u, (u + x) / 2
+
+
+class Undamped(AbbIE):
+    """recall without the average: u = h + Delta(x) is the next state."""
+
+    def iterate(self, x, h, k, body):
+        u = body(x) + (h - x)
+        return u, u
+
+
+class EqualWeights(AbbIE):
+    """The updates of r iterations weigh 1/r each, where those of abbie_d halve: u = h + sum_k Delta_k / r."""
+
+    def iterate(self, x, h, k, body):
+        u = body(x, 1 / (k + 1)) + (h - x) / (k + 1)
+        return u, u
+
+
+# ------------------------------------------------------------------------------------------------------- rows
+
+
+class Row(NamedTuple):
+    title: str  # the rule, and the r that it is trained at
+    flags: list[str]
+    seeds: int = 1
+    std: str = "std"  # the row that it is compared with
+    model_class: type = AbbIE
+
+
+RECALL, STD = ["--rule=recall"], ["--iters=1"]
+SIX, TEN = [*STD, "--n_body_blocks=4"], [*STD, "--n_body_blocks=8"]  # blocks: the FLOPs of r = 2, of r = 4
+WIDE = ["--n_embd=256", "--ffn_dim=704", "--n_attn_heads=4"]  # 3.3M parameters
+TWICE, FOUR_TIMES = ["--max_steps=4000"], ["--max_steps=8000"]
+
+# 2000 steps unless a row says otherwise.
+SHORT = {
+    "std": Row("Std, 1", STD, 3),
+    "std_deep": Row("Std of six blocks, 1", SIX, 3),
+    "abbie_d": Row("`abbie_d`, 2", [], 3),
+    "recall": Row("`recall`, 2", RECALL, 3),
+    "abbie_c": Row("`abbie_c`, 2", ["--rule=abbie_c"], 3),
+    "zero_pt": Row("`zero_pt`, 2", ["--rule=zero_pt"]),
+    "abbie_d_literal": Row("`abbie_d_literal`, 2", ["--rule=abbie_d_literal"]),
+    "abbie_d_1to3": Row("`abbie_d`, 1-3", ["--iters=1-3"]),
+    "recall_1to3": Row("`recall`, 1-3", [*RECALL, "--iters=1-3"]),
+    "recall_1to7": Row("`recall`, 1-7", [*RECALL, "--iters=1-7"]),
+    "abbie_d_raw_tail": Row("`abbie_d`, raw state to the Tail, 2", [], model_class=RawTail),
+    "abbie_d_half_tail": Row("`abbie_d`, half-sized Tail projections, 2", [], model_class=HalfTail),
+    "abbie_d_body_1": Row("`abbie_d` cut 2+1+1, 2", ["--n_head_blocks=2", "--n_body_blocks=1"]),
+    "abbie_d_body_4": Row(
+        "`abbie_d` cut 0+4+0, 2", ["--n_head_blocks=0", "--n_body_blocks=4", "--n_tail_blocks=0"]
+    ),
+    "std_long": Row("Std, 1, twice as long", [*STD, *TWICE], std="std_long"),
+    "abbie_d_long": Row("`abbie_d`, 2, twice as long", TWICE, std="std_long"),
+    "recall_long": Row("`recall`, 2, twice as long", [*RECALL, *TWICE], std="std_long"),
+    "std_longer": Row("Std, 1, four times as long", [*STD, *FOUR_TIMES], std="std_longer"),
+    "std_deep_longer": Row("Std of six blocks, 1, four times as long", [*SIX, *FOUR_TIMES], std="std_longer"),
+    "abbie_d_longer": Row("`abbie_d`, 2, four times as long", FOUR_TIMES, std="std_longer"),
+    "recall_longer": Row("`recall`, 2, four times as long", [*RECALL, *FOUR_TIMES], std="std_longer"),
+    "std_wide": Row("Std, 1, twice as wide", [*STD, *WIDE], 3, std="std_wide"),
+    "std_deep_wide": Row("Std of six blocks, 1, twice as wide", [*SIX, *WIDE], std="std_wide"),
+    "abbie_d_wide": Row("`abbie_d`, 2, twice as wide", WIDE, 3, std="std_wide"),
+    "recall_wide": Row("`recall`, 2, twice as wide", [*RECALL, *WIDE], 3, std="std_wide"),
+}
+
+# More iterations, better language: 8000 steps in fp32. Two kinds of control cost the FLOPs of the rows that
+# iterate: a deeper Std on the same tokens (six blocks for r = 2; ten for a mean r of 6, of which 3 get
+# gradients), and the same Std on more tokens.
+FP32, B3 = ["--dtype=float32", "--max_steps=8000"], ["--backprop_iters=3"]
+MANY_R = ["--iters=poisson:6", *FP32]
+
+
+def many(title: str, flags: list[str], seeds: int = 1, model_class=AbbIE) -> Row:
+    return Row(title, flags, seeds, "std_8k", model_class)
+
+
+MANY = {
+    "std_8k": many("Std, 1", [*STD, *FP32], 3),
+    "std_six": many("Std of six blocks, 1", [*SIX, *FP32], 3),
+    "std_ten": many("Std of ten blocks, 1", [*TEN, *FP32], 3),
+    "std_more_2": many("Std, 1, 11,840 steps", [*STD, "--dtype=float32", "--max_steps=11840"], 3),
+    "std_more": many("Std, 1, 19,000 steps", [*STD, "--dtype=float32", "--max_steps=19000"], 3),
+    "recall_p6b3": many("`recall`, poisson:6, gradients of 3", [*RECALL, *MANY_R, *B3], 3),
+    "recall_p6": many("`recall`, poisson:6, all gradients", [*RECALL, *MANY_R]),
+    "recall_p6b2": many("`recall`, poisson:6, gradients of 2", [*RECALL, *MANY_R, "--backprop_iters=2"]),
+    "recall_p6b1": many("`recall`, poisson:6, gradients of 1", [*RECALL, *MANY_R, "--backprop_iters=1"]),
+    "recall_1to7_8k": many("`recall`, 1-7", [*RECALL, "--iters=1-7", *FP32]),
+    "recall_2_8k": many("`recall`, 2", [*RECALL, *FP32], 3),
+    "recall_6_8k": many("`recall`, 6", [*RECALL, "--iters=6", *FP32]),
+    "abbie_d_2_8k": many("`abbie_d`, 2", FP32, 3),
+    "abbie_d_p6b3": many("`abbie_d`, poisson:6, gradients of 3", [*MANY_R, *B3]),
+    "recall_no_h": many("`recall` without its h", [*RECALL, *MANY_R, *B3], model_class=NoRecall),
+    "recall_undamped": many("`recall` without the average", [*RECALL, *MANY_R, *B3], model_class=Undamped),
+    "abbie_d_equal": many("`abbie_d` with weights 1/r", [*MANY_R, *B3], model_class=EqualWeights),
+}
+ROWS = {**SHORT, **MANY}
+
+GPU_ROWS = {
+    "std": Row("Std, 1", STD),
+    "std_deep": Row("Std of the FLOPs of r = 2, 1", [*STD, "--n_body_blocks=8"]),
+    "abbie_d": Row("`abbie_d`, 2", []),
+    "recall": Row("`recall`, 2", RECALL),
+    "recall_p6b3": Row("`recall`, poisson:6, gradients of 3", [*RECALL, "--iters=poisson:6", *B3]),
+    "std_deeper": Row("Std of the FLOPs of poisson:6, 1", [*STD, "--n_body_blocks=16"]),
+    "zero_pt": Row("`zero_pt`, 2", ["--rule=zero_pt"]),
+    "abbie_c": Row("`abbie_c`, 2", ["--rule=abbie_c"]),
+}
+
+# A study holds everything fixed but the row; dtype too, so that a row means the same on every machine.
+SMALL_FLAGS = """--block_size=256 --n_embd=128 --ffn_dim=352 --n_attn_heads=2 --n_head_blocks=1
+    --n_body_blocks=2 --n_tail_blocks=1 --dtype=bfloat16 --lr=1e-3 --warmup_steps=100 --decay_frac=0.5
+    --tokens_per_step=1024 --micro_batch=4 --max_steps=2000 --eval_every=400 --eval_iters=1,2
+    --eval_tokens=32768 --save_every=400"""
+GPU_FLAGS = """--data=data/books --block_size=512 --n_embd=512 --ffn_dim=1408 --n_attn_heads=8
+    --n_head_blocks=2 --n_body_blocks=4 --n_tail_blocks=2 --dtype=bfloat16 --tokens_per_step=65536
+    --micro_batch=64 --max_steps=2400 --lr=1e-3 --eval_every=300 --eval_iters=1,2,4 --save_every=300"""
+
+
+class Study(NamedTuple):
+    name: str  # of the file in results/
+    rows: dict[str, Row]
+    base: list[str]  # config and flags that all rows share
+    iters: str  # at which loss is measured
+    tasks: str
+    limit: int | None  # examples of each task
+
+
+SMALL = Study(
+    "study", ROWS, [f"{ROOT}/config/abbie_tiny.py", *SMALL_FLAGS.split()],
+    "1,2,3,4,6,8,16,32", "cloze,lastword", 2000,
+)  # fmt: skip
+GPU = Study(
+    "study_gpu", GPU_ROWS, [f"{ROOT}/config/abbie_124m.py", *GPU_FLAGS.split()],
+    "1,2,3,4,6,8", "lambada_openai,arc_easy,piqa,commonsense_qa,hellaswag", None,
+)  # fmt: skip
+TASK_ITERS, VAL_TOKENS = "1,2,4,8", 2**18
+
+
+# -------------------------------------------------------------------------------------------- making a record
+
+
+def run_row(study: Study, name: str, seed: int, args):
+    """Train (or go on, or take the run in --evaluate), evaluate, and add the record to the results."""
+    row, run = study.rows[name], Path(args.evaluate or f"{args.out}/{study.name}/{name}-{seed}")
+    argv = [*study.base, *row.flags, f"--seed={seed}", f"--out_dir={run}", *args.flags.split()]
+    config = load_config(argv)
+    if not args.evaluate:
+        train.main(argv, model_class=row.model_class)
+    model = load_model(run, device=choose_device(config.device), model_class=row.model_class).eval()
+    for flag in [*row.flags, "--seed"]:
+        key = flag[2:].partition("=")[0]
+        asked, found = getattr(config, key), model.meta[key]
+        check(asked == found, f"{run} is no run of {name}: {key} is {found!r} there, not {asked!r}")
+
+    # Loss as it was trained, in bfloat16 or not, on the same windows for every row.
+    shards, iters = Shards(config.data, "val", config.block_size), parse_list(study.iters, "iters")
+    n_windows = min(VAL_TOKENS // config.block_size, shards.n_windows)
+    device = model.embed.weight.device.type
+    autocast = partial(torch.autocast, device, dtype=torch.bfloat16, enabled=config.dtype == "bfloat16")
+    losses = window_losses(model, shards, iters, n_windows, autocast=autocast, bar="loss").numpy()
+    windows = {str(r): [round(loss, 5) for loss in losses[:, i].tolist()] for i, r in enumerate(iters)}
+    path = windows_file(args.out, study, name, seed)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(windows))
+
+    tokenizer, tasks = get_tokenizer(model.meta["tokenizer"]), study.tasks.split(",")
+    task_iters, limit = parse_list(TASK_ITERS, "iters"), args.limit or study.limit
+    found = run_tasks(model, tokenizer, tasks, task_iters, config.data, args.data_dir, limit)
+    if study is GPU:
+        found["ppl"] = perplexity(model, shards, task_iters)
+    log = [json.loads(line) for line in open(run / "log.jsonl")]
+    header, steps = next(line for line in log if "config" in line), [line for line in log if "loss" in line]
+    flops = {line["step"] + 1: line["flops"] for line in steps}  # spent before that step
+    record = {
+        "command": f"python -m experiments.study{' --gpu' * (study is GPU)} --row {name} --seed {seed}",
+        "row": name, "seed": seed, "flags": row.flags + args.flags.split(), "n_params": header["n_params"],
+        "steps": len(steps), "tokens": len(steps) * config.tokens_per_step, "flops": steps[-1]["flops"],
+        "val_tokens": losses.shape[0] * config.block_size,
+        "val_loss": {str(r): round(float(losses[:, i].mean()), 5) for i, r in enumerate(iters)},
+        "val_stderr": {str(r): round(mean_stderr(losses[:, i]), 5) for i, r in enumerate(iters)},
+        "curve": [
+            {"step": line["step"], "flops": flops.get(line["step"], 0), "val_loss": line["val_loss"]}
+            for line in log if "val_loss" in line
+        ],
+        **found, "convergence": convergence_of(model, shards, 16, row.model_class),
+        **{key: header[key] for key in ("device", "dtype", "torch", "commit")},
+    }  # fmt: skip
+    append(study.name, record, args.results)
+
+
+def windows_file(out: str, study: Study, row: str, seed: int) -> Path:
+    """Where the losses of every window are kept: they pair two rows, and are too many for the results."""
+    return Path(out, study.name, "windows", f"{row}-{seed}.json")
+
+
+# ---------------------------------------------------------------------------------------- reading the results
+
+
+def spread(values: list[float], digits: int = 3, sign: str = "") -> str:
+    """'1.437', or '1.437 ± 0.004' (the standard deviation) for several."""
+    text = f"{statistics.mean(values):{sign}.{digits}f}"
+    return text + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
+
+
+def trained_r(study: Study, row: str) -> str:
+    """The r that a row is read at in comparisons: the rounded mean of what it was trained at."""
+    return str(load_config([study.base[0], *study.rows[row].flags]).mean_iters)
+
+
+def against_std(study: Study, row: str, runs: list[dict]) -> list[float]:
+    """Validation loss less that of the row's Std of the same seed, each at the r that it was trained at; a
+    seed has the same batches in both, and at equal shape the same initial weights."""
+    std, r = study.rows[row].std, trained_r(study, row)
+    losses = {run["seed"]: run["val_loss"]["1"] for run in runs if run["row"] == std}
+    mine = [run for run in runs if run["row"] == row and run["seed"] in losses]
+    return [run["val_loss"][r] - losses[run["seed"]] for run in mine] if row != std else []
+
+
+def runs_by_row(study: Study, names, runs: list[dict]) -> dict[str, list[dict]]:
+    """{row: its runs}, in the order of names, without those that have none."""
+    found = {name: [run for run in runs if run["row"] == name] for name in names}
+    return {name: mine for name, mine in found.items() if mine}
+
+
+def print_losses(study: Study, rows: dict[str, list[dict]], runs: list[dict]):
+    """A Markdown table of loss at every r; FLOPs of training are in units of the first row's."""
+    columns, unit = study.iters.split(","), None
+    print(
+        f"| row: rule, trained at r | seeds | FLOPs | {' | '.join(f'r={r}' for r in columns)} | against Std |"
+    )
+    print("|---" * (len(columns) + 4) + "|")
+    for name, mine in rows.items():
+        unit = unit or mine[0]["flops"]
+        cells = [spread([run["val_loss"][r] for run in mine]) for r in columns]
+        gaps = against_std(study, name, runs)
+        cells.append(spread(gaps, sign="+") if gaps else "")
+        flops = mine[0]["flops"] / unit
+        print(f"| `{name}`: {study.rows[name].title} | {len(mine)} | {flops:.2f} | {' | '.join(cells)} |")
+
+
+def accuracy(found: list[dict], r: str) -> str:
+    """A task at one r over seeds; of one seed with its standard error, and the p of McNemar's test of whether
+    it differs from the trained r."""
+    scores = [task["iters"][r] for task in found]
+    if len(found) > 1:
+        return spread([100 * score["acc"] for score in scores], 1)
+    text = f"{100 * scores[0]['acc']:.1f} ± {100 * scores[0]['acc_stderr']:.1f}"
+    test = found[0]["paired"].get(r, {}).get("acc")
+    return text + (f" (p {test['p']:.2g})" if test else "")
+
+
+def print_tasks(rows: dict[str, list[dict]]):
+    columns = TASK_ITERS.split(",")
+    for task in dict.fromkeys(task for mine in rows.values() for task in mine[0]["tasks"]):
+        print(f"\n| {task}, acc in % | {' | '.join(f'r={r}' for r in columns)} |")
+        print("|---" * (len(columns) + 1) + "|")
+        for name, mine in rows.items():
+            found = [run["tasks"][task] for run in mine]
+            print(f"| `{name}` | {' | '.join(accuracy(found, r) for r in columns)} |")
+
+
+def print_table(study: Study, folder):
+    """The records as Markdown."""
+    runs = read(study.name, folder)
+    groups = (
+        {"2000 steps": SHORT, "8000 steps, fp32": MANY} if study is SMALL else {"52M parameters": GPU_ROWS}
+    )
+    for title, names in groups.items():
+        rows = runs_by_row(study, names, runs)
+        if rows:
+            print(f"\n**{title}**\n")
+            print_losses(study, rows, runs)
+            print_tasks(rows)
+
+
+def print_pair(study: Study, pair: str, args):
+    """The first row's loss at every r less the second's at its trained r, on the same windows, seed by
+    seed, with the standard error over windows."""
+    first, second = pair.split(",")
+    r_second = trained_r(study, second)
+    for seed in (1, 2, 3):
+        files = [windows_file(args.out, study, row, seed) for row in (first, second)]
+        if not all(file.exists() for file in files):
+            continue
+        ours, theirs = (json.loads(file.read_text()) for file in files)
+        for r, losses in ours.items():
+            gaps = torch.tensor(losses) - torch.tensor(theirs[r_second])
+            error = gaps.std() / len(gaps) ** 0.5
+            title = f"seed {seed}: {first} at r = {r} less {second} at r = {r_second}"
+            print(f"{title}: {gaps.mean():+.4f} ± {error:.4f}")
+
+
+def main(argv: list[str]):
+    parser = ArgumentParser(prog="-m experiments.study", description=__doc__)
+    parser.add_argument("--row", help=f"one of {', '.join(ROWS)}")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--all", action="store_true", help="every row and seed that the results lack")
+    parser.add_argument("--evaluate", metavar="FOLDER", help="with --row: a run of that row, already trained")
+    parser.add_argument("--pair", metavar="ROW,ROW", help="the difference of two rows that were run here")
+    parser.add_argument("--gpu", action="store_true", help="the study at 52M parameters on data/books")
+    parser.add_argument("--data_dir", default="data/icl", help="of the zero-shot tasks (data/icl)")
+    parser.add_argument(
+        "--limit", type=int, help="examples of each task (2000 of the built-in ones, all of others)"
+    )
+    parser.add_argument("--out", default="out", help="folder of the runs (out)")
+    parser.add_argument("--results", default=RESULTS, type=Path, help="folder of the records (results)")
+    parser.add_argument("--table", action="store_true", help="print the results")
+    parser.add_argument("--flags", default="", help="more flags for train.py: --flags='--max_steps=10'")
+    args = parser.parse_args(argv)
+    study = GPU if args.gpu else SMALL
+    rows = study.rows
+    check(
+        args.row or args.all or args.table or args.pair,
+        "say what to run: --row ROW, --all, --pair or --table",
+    )
+    if args.row and args.row not in rows:
+        check(False, f"no row {args.row}{nearest(args.row, rows)}\nrows: {', '.join(rows)}")
+    todo = []
+    if args.row:
+        todo = [(args.row, args.seed)]
+    elif args.all:
+        todo = [(name, seed) for seed in (1, 2, 3) for name in rows if seed <= rows[name].seeds]
+    for name, seed in todo:
+        done = [(run["row"], run["seed"]) for run in read(study.name, args.results)]
+        if (name, seed) not in done:
+            run_row(study, name, seed, args)
+    if args.pair:
+        print_pair(study, args.pair, args)
+    else:
+        print_table(study, args.results)
+
+
+if __name__ == "__main__":
+    cli(main)

@@ -1,0 +1,1 @@
+"""Hugging Face folders: Llama's weights, and ours for transformers, in and out."""

@@ -1,0 +1,213 @@
+"""A checkpoint as a folder for transformers: the looped model itself, or its r = 1 as a plain Llama.
+
+    python -m hf.export --ckpt out/NAME --out FOLDER [--iters R]       # runs at any r; R by default
+    python -m hf.export --ckpt out/NAME --out FOLDER --as llama
+
+The first needs trust_remote_code=True: it carries model.py, unchanged, and modeling_abbie.py, which wraps it.
+Needs pip install safetensors.
+"""
+
+import json
+import os
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+from checkpoint import load_model, sha256
+from config import ArgumentParser, cli
+from data import get_tokenizer
+from hf.llama import BYTE, TOKENIZER_FILES, find_folder, llama_places, read_json
+from model import AbbIE, UserError, check
+
+CARD = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [abbie, recurrent-depth]
+---
+# {name}
+
+A recurrent-depth language model (AbbIE, arXiv 2507.08567; rule `{rule}`): {n_head_blocks} blocks of the Head,
+{n_body_blocks} of the Body, applied r times with the same weights, {n_tail_blocks} of the Tail; width {n_embd},
+{parameters:,} parameters, context {block_size}, {tokenizer} tokens. Trained at r = {iters}.
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    tokenizer = AutoTokenizer.from_pretrained(FOLDER)
+    model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
+    ids = model.generate(**tokenizer("def ", return_tensors="pt"), iters=4, max_new_tokens=50)
+
+Made by `{command}`.
+"""
+
+
+# -------------------------------------------------------------------------------------------------- tokenizer
+
+
+def merges_of(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
+    """The merges of a byte-level BPE, in order. A token's own merge joins the two parts that all earlier
+    merges leave of its bytes."""
+    merges = []
+    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
+        parts = [token[i : i + 1] for i in range(len(token))]
+        while len(parts) > 2:
+            pairs = [ranks.get(a + b, rank) for a, b in zip(parts, parts[1:])]
+            best = min(pairs)
+            if best >= rank:
+                break
+            i = pairs.index(best)
+            parts[i : i + 2] = [parts[i] + parts[i + 1]]
+        if len(parts) == 2:
+            merges.append((parts[0], parts[1]))
+    return merges
+
+
+def tokenizer_json(encoding) -> dict:
+    """A tiktoken encoding -> the same as a tokenizer.json. Raises UserError where the text is cut by a pattern
+    that is not written alike in both."""
+    printed = {byte: character for character, byte in BYTE.items()}
+
+    def spell(token: bytes) -> str:
+        return "".join(printed[byte] for byte in token)
+
+    ranks, end = encoding._mergeable_ranks, encoding.eot_token
+    merges = merges_of(ranks)
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    split = {
+        "type": "Split",
+        "pattern": {"Regex": encoding._pat_str},
+        "behavior": "Isolated",
+        "invert": False,
+    }
+    cut = {"type": "Sequence", "pretokenizers": [split, level]}
+    special = {
+        "id": end, "content": "<|endoftext|>", "single_word": False, "lstrip": False, "rstrip": False,
+        "normalized": False, "special": True,
+    }  # fmt: skip
+    model = {
+        "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": "",
+        "end_of_word_suffix": "", "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
+        "vocab": {**{spell(token): rank for token, rank in ranks.items()}, "<|endoftext|>": end},
+        "merges": [[spell(a), spell(b)] for a, b in merges],
+    }  # fmt: skip
+    return {
+        "version": "1.0", "truncation": None, "padding": None, "added_tokens": [special], "normalizer": None,
+        "pre_tokenizer": cut if merges else level,  # where nothing merges, it does not matter how text is cut
+        "post_processor": None, "decoder": level, "model": model,
+    }  # fmt: skip
+
+
+def write_tokenizer(name: str, folder: Path) -> dict:
+    """The tokenizer files of a model -> the ids of its special tokens."""
+    special = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))  # without a value: 1, 2, none
+    if name.startswith("hf:"):
+        origin = find_folder(name[3:])
+        for file in (*TOKENIZER_FILES, "generation_config.json"):
+            if (origin / file).exists():
+                shutil.copyfile(origin / file, folder / file)
+        found = read_json(origin / "config.json")
+        return special | {key: value for key, value in found.items() if key in special}
+    encoding = get_tokenizer(name)
+    end = "<|endoftext|>"
+    about = {
+        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": end, "eos_token": end, "pad_token": end,
+        "padding_side": "left", "clean_up_tokenization_spaces": False,
+    }  # fmt: skip
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer_json(encoding), ensure_ascii=False), "utf-8")
+    (folder / "tokenizer_config.json").write_text(json.dumps(about, indent=2) + "\n")
+    return dict.fromkeys(special, encoding.eot_token)
+
+
+# ---------------------------------------------------------------------------------------------------- configs
+
+
+def abbie_config(model: AbbIE) -> dict:
+    shape = asdict(model.config)
+    shape["llama3_rope"] = shape.pop("rope_scaling")  # a name that transformers rewrites
+    return {
+        "architectures": ["AbbIEForCausalLM"], "model_type": "abbie", "dtype": "float32",
+        "auto_map": {
+            "AutoConfig": "modeling_abbie.AbbIEPretrainedConfig",
+            "AutoModelForCausalLM": "modeling_abbie.AbbIEForCausalLM",
+        },
+        **shape, "cache_mode": "full", "tokenizer": model.meta.get("tokenizer"),
+    }  # fmt: skip
+
+
+def llama_config(model: AbbIE) -> dict:
+    c = model.config
+    rope = {"rope_type": "default", **(c.rope_scaling or {}), "rope_theta": c.rope_base}  # transformers 5
+    return {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "float32",
+        "vocab_size": c.vocab_size, "hidden_size": c.n_embd, "intermediate_size": c.ffn_dim,
+        "num_hidden_layers": c.n_blocks, "num_attention_heads": c.n_attn_heads, "head_dim": c.attn_head_dim,
+        "num_key_value_heads": c.n_kv_heads, "max_position_embeddings": c.block_size,
+        "attention_bias": False, "mlp_bias": False, "rms_norm_eps": c.norm_eps, "hidden_act": "silu",
+        "tie_word_embeddings": c.tie_embeddings, "rope_parameters": rope,
+        "rope_theta": c.rope_base, "rope_scaling": c.rope_scaling,  # transformers 4
+    }  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------------------- export
+
+
+def export(model: AbbIE, folder: Path, kind: str = "abbie", command: str = "hf.export"):
+    """Write the model as a folder that transformers loads, whole or not at all."""
+    try:
+        from safetensors.torch import save_file
+    except ImportError:
+        raise UserError("exporting needs a package\npip install safetensors") from None
+    reason = {"abbie_d_literal": "its Tail reads B(h) + h", "zero_pt": "it projects [s ; h] to D"}
+    why = reason.get(model.config.rule)
+    check(
+        kind == "abbie" or why is None,
+        f"rule {model.config.rule} cannot be exported as a Llama: at r = 1 {why}, which no Llama does",
+    )
+    free = not folder.exists() or folder.is_dir() and not any(folder.iterdir())
+    check(free, f"{folder} is there already, and no empty folder\ngive another, or remove it")
+    temporary = folder.absolute().parent / f".{folder.absolute().name}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+
+    config = abbie_config(model) if kind == "abbie" else llama_config(model)
+    config |= write_tokenizer(model.meta["tokenizer"], temporary)
+    (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    weights = dict(model.named_parameters())  # tied ones once
+    tensors = {f"model.{name}": tensor for name, tensor in weights.items()}
+    if kind == "llama":
+        places = llama_places(model.config)
+        tensors = {theirs: weights[ours][i : i + shape[0]].clone() for ours, i, theirs, shape in places}
+    save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
+    if kind == "abbie":
+        here = Path(__file__).parent
+        shutil.copyfile(here.parent / "model.py", temporary / "model.py")
+        shutil.copyfile(here / "modeling_abbie.py", temporary / "modeling_abbie.py")
+        manifest = {path.name: sha256(path) for path in sorted(temporary.iterdir())}
+        (temporary / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+        card = CARD.format(
+            **{**config, "name": folder.name, "parameters": model.n_params(), "command": command}
+        )
+        (temporary / "README.md").write_text(card)
+    os.replace(temporary, folder)
+
+
+def main(argv: list[str]):
+    parser = ArgumentParser(prog="-m hf.export", description=__doc__)
+    parser.add_argument("--ckpt", help="run folder, checkpoint or hf:FOLDER (default: the newest under out/)")
+    parser.add_argument("--out", metavar="FOLDER", type=Path, required=True, help="write the model there")
+    parser.add_argument("--iters", type=int, help="what it runs at by default (default: as it was trained)")
+    parser.add_argument("--as", dest="kind", choices=("abbie", "llama"), default="abbie")
+    args = parser.parse_args(argv)
+    check(args.kind == "abbie" or args.iters in (None, 1), "a Llama is the model at --iters 1")
+    changes = {} if args.iters is None else {"iters": args.iters}
+    model = load_model(args.ckpt, **changes)
+    export(model, args.out, args.kind, " ".join(("python -m hf.export", *argv)))
+    c = model.config
+    what = f"rule {c.rule}, iters {c.iters}, {c.n_head_blocks} + {c.n_body_blocks} x r + {c.n_tail_blocks} blocks"
+    if args.kind == "llama":
+        what = f"the model at iters = 1, a Llama of {c.n_blocks} layers"
+    print(f"{args.out}: {what}, tokens of {model.meta['tokenizer']}")
+    for path in sorted(args.out.iterdir()):
+        print(f"{path.stat().st_size:12,d}  {path.name}")
+
+
+if __name__ == "__main__":
+    cli(main)

@@ -1,0 +1,375 @@
+"""The specification of decode.py. References are whole sequences without a cache."""
+
+import itertools
+import random
+from functools import partial
+
+import pytest
+import torch
+from common import make
+
+import decode
+from decode import KVCache, Stats, distribution, draw, generate, lay_out_for_decoding, step, stream
+from model import RULES, UserError
+
+S = 16  # context of most models here
+PROMPTS = [[5, 6, 7], list(range(20, 30)), [3] * S, [4]]  # ragged; one fills its context
+
+
+@torch.no_grad()
+def uncached_logits(model, prompt, new, iters):
+    """The logits (len(new), V) from which `new` was chosen, by the stated rule of overflow."""
+    S, context, i, out = model.config.block_size, list(prompt), 0, []
+    while i < len(new):
+        take = min(S - len(context) + 1, len(new) - i)
+        whole = context + new[i : i + take - 1]
+        out.append(model(torch.tensor([whole]), iters=iters)[0][0, len(context) - 1 :])
+        i += take
+        context = (whole + [new[i - 1]])[-(S // 2) :]
+    return torch.cat(out)
+
+
+def assert_best(logits, new, margin=1e-4):
+    """Every id is the best of its logits (len(new), V), or within the margin of it."""
+    chosen = logits.gather(1, torch.tensor(new)[:, None])[:, 0]
+    assert (logits.max(-1).values - chosen).max() < margin
+
+
+def assert_greedy(model, prompt, new, iters):
+    assert_best(uncached_logits(model, prompt, new, iters), new)
+
+
+def count_body_calls(model) -> list[tuple]:
+    shapes = []
+    model.body[0].register_forward_hook(lambda block, args, out: shapes.append(tuple(args[0].shape[:2])))
+    return shapes
+
+
+# --------------------------------------------------------------------------------------------- the full cache
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_cached_decoding_equals_uncached_in_a_ragged_batch_past_the_context(rule):
+    model = make(rule=rule, block_size=S)
+    for iters in (1, 2, 3, 8):
+        for prompt, new in zip(PROMPTS, generate(model, PROMPTS, S + 6, iters)):
+            assert len(new) == S + 6
+            assert_greedy(model, prompt, new, iters)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_logits_of_a_step_equal_those_without_a_cache(rule):
+    model, idx = make(rule=rule), torch.randint(97, (2, 12), generator=torch.Generator().manual_seed(1))
+    for iters in (1, 2, 3, 8):
+        whole, cache = model(idx, iters=iters)[0], KVCache(model.config, 2, iters)
+        close = dict(atol=1e-4, rtol=1e-5)
+        torch.testing.assert_close(step(model, idx[:, :5], cache, iters), whole[:, 4], **close)
+        torch.testing.assert_close(step(model, idx[:, 5:6], cache, iters), whole[:, 5], **close)
+        torch.testing.assert_close(step(model, idx[:, 6:9], cache, iters), whole[:, 8], **close)  # several
+        torch.testing.assert_close(step(model, idx[1:, 9:10], cache, iters, rows=[1]), whole[1:, 9], **close)
+        ragged = torch.stack([idx[0, 9:12], torch.cat([idx[1, 10:], idx[1, :1]])])  # the second is padded
+        torch.testing.assert_close(step(model, ragged, cache, iters, [3, 2]), whole[:, 11], **close)
+
+
+def test_a_batch_equals_its_rows_alone_when_sampling():
+    model = make(block_size=S)
+    keys = dict(temperature=1.0, top_k=20, top_p=0.9)
+    batch = generate(model, PROMPTS, 20, 3, seed=7, **keys)
+    assert batch == [generate(model, [p], 20, 3, seed=7 + b, **keys)[0] for b, p in enumerate(PROMPTS)]
+    assert batch == generate(model, PROMPTS, 20, 3, seed=7, **keys)
+    assert batch != generate(model, PROMPTS, 20, 3, seed=8, **keys)
+
+
+def test_rows_that_end_leave_the_batch_and_the_others_do_not_notice():
+    model = make(block_size=S)
+    alone = generate(model, PROMPTS, 20, 2)
+    done, got, shapes = set(), [[] for _ in PROMPTS], count_body_calls(model)
+    for b, token in stream(model, PROMPTS, 20, 2, done=done):
+        got[b].append(token)
+        if len(got[b]) == 4 and b != 1:
+            done.add(b)
+    assert got == [alone[0][:4], alone[1], alone[2][:4], alone[3][:4]]
+    assert shapes[-1] == (1, 1)
+    stop = alone[1][5]
+    end = [new[: new.index(stop)] if stop in new else new for new in alone]
+    assert generate(model, PROMPTS, 20, 2, stop_token=stop) == end
+
+
+@pytest.mark.parametrize("options", [dict(), dict(draft_iters=1), dict(early_exit="kl:1e-30")], ids=str)
+def test_bfloat16_chooses_as_float32_does_within_its_precision(options):
+    exact, model = make(block_size=64), make(block_size=64).bfloat16()
+    for prompt, new in zip(PROMPTS, generate(model, PROMPTS, 20, 3, **options)):
+        assert_best(uncached_logits(exact, prompt, new, 3), new, margin=0.1)  # of logits up to 8
+
+
+def test_bfloat16_draws_tokens_that_are_likely_in_float32():
+    exact, model = make(block_size=64), make(block_size=64).bfloat16()
+    keys = dict(temperature=1.0, top_k=10, top_p=0.8, seed=7)
+    drawn = generate(model, PROMPTS, 40, 3, **keys)
+    assert drawn == generate(model, PROMPTS, 40, 3, **keys)
+    for prompt, new in zip(PROMPTS, drawn):
+        p = distribution(uncached_logits(exact, prompt, new, 3), temperature=1.0, top_k=11, top_p=0.85)
+        assert len(new) == 40 and (p[range(40), new] > 0).all()
+
+
+def test_cache_memory():
+    config = make(rule="abbie_d").config  # blocks 1 + 2 + 1, 2 KV heads of 8 channels
+    per_slot = 2 * 2 * 8 * 4
+    assert KVCache(config, max_iters=8).bytes_per_token == (2 + 2 * 8) * per_slot
+    assert KVCache(config, max_iters=8, mode="last").bytes_per_token == (2 + 2) * per_slot
+
+
+# ------------------------------------------------------------------------------------------------- early exit
+
+
+class Whole:
+    """The reference: a whole sequence at once, token t running depths[t] iterations; at the iterations that
+    it skips, the others see its last keys and values."""
+
+    mask, causal = None, True
+
+    def __init__(self, depths):
+        self.depths, self.last = torch.tensor(depths), {}
+
+    def at(self, part, i, k=0):
+        self.where = part, i, k
+        return self
+
+    def store(self, k, v):
+        part, i, iteration = self.where
+        if part == "body":
+            if iteration > 0:
+                frozen = (self.depths <= iteration)[:, None]
+                k, v = (torch.where(frozen, old, new) for old, new in zip(self.last[i], (k, v)))
+            self.last[i] = k, v
+        return k, v
+
+    @torch.no_grad()
+    def logits(self, model, ids):
+        idx, u = torch.tensor([ids]), 0
+        rope = model.rope(idx)
+        h = model.run_head(idx, rope, self)
+        x = model.start(h)
+        for k in range(max(self.depths)):
+            new, next_x = model.advance(x, h, k, k + 1, rope, self)
+            runs = (self.depths > k)[:, None]
+            u, x = torch.where(runs, new, u), torch.where(runs, next_x, x)
+        return model.logits(model.run_tail(u, rope, self))[0]
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_iterations_may_change_from_one_token_to_the_next(rule):
+    model, ids = make(rule=rule), list(range(10, 22))
+    depths = [5, 5, 5, 1, 3, 5, 2, 2, 4, 1, 1, 5]
+    cache, got = KVCache(model.config, 1, max_iters=5), []
+    step(model, torch.tensor([ids[:3]]), cache, 5)
+    for token, iters in zip(ids[3:], depths[3:]):
+        got.append(step(model, torch.tensor([[token]]), cache, iters)[0])
+    torch.testing.assert_close(torch.stack(got), Whole(depths).logits(model, ids)[3:], atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("early_exit", ["kl:1e-2", "u:1e-2"])
+@pytest.mark.parametrize("rule", ["abbie_d", "recall"])
+def test_early_exit_equals_the_masked_reference_and_skips_the_work(rule, early_exit):
+    model, prompts, n, iters = make(rule=rule, seed=3, block_size=64), PROMPTS[:3], 12, 8
+    if rule == "recall":  # calmer, so that it settles at all
+        with torch.no_grad():
+            for block in model.body:
+                block.attn.proj.weight.mul_(0.3)
+                block.mlp.down.weight.mul_(0.3)
+    stats, calls = Stats(), count_body_calls(model)
+    new, depths = [[] for _ in prompts], [[iters] * len(prompt) for prompt in prompts]
+    for b, token in stream(model, prompts, n, iters, early_exit=early_exit, stats=stats):
+        if new[b]:
+            depths[b].append(stats.depth[b])  # iterations of the token before this one
+        new[b].append(token)
+    assert stats.iters.total() == (n - 1) * len(prompts) and len(stats.iters) > 1
+    decoding = [B for B, T in calls if T == 1]
+    assert sum(decoding) == sum(k * count for k, count in stats.iters.items())  # work ends with settling
+    for b, prompt in enumerate(prompts):
+        logits = Whole(depths[b]).logits(model, prompt + new[b][:-1])[len(prompt) - 1 :]
+        assert_best(logits, new[b])
+
+
+def test_a_threshold_that_nothing_meets_is_plain_decoding():
+    model = make(block_size=S)
+    for mode in ("full", "last"):
+        plain = generate(model, PROMPTS, 20, 4, cache_mode=mode)
+        assert generate(model, PROMPTS, 20, 4, early_exit="kl:1e-30", cache_mode=mode) == plain
+        assert generate(model, PROMPTS, 20, 4, early_exit="u:1e-30", cache_mode=mode) == plain
+
+
+# ---------------------------------------------------------------------------------------- the last-slot cache
+
+
+class Appending:
+    """The reference for mode "last", a token at a time: past keys and values are of the last iteration."""
+
+    mask, causal = None, False
+
+    def __init__(self):
+        self.past, self.now = {}, {}
+
+    def at(self, part, i, k=0):
+        self.where = part, i
+        return self
+
+    def store(self, k, v):
+        self.now[self.where] = k, v
+        old = self.past.get(self.where)
+        return (k, v) if old is None else tuple(torch.cat(pair, dim=2) for pair in zip(old, (k, v)))
+
+    def commit(self):
+        for where, (k, v) in self.now.items():
+            old = self.past.get(where)
+            self.past[where] = (k, v) if old is None else tuple(torch.cat(p, dim=2) for p in zip(old, (k, v)))
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_mode_last_keeps_the_last_iteration_of_an_exact_prompt(rule):
+    model, idx, iters = make(rule=rule), torch.arange(10, 22)[None], 4
+    cache, ref = KVCache(model.config, 1, iters, mode="last"), Appending()
+    ref.causal = True
+    for start, end in ((0, 5), *((t, t + 1) for t in range(5, 12))):
+        got = step(model, idx[:, start:end], cache, iters)
+        rope = tuple(table[start:end] for table in model.rope_on(idx.device))
+        with torch.no_grad():
+            h = model.run_head(idx[:, start:end], rope, ref)
+            u, _ = model.advance(model.start(h), h, 0, iters, rope, ref)
+            want = model.logits(model.run_tail(u, rope, ref))[:, -1]
+        ref.commit()
+        ref.causal = False
+        torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-5)
+        if start == 0:
+            torch.testing.assert_close(got, model(idx[:, :5], iters=iters)[0][:, -1], atol=1e-4, rtol=1e-5)
+
+
+def test_mode_last_in_a_ragged_batch_equals_its_rows_alone():
+    model = make(block_size=S)
+    batch = generate(model, PROMPTS, 20, 4, cache_mode="last")
+    assert batch == [generate(model, [p], 20, 4, cache_mode="last")[0] for p in PROMPTS]
+    assert batch != generate(model, PROMPTS, 20, 4)
+
+
+# ---------------------------------------------------------------------------------- self-speculative decoding
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_drafting_changes_no_token_past_the_context(rule):
+    prompts = PROMPTS[1:3]
+    for seed, (iters, draft_iters, draft_tokens) in enumerate([(2, 1, 1), (8, 2, 4), (4, 3, 20)]):
+        model = make(seed, rule=rule, block_size=S)
+        keys = dict(draft_iters=draft_iters, draft_tokens=draft_tokens)
+        for prompt, new in zip(prompts, generate(model, prompts, S + 6, iters, **keys)):
+            assert len(new) == S + 6
+            assert_greedy(model, prompt, new, iters)
+
+
+def test_the_drafts_iterations_are_not_repeated():
+    model = make()
+    calls = count_body_calls(model)
+    generate(model, [[1, 2, 3]], 1 + 12, 8, draft_iters=3, draft_tokens=4)
+    rounds, prefill = [], 8
+    for shape in calls[prefill:]:
+        rounds += [[]] if shape[1] == 1 and (not rounds or rounds[-1][-1] > 1) else []
+        rounds[-1].append(shape[1])
+    for widths in rounds:
+        n = max(widths[-1], 1)
+        assert widths == [1] * (3 * n) + [n] * 5  # 3 iterations token by token, the other 5 together
+
+
+def test_sampling_with_a_draft_is_distributed_as_without():
+    keys = dict(vocab_size=4, n_embd=16, n_attn_heads=2, n_head_blocks=0, n_body_blocks=1, block_size=8)
+    model = make(rule="abbie_c", **keys)
+    prompt, iters, draft_iters, runs = [1, 2], 3, 1, 300
+
+    def probabilities(second, third):
+        """Of every triple of new tokens, the first at iters, the others at (second, third)."""
+        cells = {}
+        for new in itertools.product(range(4), repeat=3):
+            p = 1.0
+            for n, r in enumerate((iters, second, third)):
+                logits = model(torch.tensor([prompt + list(new[:n])]), iters=r)[0][:, -1]
+                p *= float(distribution(logits, 1.0, 0, 1.0)[0, new[n]])
+            cells[new] = p
+        return cells
+
+    counts = dict.fromkeys(itertools.product(range(4), repeat=3), 0)
+    for seed in range(runs):
+        [new] = generate(model, [prompt], 3, iters, draft_iters=draft_iters, temperature=1.0, seed=seed)
+        counts[tuple(new)] += 1
+
+    def misfit(p):
+        """Pearson's chi-square, cells below 3 expected runs merged, over their number: 1 is due."""
+        small = [c for c in p if runs * p[c] < 3]
+        pairs = [(counts[c], runs * p[c]) for c in p if c not in small]
+        pairs.append((sum(counts[c] for c in small), sum(runs * p[c] for c in small) + 1e-9))
+        return sum((seen - due) ** 2 / due for seen, due in pairs) / len(pairs)
+
+    with torch.no_grad():
+        assert misfit(probabilities(iters, iters)) < 1.6
+        assert misfit(probabilities(draft_iters, iters)) > 3  # what accepting every draft would give
+
+
+# -------------------------------------------------------------------------------------------- the static step
+
+
+def test_the_static_step_compiles_whole_and_equals_the_ordinary_one(monkeypatch):
+    model = make(block_size=S)
+    plain = generate(model, PROMPTS, 20, 2)
+    monkeypatch.setattr(decode, "static_step", partial(decode.static_step, backend="aot_eager"))
+    for _ in range(2):  # the second time, with the step that is kept
+        done, got = set(), [[] for _ in PROMPTS]
+        for b, token in stream(model, PROMPTS, 20, 2, compiled=True, done=done):
+            got[b].append(token)
+            if b == 0 and len(got[0]) == 6:
+                done.add(0)
+        assert got == [plain[0][:6], *plain[1:]]
+    assert len(model.static_steps) == 1
+
+
+def test_laying_out_for_decoding_changes_no_value():
+    model, other = make(), lay_out_for_decoding(make())
+    assert other.embed.weight is other.unembed.weight and not other.unembed.weight.is_contiguous()
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters()))
+    assert generate(model, PROMPTS[:1], 12, 3) == generate(other, PROMPTS[:1], 12, 3)
+
+
+# ------------------------------------------------------------------------------------------- choosing a token
+
+
+def test_distribution():
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0], [0.0, 3.0, 3.0, 1.0]])
+    p = distribution(logits, 0.5, 0, 1.0)
+    torch.testing.assert_close(p, (logits.double() / 0.5).softmax(-1))
+    assert distribution(logits, 0, 3, 0.5).tolist() == [[1, 0, 0, 0], [0, 1, 0, 0]]
+    assert (distribution(logits, 1.0, 2, 1.0) > 0).tolist() == [[1, 1, 0, 0], [0, 1, 1, 0]]
+    assert (distribution(logits, 1.0, 0, 0.7) > 0).tolist() == [[1, 1, 0, 0], [0, 1, 1, 0]]  # 0.64 + 0.24
+    assert (distribution(logits, 1.0, 0, 0.6) > 0).tolist() == [[1, 0, 0, 0], [0, 1, 1, 0]]
+    assert distribution(logits, 1e-300, 0, 1.0)[0].tolist() == [1, 0, 0, 0]
+    torch.testing.assert_close(distribution(logits, 1.0, 3, 0.9).sum(-1), torch.ones(2, dtype=torch.float64))
+
+
+def test_draws_follow_the_distribution_and_never_hit_a_zero():
+    p, rng = torch.tensor([[0.0, 0.2, 0.0, 0.5, 0.3, 0.0]], dtype=torch.float64), random.Random(0)
+    counts = torch.bincount(torch.tensor([draw(p, [rng])[0] for _ in range(4000)]), minlength=6)
+    assert counts[[0, 2, 5]].tolist() == [0, 0, 0]
+    assert (counts / 4000 - p[0]).abs().max() < 0.03
+
+
+# ----------------------------------------------------------------------------------------------------- errors
+
+
+def test_bad_calls_are_refused():
+    model = make()
+    wrong = [([], "no tokens"), ([[1], []], "no tokens"), ([[1] * 33], "longer than"), ([[1], [97]], "of 97")]
+    for prompts, message in wrong:
+        with pytest.raises(UserError, match=message):
+            generate(model, prompts, 5)
+    with pytest.raises(UserError, match="max_new_tokens"):
+        generate(model, [[1]], 0)
+    cache = KVCache(model.config, 1, max_iters=2)
+    with pytest.raises(UserError, match="made for 2 iterations"):
+        step(model, torch.tensor([[1]]), cache, 3)
+    with pytest.raises(UserError, match="do not fit"):
+        step(model, torch.ones(1, 33, dtype=torch.int64), cache, 2)
