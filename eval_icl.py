@@ -269,9 +269,8 @@ def make_task(name: str, data: str | Path | None, block_size: int, limit: int | 
             break
     make = make_cloze if name == "cloze" else make_last_word
     examples = make(texts, limit or N_BUILT_IN, min(512, block_size // 2))
-    check(
-        bool(examples), f"the validation split of {data} is too small to make {name} of it\nprepare more text"
-    )
+    why = f"the validation split of {data} is too small to make {name} of it"
+    check(bool(examples), f"{why}\nprepare more text")
     return examples
 
 
@@ -580,11 +579,10 @@ def harness_model(model: AbbIE, tokenizer, iters: int, batch_size: int = 32, ran
                 return json.dumps(settings, sort_keys=True), len(context)
 
             texts, order = [""] * len(requests), sorted(range(len(requests)), key=alike)
+            bar = "" if disable_tqdm else "generation"
             for _, same in groupby(order, lambda i: alike(i)[0]):
                 same = list(same)
-                for first in progress(
-                    range(0, len(same), batch_size), "" if disable_tqdm else "generation", rank
-                ):
+                for first in progress(range(0, len(same), batch_size), bar, rank):
                     batch = same[first : first + batch_size]
                     contexts, settings = [requests[i].args[0] for i in batch], requests[batch[0]].args[1]
                     for b, text in self.generate(contexts, settings):
@@ -596,7 +594,8 @@ def harness_model(model: AbbIE, tokenizer, iters: int, batch_size: int = 32, ran
             n = min(int(settings.get("max_gen_toks", 256)), T - 1)
             stops = settings.get("until") or []
             stops = [stops] if isinstance(stops, str) else stops
-            temperature = float(settings.get("temperature") or 0) if settings.get("do_sample", True) else 0.0
+            draws = settings.get("do_sample", True)
+            temperature = float(settings.get("temperature") or 0) if draws else 0.0
             prompts = [tokenizer.encode_ordinary(context)[n - T :] or [eot] for context in contexts]
             ids, done = [[] for _ in contexts], set()
             options = {"temperature": temperature, "stop_token": eot, "done": done}
@@ -657,7 +656,8 @@ def print_table(results: dict):
             if metric.endswith("_stderr"):
                 continue
             values = {r: scores[metric] for r, scores in section["iters"].items()}
-            best = (min if metric in LOWER_IS_BETTER else max)(values, key=values.get)
+            better = min if metric in LOWER_IS_BETTER else max
+            best = better(values, key=values.get)
             line = ""
             for r, value in values.items():
                 stderr = section["iters"][r].get(metric + "_stderr")
@@ -688,9 +688,7 @@ def parse_args(argv: list[str]):
     add("--iters", default="1,2,4,8", help="iterations of the Body (default 1,2,4,8)")
     add("--tasks", help=f"of {', '.join(TASKS)} (the first two)")
     add("--data_dir", default="data/icl", help="holds TASK/SPLIT.jsonl")
-    add(
-        "--limit", type=int, help="score the first N rows of each task, or N examples of a built-in one (300)"
-    )
+    add("--limit", type=int, help="rows of each task, the first N; of a built-in one, examples (300)")
     whole = "loss, perplexity and bits per byte on the whole validation split of a folder of shards"
     add("--ppl", nargs="?", const="", metavar="DATA", help=f"{whole} (default: the training data's)")
     add("--lm_eval", help="tasks of the harness, such as mmlu,gsm8k, at every r in turn")
@@ -737,9 +735,8 @@ def prepare(args, rank: int, model_class=AbbIE) -> tuple:
     return model, examples, shards, manager
 
 
-def evaluate(
-    args, rank: int, world: int, model: AbbIE, examples: dict, shards: Shards | None, manager
-) -> dict:
+def evaluate(args, rank: int, world: int, model: AbbIE, examples: dict, shards, manager) -> dict:
+    """Compute and print all that is asked for -> the contents of --out."""
     options = {"batch_size": args.batch_size, "rank": rank, "world": world}
     iters, tokenizer = ascending(model, args.iters), get_tokenizer(model.meta["tokenizer"])
     results = {"ckpt": model.meta["ckpt"], "trained_iters": model.config.mean_iters, "tasks": {}}

@@ -261,11 +261,11 @@ def encode_chunk(tokenizer, threshold: int, chunk: Chunk):
     return encoded, lowest
 
 
-def in_order(work: Callable, chunks: Iterable[Chunk], workers: int) -> Iterator[tuple]:
+def in_order(work: Callable, to_come: Iterable[Chunk], workers: int) -> Iterator[tuple]:
     """(chunk, work(chunk)) in order, some chunks ahead but never more than memory allows."""
     pending, n_bytes = deque(), 0
     with ThreadPoolExecutor(workers) as pool:
-        for chunk in chunks:
+        for chunk in to_come:
             pending.append((chunk, pool.submit(work, chunk)))
             n_bytes += chunk.n_bytes
             while pending and (len(pending) > 4 * workers or n_bytes > max(MAX_DOCUMENT, workers * SECTION)):

@@ -191,11 +191,7 @@ def new_model(config: Config, shards: Shards, model_class=AbbIE) -> AbbIE:
     else:
         model = load_model(config.init_from, model_class=model_class, **changes, **cut)
         changed = differences(vars(model.config), vars(shape))
-        check(
-            not changed,
-            f"init_from={config.init_from}: {changed}\n"
-            "start from a checkpoint of this config's shape, or set these keys",
-        )
+        check(not changed, f"init_from={config.init_from}: {changed}\nset these keys as they are there")
     theirs = model.meta["tokenizer"]
     check(
         theirs == shards.tokenizer or config.force,
@@ -205,13 +201,11 @@ def new_model(config: Config, shards: Shards, model_class=AbbIE) -> AbbIE:
     return model
 
 
-def continued_model(
-    config: Config, folder: Path, shards: Shards, data_sha256: str, model_class=AbbIE
-) -> AbbIE:
+def continued_model(config: Config, folder: Path, shards: Shards, model_class=AbbIE) -> AbbIE:
     """The model of a checkpoint, if its data, tokenizer, rule and shape are this run's."""
     may_change = {"iters": config.iters, "backprop_iters": config.backprop_iters}  # in mid-run
     model = load_model(folder, model_class=model_class, **may_change)
-    here = {"rule": config.rule, "tokenizer": shards.tokenizer, "data_sha256": data_sha256}
+    here = {"rule": config.rule, **identity(shards)}
     if config.init_from:
         here["init_from"] = config.init_from
     if not config.init_from.startswith("hf:"):  # whose shape is not the config's
@@ -224,6 +218,12 @@ def continued_model(
         "set these keys as they were or choose another out_dir; or pass --resume=never or --force=true",
     )
     return model
+
+
+def identity(shards: Shards) -> dict:
+    """What makes two runs' data the same."""
+    digest = hashlib.sha256(json.dumps(shards.meta["splits"], sort_keys=True).encode()).hexdigest()
+    return {"tokenizer": shards.tokenizer, "data_sha256": digest}
 
 
 def find_resume(config: Config, out_dir: Path) -> Path | None:
@@ -259,9 +259,7 @@ def prepare_run(config: Config, world: int) -> Path | None:
     if config.data == "data/stdlib" and not Path(config.data, "meta.json").exists():
         prepare_data.main(["stdlib"])  # the embedded corpus makes itself, every other one is made by hand
     for split in ("train", "val"):
-        Shards(
-            config.data, split, config.block_size
-        )  # verifies the hashes, which are remembered beside the data
+        Shards(config.data, split, config.block_size)  # verifies its hashes and remembers that it has
     resume_from = find_resume(config, Path(config.out_dir))
     Path(config.out_dir).mkdir(parents=True, exist_ok=True)
     return resume_from
@@ -270,10 +268,12 @@ def prepare_run(config: Config, world: int) -> Path | None:
 # ---------------------------------------------------------------------------------------------------- the log
 
 
-def open_log(path: Path, header: dict, start: int):
+def open_log(path: Path, header: dict, start: int, rank: int):
     """log.jsonl of the run: a header for every start, then a line per step and per evaluation. A resumed run
     first drops the lines of what it will do again, so that every step stands there once. Returns
-    write(record)."""
+    write(record), which does nothing on other ranks than 0."""
+    if rank:
+        return lambda record: None
     kept = []
     for line in path.read_text().splitlines() if path.exists() and start else []:
         with contextlib.suppress(ValueError):  # a line cut short by a kill
@@ -366,10 +366,8 @@ def main(argv: list[str], model_class=AbbIE):
     config = together(lambda: load_config(argv))
     try:
         status = run(config, rank, world, model_class)
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        text = str(error).lower()
-        signs = ("out of memory", "not enough memory", "can't allocate memory")  # CUDA's, the CPU's
-        if isinstance(error, RuntimeError) and not any(sign in text for sign in signs):
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
             raise
         half = max(1, config.micro_batch // 2)
         raise UserError(
@@ -382,31 +380,33 @@ def main(argv: list[str], model_class=AbbIE):
         sys.exit(status)
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    signs = ("out of memory", "not enough memory", "can't allocate memory")  # of the CPU's allocators
+    return any(sign in str(error).lower() for sign in signs)
+
+
 def run(config: Config, rank: int, world: int, model_class=AbbIE) -> int:
     """Train, evaluate, save. Returns the exit status: 0, or 128 + the signal that ended the run early."""
-    print(show(config))
+    print(show(dataclasses.asdict(config)))
     resume_from = on_rank_0(lambda: prepare_run(config, world))
-    device, T, out_dir = (
-        together(lambda: choose_device(config.device)),
-        config.block_size,
-        Path(config.out_dir),
-    )
+    device = together(lambda: choose_device(config.device))
+    T, out_dir = config.block_size, Path(config.out_dir)
     sequences, micro_batch = divide_step(config, world)
 
     # The data, the model, fresh or from a checkpoint, and its optimizer.
-    shards, val_shards = together(
-        lambda: [Shards(config.data, split, T, verify=False) for split in ("train", "val")]
-    )
+    shards = together(lambda: Shards(config.data, "train", T, verify=False))
+    val_shards = together(lambda: Shards(config.data, "val", T, verify=False))
     order = functools.lru_cache(maxsize=1)(lambda epoch: shards.window_order(config.seed, epoch))
-    data_sha256 = hashlib.sha256(json.dumps(shards.meta["splits"], sort_keys=True).encode()).hexdigest()
-    start, skipped, flops = 0, 0, 0.0
     if resume_from is None:
         model = together(lambda: new_model(config, shards, model_class))
     else:
-        model = together(lambda: continued_model(config, resume_from, shards, data_sha256, model_class))
+        model = together(lambda: continued_model(config, resume_from, shards, model_class))
     model.to(device).train()
     model.activation_checkpointing = config.activation_checkpointing
     optimizer = adamw(model, config)
+    start, skipped, flops = 0, 0, 0.0
     if resume_from is not None:
         saved = load_tensors(resume_from / "train.pt")
         optimizer.load_state_dict(saved["optimizer"])
@@ -422,37 +422,31 @@ def run(config: Config, rank: int, world: int, model_class=AbbIE) -> int:
         cards = [device] if device.type == "cuda" else None
         net = DistributedDataParallel(model, device_ids=cards, gradient_as_bucket_view=True)
 
-    # What runs, for the terminal and the log.
-    facts = versions(device)
-    peak = next((peak for name, peak in PEAK_FLOPS.items() if name in facts["device"]), None)
+    # What runs, for the terminal, the log and the checkpoints.
+    run_config = {**dataclasses.asdict(config), **dataclasses.asdict(model.config), **identity(shards)}
+    facts = versions(device) | {
+        "dtype": str(dtype).removeprefix("torch."),
+        "compiled": compiled,
+        "world": world,
+    }
+    facts |= {"n_params": model.n_params(), "max_steps": max_steps}
+    print(show(facts))
     accumulation, epochs = sequences // micro_batch // world, max_steps * sequences / shards.n_windows
-    cut = "+".join(str(len(blocks)) for blocks in (model.head, model.body, model.tail))
-    print(f"{facts['device']}, {str(dtype)[6:]}{', compiled' if compiled else ''}, {world} process(es)")
     print(f"{sequences} sequences of {T} per step = {world} x {accumulation} x {micro_batch}")
-    print(f"{model.n_params():,} parameters, blocks {cut}, rule {config.rule}, iters {config.iters}")
-    print(f"{max_steps:,} steps, {max_steps * config.tokens_per_step:,} tokens, {epochs:.2f} epochs")
+    print(f"{max_steps * config.tokens_per_step:,} tokens, {epochs:.2f} epochs")
     if resume_from:
         print(f"from step {start} of {resume_from}")
-    run_config = {**dataclasses.asdict(config), **dataclasses.asdict(model.config)}
-    run_config |= {"tokenizer": shards.tokenizer, "data_sha256": data_sha256}
-    header = {
-        "config": run_config, "n_params": model.n_params(), "max_steps": max_steps, "world": world,
-        "dtype": str(dtype)[6:], "compiled": compiled, **facts,
-    }  # fmt: skip
-    log = open_log(out_dir / "log.jsonl", header, start) if rank == 0 else lambda record: None
+    log = open_log(out_dir / "log.jsonl", {"config": run_config, **facts}, start, rank)
+    peak = next((peak for name, peak in PEAK_FLOPS.items() if name in facts["device"]), None)
 
     def evaluate(iters: list[int], tokens: int) -> dict[int, float]:
         options = {"batch_size": micro_batch, "rank": rank, "world": world, "autocast": autocast}
         return evaluate_loss(model, val_shards, iters, n_windows=max(1, tokens // T), **options)
 
     def save(step: int):
-        if rank == 0:
-            state = {"optimizer": optimizer.state_dict(), "step": step, "skipped": skipped, "flops": flops}
-            meta = {**run_config, "step": step}
-            newest = save_checkpoint(out_dir, step, model.state_dict(), state, meta)
-            prune(out_dir, config.keep_last, newest)
-        if world > 1:
-            dist.barrier()
+        state = {"optimizer": optimizer.state_dict(), "step": step, "skipped": skipped, "flops": flops}
+        newest = save_checkpoint(out_dir, step, model.state_dict(), state, {**run_config, "step": step})
+        prune(out_dir, config.keep_last, newest)
 
     stop, saved_at, started = 0, start if resume_from else None, time.perf_counter()
     hidden = rank > 0 or not sys.stderr.isatty()
@@ -467,7 +461,7 @@ def run(config: Config, rank: int, world: int, model_class=AbbIE) -> int:
                 log({"step": step, "val_loss": {str(r): value for r, value in losses.items()}})
             due = last or stop or (config.save_every and step and step % config.save_every == 0)
             if due and saved_at != step:
-                save(step)
+                on_rank_0(functools.partial(save, step))
             if last or stop:
                 break
 
@@ -490,17 +484,11 @@ def run(config: Config, rank: int, world: int, model_class=AbbIE) -> int:
             flops += step_flops
             pace = (time.perf_counter() - started) / (step + 1 - start)  # evaluations and saves included
             record = {
-                "step": step,
-                "iters": iters,
-                "loss": loss,
-                "lr": lr,
-                "grad_norm": norm,
+                "step": step, "iters": iters, "loss": loss, "lr": lr, "grad_norm": norm,
                 "tokens_per_s": config.tokens_per_step / seconds,
                 "mfu": step_flops / seconds / (peak * world) if peak else None,
-                "flops": flops,
-                "eta_s": pace * (max_steps - step - 1),
-                "skipped": not finite,
-            }
+                "flops": flops, "eta_s": pace * (max_steps - step - 1), "skipped": not finite,
+            }  # fmt: skip
             log(record)
             bar.update()
             bar.set_postfix_str(describe(record))
@@ -508,23 +496,18 @@ def run(config: Config, rank: int, world: int, model_class=AbbIE) -> int:
                 tqdm.write(f"step {step:>6d} | {describe(record)}")
     bar.close()
 
-    if stop == DIVERGED:
-        raise UserError(
-            f"{skipped} steps in a row had no finite loss and gradient; the weights from before are saved in "
-            f"{out_dir}\ntry a lower lr, then run again"
-        )
+    diverged = (
+        f"{skipped} steps in a row had no finite loss and gradient; the weights from before are saved in "
+    )
+    on_rank_0(lambda: check(stop != DIVERGED, f"{diverged}{out_dir}\ntry a lower lr, then run again"))
     if stop:
         print(f"{signal.Signals(stop).name}: step {step} is saved; the same command continues from there")
         return 128 + stop
-    own = model.config.mean_iters
-    n_tokens = min(WHOLE, val_shards.n_windows * T)
+    own, n_tokens = model.config.mean_iters, min(WHOLE, val_shards.n_windows * T)
     loss = evaluate([own], n_tokens)[own]
     print(f"validation loss at iters {own} on {n_tokens:,} tokens: {loss:.4f} nats/token")
     log({"step": max_steps, "final_val_loss": loss, "iters": own, "tokens": n_tokens})
-    if rank == 0:
-        show_off(model, config, shards)
-    if world > 1:
-        dist.barrier()
+    on_rank_0(lambda: show_off(model, config, shards))
     return 0
 
 

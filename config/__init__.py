@@ -98,9 +98,18 @@ def nearest(name: str, names) -> str:
 # ---------------------------------------------------------------------------------- config file and flags
 
 
-def from_text(kind, text: str):
-    """A flag's text as the first type of the key's annotation that it fits."""
-    for one in typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,):
+def kinds_of(hint) -> tuple:
+    """int | None -> (int, NoneType), int -> (int,)."""
+    return typing.get_args(hint) or (hint,)
+
+
+def describe(kinds: tuple) -> str:
+    return " or ".join(kind.__name__.replace("NoneType", "None") for kind in kinds)
+
+
+def from_text(kinds: tuple, text: str):
+    """A flag's text as the first of the key's types that it fits. Raises ValueError where it fits none."""
+    for one in kinds:
         try:
             if one is bool:
                 return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
@@ -114,7 +123,7 @@ def from_text(kind, text: str):
 
 def load_config(argv: list[str]) -> Config:
     """CONFIG.py [--key=value | --key value ...] -> Config. Raises UserError for what is wrong in either."""
-    hints = typing.get_type_hints(Config)
+    kinds = {name: kinds_of(hint) for name, hint in typing.get_type_hints(Config).items()}
     parser = ArgumentParser(prog="train.py", description=__doc__)
     parser.add_argument("file", metavar="CONFIG.py", type=Path, help="such as config/abbie_tiny.py")
     for f in dataclasses.fields(Config):
@@ -125,22 +134,17 @@ def load_config(argv: list[str]) -> Config:
     path = flags.pop("file")
     values = {"out_dir": f"out/{path.stem}"}
     for name, value in read_config_file(path).items():
-        check(name in hints, f"{path}: unknown key {name}{nearest(name, hints)}")
-        kinds = typing.get_args(hints[name]) or (hints[name],)
-        value = float(value) if type(value) is int and float in kinds else value
-        check(type(value) in kinds, f"{path}: {name}={value!r} is not {describe(kinds)}")
+        check(name in kinds, f"{path}: unknown key {name}{nearest(name, kinds)}")
+        if type(value) is int and kinds[name] == (float,):
+            value = float(value)
+        check(type(value) in kinds[name], f"{path}: {name}={value!r} is not {describe(kinds[name])}")
         values[name] = value
     for name, text in flags.items():
         try:
-            values[name] = from_text(hints[name], text)
+            values[name] = from_text(kinds[name], text)
         except ValueError:
-            kinds = typing.get_args(hints[name]) or (hints[name],)
-            raise UserError(f"--{name}={text} is not {describe(kinds)}") from None
+            raise UserError(f"--{name}={text} is not {describe(kinds[name])}") from None
     return Config(**values)
-
-
-def describe(kinds) -> str:
-    return " or ".join(kind.__name__.replace("NoneType", "None") for kind in kinds)
 
 
 def read_config_file(path: Path) -> dict:
@@ -158,13 +162,15 @@ def read_config_file(path: Path) -> dict:
     return {k: v for k, v in names.items() if not k.startswith("_") and not isinstance(v, types.ModuleType)}
 
 
-def show(config: Config) -> str:
-    """The resolved config, a few keys a line."""
+def show(values: dict) -> str:
+    """key=value, a few a line."""
     lines = [""]
-    for name, value in dataclasses.asdict(config).items():
+    for name, value in values.items():
         item = f"{name}={value}  "
-        lines[-1:] = [lines[-1] + item] if len(lines[-1]) + len(item) <= 110 else [lines[-1].rstrip(), item]
-    return "\n".join(lines).rstrip()
+        if len(lines[-1]) + len(item) > 110:
+            lines.append("")
+        lines[-1] += item
+    return "\n".join(line.rstrip() for line in lines)
 
 
 # --------------------------------------------------------------------------------- how every script starts
@@ -184,8 +190,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def cli(main):
-    """Run main(argv) as a script: an error that the user can mend ends in at most three lines and exit status
-    2."""
+    """Run main(argv) as a script: an error that the user can mend ends in three lines at most, status 2."""
     try:
         main(sys.argv[1:])
     except UserError as error:
@@ -227,10 +232,8 @@ def start_ranks() -> tuple[int, int]:
         sys.stdout = open(os.devnull, "w")
     if world > 1:
         # Apart from what the store may still hold of ranks that died before a restart: their addresses.
-        attempt, [store, *_] = (
-            os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"),
-            next(dist.rendezvous("env://")),
-        )
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store, *_ = next(dist.rendezvous("env://"))
         dist.init_process_group(rank=rank, world_size=world, store=dist.PrefixStore(attempt, store))
     return rank, world
 
@@ -245,16 +248,18 @@ def together(function):
     if dist.is_initialized():
         refused = [None] * dist.get_world_size()
         dist.all_gather_object(refused, error is not None)
-        if any(refused) and dist.get_rank() != refused.index(True):
-            sys.exit(2)  # the first that refuses says why
+        if any(refused):
+            first = dist.get_rank() == refused.index(True)
+            dist.destroy_process_group()  # PyTorch may abort where its threads are still running at the end
+            if not first:
+                sys.exit(2)  # the first that refuses says why
     if error is not None:
         raise error
     return result
 
 
 def on_rank_0(function):
-    """function() on rank 0 alone -> its result, on every rank. What it refuses ends them all, with one
-    error."""
+    """function() on rank 0 alone -> its result, on every rank. What it refuses ends them all."""
     first = not dist.is_initialized() or dist.get_rank() == 0
     result = [together(function if first else lambda: None)]
     if dist.is_initialized():

@@ -1,10 +1,10 @@
 """How fast text becomes shards, and in how much memory. -> results/data.jsonl
 
     python -m experiments.data BOOKS SHAKESPEARE.txt    # BOOKS has the folders train and val
-    python -m experiments.data --soak                   # 3 GB of made text: the memory of writing and reading it
+    python -m experiments.data --soak                   # 3 GB of made text: memory of writing, of reading
 
-Speed is that of real text, with one worker and with two, beside tiktoken alone on the same text. The sides take
-turns, and medians are reported.
+Speed is that of real text, with one worker and with two, beside tiktoken alone on the same text. The sides
+take turns, and medians are reported.
 """
 
 import json
@@ -25,7 +25,7 @@ from config import ArgumentParser, cli
 from experiments import ROOT, append
 from model import check
 
-ROUNDS, SOME = 5, 60  # books of a round
+ROUNDS, SOME, COPIES = 5, 60, 1000  # of each side; books of a round; of the made text
 
 
 def seconds_of(function) -> float:
@@ -118,7 +118,7 @@ def soak(folder: Path) -> dict:
     lines = {"a.txt": f"%d\n\n{block}", "b.jsonl": f'{{"text": "%d {json.dumps(block)[1:]}}}\n'}
     for name, line in lines.items():
         with open(folder / name, "w") as file:
-            file.writelines(line % i for i in range(1000))
+            file.writelines(line % i for i in range(COPIES))
         sizes[name] = (folder / name).stat().st_size
     out = folder / "out"
     writing = peak_mb(WRITE, "text", "--input", *(folder / name for name in lines), "--out", out)

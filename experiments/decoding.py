@@ -161,11 +161,11 @@ def as_hugging_face(model):
     try:
         from transformers import LlamaForCausalLM
 
-        from hf.llama import export
+        from hf.export import export
     except ImportError:
         raise UserError("the comparison needs packages\npip install transformers safetensors") from None
     with tempfile.TemporaryDirectory() as temp:
-        export(model, Path(temp, "llama"))
+        export(model, Path(temp, "llama"), kind="llama")
         return LlamaForCausalLM.from_pretrained(Path(temp, "llama"), dtype=torch.float32).eval()
 
 

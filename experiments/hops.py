@@ -50,7 +50,7 @@ WITHOUT = {
     "letters": "letters as chain ends",
     "exact": "two iterations in stage 2: any from 1 to 3",
 }
-N_PROGRAMS = 50_000  # of a stage, to train on
+N_PROGRAMS, N_VAL = 50_000, 2000  # of a stage, to train on and to ask
 LETTERS, DIGITS = "abcdefghijklmnopqrstuvwxyz", "0123456789"
 
 # --------------------------------------------------------------------------------------------------- programs
@@ -134,7 +134,7 @@ def train_stages(out: str, seed: int, flags: list[str], without: str = ""):
             changes = [*changes, "--iters=1-3"]
         data, run = f"data/hops_{block_size}_{most}{'_letters' * letters}", f"{out}/{stage}"
         if not Path(data, "meta.json").exists():
-            write(data, block_size, most, N_PROGRAMS, 2000, letters)
+            write(data, block_size, most, N_PROGRAMS, N_VAL, letters)
         argv = [CONFIG, f"--data={data}", f"--block_size={block_size}", f"--seed={seed}"]
         argv += [f"--out_dir={run}", f"--init_from={before}", *changes, *flags]
         last = stage == len(STAGES)
@@ -266,7 +266,7 @@ def main(argv: list[str]):
     add("--block_size", type=int, default=128)
     add("--most", type=int, default=6, help="longest chain")
     add("--n_train", type=int, default=N_PROGRAMS)
-    add("--n_val", type=int, default=2000)
+    add("--n_val", type=int, default=N_VAL)
     add("--seed", type=int, default=1)
     add("--title", default="", help="what was tried: adds it to the results")
     add("--figure", default="", help="title of its panel in the figure, if it has one")

@@ -299,7 +299,7 @@ def print_losses(study: Study, rows: dict[str, list[dict]], runs: list[dict]):
 
 def accuracy(found: list[dict], r: str) -> str:
     """A task at one r over seeds; of one seed with its standard error, and the p of McNemar's test of whether
-    it differs from the trained r."""
+    it differs from the reference: the trained r, or r = 1 where that is no column. The one without a p."""
     scores = [task["iters"][r] for task in found]
     if len(found) > 1:
         return spread([100 * score["acc"] for score in scores], 1)

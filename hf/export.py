@@ -19,19 +19,19 @@ from data import get_tokenizer
 from hf.llama import BYTE, TOKENIZER_FILES, find_folder, llama_places, read_json
 from model import AbbIE, UserError, check
 
+END = "<|endoftext|>"
 CARD = """---
 library_name: transformers
 pipeline_tag: text-generation
-tags: [abbie, recurrent-depth]
 ---
 # {name}
 
-A recurrent-depth language model (AbbIE, arXiv 2507.08567; rule `{rule}`): {n_head_blocks} blocks of the Head,
-{n_body_blocks} of the Body, applied r times with the same weights, {n_tail_blocks} of the Tail; width {n_embd},
-{parameters:,} parameters, context {block_size}, {tokenizer} tokens. Trained at r = {iters}.
+A recurrent-depth language model (AbbIE, arXiv 2507.08567; rule `{rule}`): {n_head_blocks} blocks of the
+Head, {n_body_blocks} of the Body, applied r times with the same weights, {n_tail_blocks} of the Tail. Width
+{n_embd}, {parameters:,} parameters, context {block_size}, {tokenizer} tokens; r = {iters} by default.
 
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    tokenizer = AutoTokenizer.from_pretrained(FOLDER)
+    tokenizer = AutoTokenizer.from_pretrained(FOLDER, trust_remote_code=True)
     model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
     ids = model.generate(**tokenizer("def ", return_tensors="pt"), iters=4, max_new_tokens=50)
 
@@ -43,17 +43,14 @@ Made by `{command}`.
 
 
 def merges_of(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """The merges of a byte-level BPE, in order. A token's own merge joins the two parts that all earlier
-    merges leave of its bytes."""
+    """The merges of a byte-level BPE, in order: that of a token joins the two parts which the merges before
+    it leave of the token's bytes."""
     merges = []
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
         parts = [token[i : i + 1] for i in range(len(token))]
         while len(parts) > 2:
             pairs = [ranks.get(a + b, rank) for a, b in zip(parts, parts[1:])]
-            best = min(pairs)
-            if best >= rank:
-                break
-            i = pairs.index(best)
+            i = pairs.index(min(pairs))
             parts[i : i + 2] = [parts[i] + parts[i + 1]]
         if len(parts) == 2:
             merges.append((parts[0], parts[1]))
@@ -61,42 +58,32 @@ def merges_of(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
 
 
 def tokenizer_json(encoding) -> dict:
-    """A tiktoken encoding -> the same as a tokenizer.json. Raises UserError where the text is cut by a pattern
-    that is not written alike in both."""
+    """A tiktoken encoding that cuts text by GPT-2's pattern, or that merges nothing, as a tokenizer.json."""
     printed = {byte: character for character, byte in BYTE.items()}
 
     def spell(token: bytes) -> str:
         return "".join(printed[byte] for byte in token)
 
-    ranks, end = encoding._mergeable_ranks, encoding.eot_token
-    merges = merges_of(ranks)
-    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    split = {
-        "type": "Split",
-        "pattern": {"Regex": encoding._pat_str},
-        "behavior": "Isolated",
-        "invert": False,
-    }
-    cut = {"type": "Sequence", "pretokenizers": [split, level]}
+    ranks = encoding._mergeable_ranks
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     special = {
-        "id": end, "content": "<|endoftext|>", "single_word": False, "lstrip": False, "rstrip": False,
+        "id": encoding.eot_token, "content": END, "single_word": False, "lstrip": False, "rstrip": False,
         "normalized": False, "special": True,
     }  # fmt: skip
-    model = {
+    bpe = {
         "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": "",
         "end_of_word_suffix": "", "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
-        "vocab": {**{spell(token): rank for token, rank in ranks.items()}, "<|endoftext|>": end},
-        "merges": [[spell(a), spell(b)] for a, b in merges],
+        "vocab": {**{spell(token): rank for token, rank in ranks.items()}, END: encoding.eot_token},
+        "merges": [f"{spell(a)} {spell(b)}" for a, b in merges_of(ranks)],
     }  # fmt: skip
     return {
         "version": "1.0", "truncation": None, "padding": None, "added_tokens": [special], "normalizer": None,
-        "pre_tokenizer": cut if merges else level,  # where nothing merges, it does not matter how text is cut
-        "post_processor": None, "decoder": level, "model": model,
+        "pre_tokenizer": byte_level, "post_processor": None, "decoder": byte_level, "model": bpe,
     }  # fmt: skip
 
 
 def write_tokenizer(name: str, folder: Path) -> dict:
-    """The tokenizer files of a model -> the ids of its special tokens."""
+    """The tokenizer files of a model -> the ids of its special tokens, for its config.json."""
     special = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))  # without a value: 1, 2, none
     if name.startswith("hf:"):
         origin = find_folder(name[3:])
@@ -105,14 +92,15 @@ def write_tokenizer(name: str, folder: Path) -> dict:
                 shutil.copyfile(origin / file, folder / file)
         found = read_json(origin / "config.json")
         return special | {key: value for key, value in found.items() if key in special}
+    if name not in ("bytes", "gpt2"):
+        return special
     encoding = get_tokenizer(name)
-    end = "<|endoftext|>"
     about = {
-        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": end, "eos_token": end, "pad_token": end,
+        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": END, "eos_token": END, "pad_token": END,
         "padding_side": "left", "clean_up_tokenization_spaces": False,
     }  # fmt: skip
-    (folder / "tokenizer.json").write_text(json.dumps(tokenizer_json(encoding), ensure_ascii=False), "utf-8")
-    (folder / "tokenizer_config.json").write_text(json.dumps(about, indent=2) + "\n")
+    for file, value in (("tokenizer.json", tokenizer_json(encoding)), ("tokenizer_config.json", about)):
+        (folder / file).write_text(json.dumps(value))
     return dict.fromkeys(special, encoding.eot_token)
 
 
@@ -155,26 +143,25 @@ def export(model: AbbIE, folder: Path, kind: str = "abbie", command: str = "hf.e
         from safetensors.torch import save_file
     except ImportError:
         raise UserError("exporting needs a package\npip install safetensors") from None
-    reason = {"abbie_d_literal": "its Tail reads B(h) + h", "zero_pt": "it projects [s ; h] to D"}
-    why = reason.get(model.config.rule)
-    check(
-        kind == "abbie" or why is None,
-        f"rule {model.config.rule} cannot be exported as a Llama: at r = 1 {why}, which no Llama does",
-    )
+    reasons = {"abbie_d_literal": "its Tail reads B(h) + h", "zero_pt": "it projects [s ; h] to D"}
+    why = reasons.get(model.config.rule) if kind == "llama" else None
+    check(why is None, f"rule {model.config.rule} is no Llama at r = 1: {why}\nleave out --as llama")
     free = not folder.exists() or folder.is_dir() and not any(folder.iterdir())
     check(free, f"{folder} is there already, and no empty folder\ngive another, or remove it")
     temporary = folder.absolute().parent / f".{folder.absolute().name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
 
-    config = abbie_config(model) if kind == "abbie" else llama_config(model)
-    config |= write_tokenizer(model.meta["tokenizer"], temporary)
+    config = llama_config(model) if kind == "llama" else abbie_config(model)
+    config |= write_tokenizer(model.meta.get("tokenizer", ""), temporary)
     (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     weights = dict(model.named_parameters())  # tied ones once
-    tensors = {f"model.{name}": tensor for name, tensor in weights.items()}
     if kind == "llama":
-        places = llama_places(model.config)
-        tensors = {theirs: weights[ours][i : i + shape[0]].clone() for ours, i, theirs, shape in places}
+        tensors = {}
+        for ours, first, theirs, shape in llama_places(model.config):
+            tensors[theirs] = weights[ours][first : first + shape[0]].clone()
+    else:
+        tensors = {f"model.{name}": tensor for name, tensor in weights.items()}
     save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
     if kind == "abbie":
         here = Path(__file__).parent
@@ -182,10 +169,8 @@ def export(model: AbbIE, folder: Path, kind: str = "abbie", command: str = "hf.e
         shutil.copyfile(here / "modeling_abbie.py", temporary / "modeling_abbie.py")
         manifest = {path.name: sha256(path) for path in sorted(temporary.iterdir())}
         (temporary / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
-        card = CARD.format(
-            **{**config, "name": folder.name, "parameters": model.n_params(), "command": command}
-        )
-        (temporary / "README.md").write_text(card)
+        about = {**config, "name": folder.name, "parameters": model.n_params(), "command": command}
+        (temporary / "README.md").write_text(CARD.format(**about))
     os.replace(temporary, folder)
 
 
@@ -197,16 +182,18 @@ def main(argv: list[str]):
     parser.add_argument("--as", dest="kind", choices=("abbie", "llama"), default="abbie")
     args = parser.parse_args(argv)
     check(args.kind == "abbie" or args.iters in (None, 1), "a Llama is the model at --iters 1")
-    changes = {} if args.iters is None else {"iters": args.iters}
-    model = load_model(args.ckpt, **changes)
+    model = load_model(args.ckpt, **({"iters": args.iters} if args.iters else {}))
     export(model, args.out, args.kind, " ".join(("python -m hf.export", *argv)))
     c = model.config
-    what = f"rule {c.rule}, iters {c.iters}, {c.n_head_blocks} + {c.n_body_blocks} x r + {c.n_tail_blocks} blocks"
-    if args.kind == "llama":
-        what = f"the model at iters = 1, a Llama of {c.n_blocks} layers"
-    print(f"{args.out}: {what}, tokens of {model.meta['tokenizer']}")
+    blocks = f"{c.n_head_blocks} + {c.n_body_blocks} x r + {c.n_tail_blocks} blocks"
+    what = (
+        f"a Llama of {c.n_blocks} layers" if args.kind == "llama" else f"{c.rule}, {blocks}, iters {c.iters}"
+    )
+    print(f"{args.out}: {what}")
     for path in sorted(args.out.iterdir()):
-        print(f"{path.stat().st_size:12,d}  {path.name}")
+        print(f"{path.stat().st_size:14,d}  {path.name}")
+    if not (args.out / "tokenizer.json").exists():
+        print(f"no tokenizer.json: the tokens are {model.meta.get('tokenizer', 'unknown')}")
 
 
 if __name__ == "__main__":

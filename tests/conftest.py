@@ -16,6 +16,15 @@ def corpus(tmp_path_factory) -> Path:
     lines = [" ".join(rng.choices(words, k=rng.randint(3, 12))) + "." for _ in range(1500)]
     (folder / "text.txt").write_text("\n".join(lines) + "\n\n")
     (folder / "val.txt").write_text("\n".join(rng.sample(lines, 400)) + "\n")
-    prepare_data.main(["text", "--input", str(folder / "text.txt"), "--val_input", str(folder / "val.txt"),
-                       "--out", str(folder / "shards")])
+    prepare_data.main(
+        [
+            "text",
+            "--input",
+            str(folder / "text.txt"),
+            "--val_input",
+            str(folder / "val.txt"),
+            "--out",
+            str(folder / "shards"),
+        ]
+    )
     return folder / "shards"

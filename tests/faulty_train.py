@@ -1,12 +1,12 @@
 """train.py with one fault injected: `python faulty_train.py FAULT STEP RANK MARKER CONFIG [--key=value ...]`.
 
 FAULT happens at the beginning of STEP on RANK, once: MARKER is a file that is made when it has.
-  kill      the process dies (SIGKILL)           crash     it raises
-  term      it is sent SIGTERM                   int       it is sent SIGINT
-  term_in_save   SIGTERM arrives in the middle of the save after STEP
-  kill_in_save   SIGKILL in the middle of the save after STEP
-  nan       its loss is not a number             grads     its gradients are written to MARKER before use
-  count     the number of gradient reductions of the run is written to MARKER
+  none      nothing happens                      crash     it raises
+  kill      the process dies (SIGKILL)           kill_in_save   the same, in the middle of the next save
+  term      it is sent SIGTERM                   term_in_save   the same, in the middle of the next save
+  int       it is sent SIGINT                    nan       its loss is not a number
+  grads     its gradients are written to MARKER before use
+  count     they, too, and how often gradients were averaged until then
 """
 
 import os
@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 import torch
+import torch._dynamo  # noqa: F401  (the processes that tests fork have it then)
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -22,69 +23,92 @@ import model  # noqa: E402
 import train  # noqa: E402
 from config import cli  # noqa: E402
 
-fault, at_step, at_rank, marker = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
-here = int(os.environ.get("RANK", 0)) == at_rank
-now = {"step": -1}
-draw_iters, forward, rename, adam_step = (
-    train.draw_iters,
-    model.AbbIE.forward,
-    os.rename,
-    torch.optim.AdamW.step,
-)
+
+class Fault:
+    """Stands in for what train.py calls, and strikes there."""
+
+    def __init__(self, name: str, step: str, rank: str, marker: str):
+        self.name, self.step, self.marker = name, int(step), Path(marker)
+        self.here = int(os.environ.get("RANK", 0)) == int(rank)
+        self.now, self.reductions = -1, 0
+        self.draw_iters, self.rename = train.draw_iters, os.rename
+        self.forward, self.adam_step = model.AbbIE.forward, torch.optim.AdamW.step
+
+    def inject(self):
+        train.draw_iters, os.rename = self.draw_iters_faulty, self.rename_faulty
+        model.AbbIE.forward = lambda net, *args: self.forward_faulty(net, *args)
+        torch.optim.AdamW.step = lambda optimizer: self.adam_step_watched(optimizer)
+        if self.name == "count":
+            train.DistributedDataParallel = self.counted_ddp()
+
+    def due(self, *names) -> bool:
+        if self.name not in names or not self.here or self.now != self.step or self.marker.exists():
+            return False
+        self.marker.touch()
+        return True
+
+    def draw_iters_faulty(self, spec, seed, step):
+        self.now = step
+        if self.due("kill"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.due("crash"):
+            raise RuntimeError("injected")
+        if self.due("term"):
+            os.kill(os.getpid(), signal.SIGTERM)
+        if self.due("int"):
+            os.kill(os.getpid(), signal.SIGINT)
+        return self.draw_iters(spec, seed, step)
+
+    def rename_faulty(self, old, new):
+        if self.due("term_in_save"):
+            os.kill(os.getpid(), signal.SIGTERM)
+        if self.due("kill_in_save"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.rename(old, new)
+
+    def forward_faulty(self, net, idx, targets=None, iters=None):
+        logits, loss = self.forward(net, idx, targets, iters)
+        if torch.is_grad_enabled() and self.due("nan"):
+            loss = loss * float("nan")
+        return logits, loss
+
+    def adam_step_watched(self, optimizer):
+        if self.due("grads", "count"):
+            grads = [p.grad.clone() for group in optimizer.param_groups for p in group["params"]]
+            torch.save({"grads": grads, "reductions": self.reductions}, self.marker)
+        return self.adam_step(optimizer)
+
+    def counted_ddp(self):
+        class CountedDDP(train.DistributedDataParallel):
+            def __init__(ddp, *args, **kwargs):
+                super().__init__(*args, **kwargs)
+                ddp.register_comm_hook(None, self.count_and_reduce)
+
+        return CountedDDP
+
+    def count_and_reduce(self, group, bucket):
+        self.reductions += 1
+        return allreduce_hook(group, bucket)
 
 
-def due(*faults) -> bool:
-    if fault not in faults or not here or now["step"] != at_step or marker.exists():
-        return False
-    marker.touch()
-    return True
+def main(argv: list[str]):
+    Fault(*argv[:4]).inject()
+    train.show_off = lambda *args: None  # the tasks and the sample at the end have tests of their own
+    train.main(argv[4:])
 
 
-def faulty_draw(spec, seed, step):
-    now["step"] = step
-    if due("kill"):
-        os.kill(os.getpid(), signal.SIGKILL)
-    if due("crash"):
-        raise RuntimeError("injected")
-    if due("term", "int"):
-        os.kill(os.getpid(), signal.SIGTERM if fault == "term" else signal.SIGINT)
-    return draw_iters(spec, seed, step)
+def as_rank(rank: int, world: int, port: int, argv: list[str], folder: Path):
+    """This process as one of `world` ranks that torchrun would start, its output in files in folder."""
+    for descriptor, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(folder / f"{name}.{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+    if world > 1:
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_PORT": port}
+        os.environ.update({name: str(value) for name, value in place.items()}, MASTER_ADDR="127.0.0.1")
+    torch.set_num_threads(1)
+    os.chdir(folder)
+    sys.argv = ["train.py", *argv]
+    cli(main)
 
 
-def faulty_rename(old, new):
-    if due("term_in_save", "kill_in_save"):
-        os.kill(os.getpid(), signal.SIGTERM if fault == "term_in_save" else signal.SIGKILL)
-    rename(old, new)
-
-
-def faulty_forward(self, idx, targets=None, iters=None):
-    logits, loss = forward(self, idx, targets, iters)
-    return logits, loss * float("nan") if self.training and torch.is_grad_enabled() and due("nan") else loss
-
-
-def watched_step(self, *args, **kwargs):
-    if fault == "grads" and here and now["step"] == at_step:
-        grads = [p.grad.clone() for group in self.param_groups for p in group["params"]]
-        torch.save(grads, marker)
-    return adam_step(self, *args, **kwargs)
-
-
-class CountedDDP(train.DistributedDataParallel):
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.register_comm_hook(None, count_and_reduce)
-
-
-def count_and_reduce(group, bucket):
-    if here:
-        marker.write_text(str(int(marker.read_text()) + 1 if marker.exists() else 1))
-    return allreduce_hook(group, bucket)
-
-
-if fault == "count":
-    train.DistributedDataParallel = CountedDDP
-train.draw_iters, os.rename, model.AbbIE.forward = faulty_draw, faulty_rename, faulty_forward
-torch.optim.AdamW.step = watched_step
-train.show_off = lambda *args: None  # the tasks and the sample at the end have tests of their own
-sys.argv = [sys.argv[0], *sys.argv[5:]]
-cli(train.main)
+if __name__ == "__main__":
+    cli(main)

@@ -8,7 +8,6 @@ import random
 import socket
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -49,18 +48,24 @@ def ckpt(model, corpus, tmp_path_factory) -> Path:
     return save(tmp_path_factory.mktemp("run"), 1, model, data=str(corpus))
 
 
-SCIQ = {"question": "What flies?", "correct_answer": "bee", "distractor1": "ox", "distractor2": "cat", "distractor3": "cow"}  # fmt: skip # noqa: E501
+SCIQ = {
+    "question": "What flies?",
+    "correct_answer": "bee",
+    "distractor1": "ox",
+    "distractor2": "cat",
+    "distractor3": "cow",
+}
 ENDINGS = ["[step] sleeps.", "eats [x] a  stone.", "waits 4 days.", " hums "]
 ROWS = {
     "hellaswag": [
-        {"activity_label": "Bee", "ctx_a": "A bee flies [title] home.", "ctx_b": "THE Bee", "label": str(i % 4),
-         "endings": ENDINGS}
+        {"activity_label": "Bee", "ctx_a": "A bee flies [title] home.", "ctx_b": "THE Bee",
+         "endings": ENDINGS, "label": str(i % 4)}
         for i in range(5)
     ],
     "lambada_openai": [{"text": f"It rained for {i} days and then it\nrained some more"} for i in range(5)],
     "arc_easy": [
         {"question": f"What do bees make {i}?", "answerKey": "2",
-         "choices": {"text": ["iron", "honey", "a big noise"][: 2 + i % 2], "label": list("123")[: 2 + i % 2]}}
+         "choices": {"text": ["iron", "honey", "noise"][: 2 + i % 2], "label": list("123")[: 2 + i % 2]}}
         for i in range(7)
     ],
     "arc_challenge": [
@@ -334,7 +339,7 @@ def test_training_shows_in_the_built_in_tasks(corpus, tokenizer):
         return found["tasks"]["lastword"]["iters"]["2"]["perplexity"]
 
     torch.manual_seed(0)
-    model, shards = AbbIE(replace(make(**SHAPE).config)), Shards(corpus, "train", 96)
+    model, shards = AbbIE(make(**SHAPE).config), Shards(corpus, "train", 96)
     before = word_perplexity()
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
     for step in range(40):
@@ -380,19 +385,18 @@ def test_command_writes_the_same_on_any_number_of_processes(ckpt, icl, tmp_path,
     assert results["ppl"]["n"] + results["ppl"]["left_out"] == val.n_tokens
 
 
-@pytest.mark.parametrize("refused", ["--data_dir", "--out"])
-def test_two_ranks_end_with_one_error_and_status_2(refused, ckpt, icl, tmp_path):
-    """--data_dir is missing for both, --out only matters to rank 0: which alone speaks in either case."""
-    paths = {"--data_dir": icl, "--out": tmp_path / "r.json", refused: tmp_path / "no" / "such"}
-    args = [f"--ckpt={ckpt}", "--tasks=arc_easy", *(f"{flag}={path}" for flag, path in paths.items())]
+def test_three_ranks_end_with_one_error_and_status_2(ckpt, icl, tmp_path):
+    """Ranks 0 and 1 do not find their data, rank 2 does: one error, and nobody waits for anybody."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = str(server.getsockname()[1])
-    env = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    ranks = [start(["eval_icl.py", *args], RANK=str(rank), LOCAL_RANK=str(rank), **env) for rank in range(2)]
-    (out, err), silent = (rank.communicate(timeout=60) for rank in ranks)
-    assert [rank.returncode for rank in ranks] == [2, 2]
-    assert out == "" and silent == ("", "")
-    assert err.startswith("error: ") and "no/such" in err and len(err.splitlines()) <= 3
+    env, ranks = {"WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}, []
+    for rank, data_dir in enumerate([tmp_path, tmp_path, icl]):
+        command = ["eval_icl.py", f"--ckpt={ckpt}", "--tasks=arc_easy", f"--data_dir={data_dir}"]
+        ranks.append(start(command, RANK=str(rank), LOCAL_RANK=str(rank), **env))
+    (out, err), *others = [rank.communicate(timeout=60) for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [2, 2, 2]
+    assert out == "" and others == [("", ""), ("", "")]
+    assert err.startswith("error: ") and "prepare_data.py icl" in err and len(err.splitlines()) <= 3
 
 
 def test_errors_name_what_is_wrong(ckpt, icl, tmp_path, monkeypatch):

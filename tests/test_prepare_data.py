@@ -320,6 +320,8 @@ def test_killed_at_any_time_it_goes_on_and_ends_with_the_same_bytes(tmp_path, ba
             break
         for path in out.glob("*.bin"):  # what has its final name is whole
             assert path.read_bytes() == whole[path.name]
+            with pytest.raises(UserError, match="holds other data"):  # and is not given up for other data
+                prepare(out, inputs)
         if not (out / "meta.json").exists():
             with pytest.raises(UserError, match="interrupted"):
                 Shards(out, "train", 64)
@@ -330,16 +332,6 @@ def test_killed_at_any_time_it_goes_on_and_ends_with_the_same_bytes(tmp_path, ba
     assert n > 20 and contents(out) == whole
     assert ["going on after" in text for text in printed[2:-1]] == [True] * (n - 4)
     assert "is complete" in printed[-1]  # killed after the last rename
-
-
-@needs_fork
-def test_unfinished_data_is_not_given_up_for_other_data(tmp_path, batches, corpus):
-    assert was_killed(in_child(arguments(tmp_path / "out", *batches[:1]), before=lambda: kill_at(6)))
-    before = contents(tmp_path / "out")
-    assert "train_00000.bin" in before
-    with pytest.raises(UserError, match="holds other data"):
-        prepare(tmp_path / "out", corpus[0])
-    assert contents(tmp_path / "out") == before
 
 
 def test_a_full_disk_ends_in_a_short_error_and_the_same_command_goes_on(tmp_path, batches):

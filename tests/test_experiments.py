@@ -1,0 +1,366 @@
+"""What makes the numbers in results/: the study's rows, chains of variables, cuts, the records themselves."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+
+import train
+from checkpoint import load_model
+from config import load_config
+from data import Shards
+from eval_icl import evaluate_loss
+from experiments import append, evaluation, hops, partition, read, speed, study
+from model import AbbIE, AbbIEConfig, UserError
+
+SHAPE = dict(vocab_size=257, block_size=32, n_embd=32, n_attn_heads=2, ffn_dim=64)
+SHAPE |= dict(n_head_blocks=1, n_body_blocks=2, n_tail_blocks=1)
+TOY = ["--n_embd=32", "--n_attn_heads=2", "--ffn_dim=64", "--device=cpu", "--dtype=float32"]
+SHORT = ["--block_size=96", "--tokens_per_step=192", "--eval_tokens=192"]
+
+
+@pytest.fixture(autouse=True)
+def no_sample_after_training(monkeypatch):
+    monkeypatch.setattr(train, "show_off", lambda *_: None)  # tested in test_train.py, and slow
+
+
+def model_of(model_class=AbbIE, **changes) -> AbbIE:
+    torch.manual_seed(0)
+    return model_class(AbbIEConfig(**{**SHAPE, **changes})).eval()
+
+
+# --------------------------------------------------------------------------------------------------- records
+
+
+def test_a_record_is_a_line_and_comes_back_as_it_was(tmp_path):
+    append("runs", {"loss": 0.1 + 0.2, "name": "é\n"}, tmp_path)
+    append("runs", {"loss": None}, tmp_path)
+    assert read("runs", tmp_path) == [{"loss": 0.1 + 0.2, "name": "é\n"}, {"loss": None}]
+    assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == 2
+    assert read("nothing", tmp_path) == []
+
+
+def test_every_row_of_the_study_stands_in_the_results_document_as_it_is_printed(capsys):
+    study.main(["--table"])
+    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert len(printed) > 60 and "\n".join(printed[:20]) in (study.ROOT / "RESULTS.md").read_text()
+    assert set(printed) <= set((study.ROOT / "RESULTS.md").read_text().splitlines())
+
+
+def test_reproduce_names_every_row_with_its_seeds():
+    lines = [
+        line for line in (study.ROOT / "REPRODUCE.md").read_text().splitlines() if line.startswith("| `")
+    ]
+    for name, row in study.ROWS.items():
+        (line,) = (line for line in lines if f"`{name}`" in line.split("|")[1])
+        assert line.endswith(f"| {', '.join(map(str, range(1, row.seeds + 1)))} |"), name
+
+
+def test_every_figure_of_the_documents_has_a_function_and_a_file():
+    pytest.importorskip("matplotlib")
+    from experiments import plot
+
+    for document in ("README.md", "RESULTS.md"):
+        shown = re.findall(r"\(assets/(\w+)\.png\)", (study.ROOT / document).read_text())
+        assert shown and set(shown) <= set(plot.FIGURES)
+        assert all((study.ROOT / "assets" / f"{name}.png").exists() for name in shown)
+
+
+def test_a_figure_is_drawn_from_the_records_and_a_missing_one_is_left_out(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    from experiments import plot
+
+    (record,) = read("partition")
+    append("partition", record, tmp_path / "records")
+    plot.main(["--results", str(tmp_path / "records"), "--out", str(tmp_path / "figures")])
+    assert [path.name for path in (tmp_path / "figures").iterdir()] == ["partition.png"]
+    assert "hops is left out: results/hops.jsonl has no panel" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------------- the study
+
+
+@pytest.mark.parametrize("of", [study.SMALL, study.GPU])
+def test_rows_differ_by_their_flags_only(of):
+    base = vars(load_config(of.base))
+    for row in of.rows.values():
+        config = vars(load_config([*of.base, *row.flags]))
+        changed = {key for key in config if config[key] != base[key]} - {"n_kv_heads"}  # it follows
+        assert changed == {flag[2:].partition("=")[0] for flag in row.flags}, row.title
+
+
+def test_equal_flops_controls_cost_what_they_control():
+    """FLOPs of the whole run, against the row with poisson:6 of which 3 have gradients, at its mean of 6."""
+
+    def flops(name):
+        config = load_config([*study.SMALL.base, *study.ROWS[name].flags])
+        return AbbIE(config.model_config(257)).flops_per_token() * config.max_steps
+
+    assert flops("std_ten") == pytest.approx(flops("recall_p6b3"), rel=0.01)
+    assert flops("std_more") == pytest.approx(flops("recall_p6b3"), rel=0.05)
+    assert flops("std_six") == pytest.approx(flops("recall_2_8k"), rel=0.01)
+    assert flops("std_more_2") == pytest.approx(flops("recall_2_8k"), rel=0.01)
+
+
+def head_and_updates(model_class, iters, **changes):
+    """h and the u of iteration iters - 1, of a model whose Body is one number's shift: Delta(x) = 1."""
+    model = model_of(model_class, **changes)
+    x = h = torch.full((1, 1, 32), 3.0)
+    for k in range(iters):
+        u, x = model.iterate(x, h, k, lambda x, c=1.0: x + c)
+    return u[0, 0, 0].item() - 3
+
+
+def test_variants_weigh_updates_as_their_docstrings_say():
+    assert head_and_updates(AbbIE, 3) == pytest.approx(1)  # 1/2 + 1/4 + 1/4
+    assert head_and_updates(study.RawTail, 3) == pytest.approx(4 * (3 + 1) - 3)
+    assert head_and_updates(study.EqualWeights, 3) == pytest.approx(1)  # 3 times 1/3
+    assert head_and_updates(AbbIE, 3, rule="recall") == pytest.approx(1)  # h + Delta, whatever x is
+    assert head_and_updates(study.Undamped, 3) == pytest.approx(1)
+    assert head_and_updates(study.NoRecall, 3) == pytest.approx(0.5 + 0.5 + 1)  # wanders off
+
+
+def test_equal_weights_average_the_updates():
+    model, seen = model_of(study.EqualWeights), []
+
+    def body(x, c=1.0):  # updates 1, 2, 3, whatever the state
+        seen.append(len(seen) + 1.0)
+        return x + c * seen[-1]
+
+    x = h = torch.zeros(1)
+    for k in range(3):
+        u, x = model.iterate(x, h, k, body)
+        assert u.item() == pytest.approx(np.mean(seen))
+
+
+@pytest.mark.parametrize("variant", [study.RawTail, study.NoRecall, study.Undamped, study.EqualWeights])
+def test_every_variant_is_standard_at_one_iteration(variant):
+    x = torch.randint(257, (2, 16))
+    assert torch.allclose(model_of(variant)(x, iters=1)[0], model_of()(x, iters=1)[0], atol=1e-6)
+
+
+def test_half_tail_starts_with_half_the_output_projections():
+    ours, half = model_of().state_dict(), model_of(study.HalfTail).state_dict()
+    changed = {name for name in ours if not torch.equal(ours[name], half[name])}
+    assert changed == {"tail.0.attn.proj.weight", "tail.0.mlp.down.weight"}
+    assert all(torch.equal(half[name], ours[name] / 2) for name in changed)
+
+
+def test_a_row_is_trained_once_recorded_and_paired(corpus, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(study, "VAL_TOKENS", 960)
+    flags = " ".join([*TOY, *SHORT, f"--data={corpus}", "--max_steps=2"])
+    where = ["--out", str(tmp_path / "out"), "--results", str(tmp_path), "--flags", flags, "--limit", "20"]
+    study.main(["--row", "abbie_d_raw_tail", "--seed", "3", *where])
+    (run,) = read("study", tmp_path)
+    assert (run["row"], run["seed"], run["steps"], run["tokens"]) == ("abbie_d_raw_tail", 3, 2, 384)
+    assert list(run["val_loss"]) == study.SMALL.iters.split(",") and run["val_tokens"] == 960
+    assert 4 < run["val_loss"]["1"] < 6 and 0 < run["val_stderr"]["1"] < 0.5
+    assert set(run["tasks"]) == {"cloze", "lastword"} and {"trained", "untrained"} < set(run["convergence"])
+    assert f"| 1 | 1.00 | {run['val_loss']['1']:.3f} |" in capsys.readouterr().out
+    study.main(["--row", "abbie_d_raw_tail", "--seed", "3", *where])
+    assert len(read("study", tmp_path)) == 1 and "validation loss" not in capsys.readouterr().out
+
+    folder = tmp_path / "out" / "study" / "abbie_d_raw_tail-3"
+    with pytest.raises(UserError, match="no run of abbie_c: rule is"):
+        study.main(["--row", "abbie_c", "--seed", "3", "--evaluate", str(folder), *where])
+    study.main(["--row", "abbie_d", "--seed", "3", "--evaluate", str(folder), *where])  # the same weights
+    study.main(["--pair", "abbie_d_raw_tail,abbie_d", *where])
+    assert "abbie_d_raw_tail at r = 2 less abbie_d at r = 2: +" in capsys.readouterr().out
+    raw, ours = read("study", tmp_path)
+    assert raw["val_loss"]["1"] == ours["val_loss"]["1"] and raw["val_loss"]["8"] != ours["val_loss"]["8"]
+
+
+def test_a_row_is_compared_with_its_std_of_the_same_seed_at_the_trained_r():
+    losses = {"std-1": (1.5, 9), "std-2": (1.75, 9), "std_wide-2": (1.25, 9), "std_deep-2": (1.5, 9)}
+    losses |= {"recall-1": (9, 1.25), "recall-2": (9, 1.25), "recall_wide-1": (9, 1), "recall_wide-2": (9, 1)}
+    runs = [
+        {"row": name[:-2], "seed": int(name[-1]), "val_loss": {"1": one, "2": two}}
+        for name, (one, two) in losses.items()
+    ]
+    assert study.against_std(study.SMALL, "recall", runs) == [-0.25, -0.5]
+    assert study.against_std(study.SMALL, "recall_wide", runs) == [-0.25]  # seed 1 has no Std
+    assert study.against_std(study.SMALL, "std_deep", runs) == [-0.25]
+    assert study.against_std(study.SMALL, "std", runs) == []
+
+
+def test_an_unknown_row_is_refused():
+    with pytest.raises(UserError, match="did you mean recall"):
+        study.main(["--row", "recal"])
+
+
+# ----------------------------------------------------------------------------------------------- convergence
+
+
+def test_abbie_d_converges_by_construction_and_abbie_c_does_not():
+    idx = torch.randint(257, (2, 16))
+    found = {rule: evaluation.convergence(model_of(rule=rule), idx, 8) for rule in ("abbie_d", "abbie_c")}
+    assert set(found["abbie_d"]["8"]) == {
+        "change",
+        "cosine",
+        "settled",
+        "from_zero",
+        "from_noise",
+        "from_other",
+    }
+    assert found["abbie_d"]["8"]["change"] < found["abbie_d"]["2"]["change"] / 500  # a quarter each iteration
+    assert found["abbie_c"]["8"]["change"] > found["abbie_c"]["2"]["change"] / 10
+    assert found["abbie_d"]["8"]["settled"] == 1
+
+
+# ------------------------------------------------------------------------------------------------------- cuts
+
+
+def test_every_contiguous_body_is_tried(corpus, tmp_path):
+    run = tmp_path / "std"
+    flags = [*TOY, *SHORT, f"--data={corpus}", "--max_steps=1", f"--out_dir={run}"]
+    train.main(["config/std_tiny.py", *flags])
+    partition.main(["--ckpt", str(run), "--rules", "recall", "--tokens", "960", "--results", str(tmp_path)])
+    (found,) = read("partition", tmp_path)
+    cuts = {(cut["n_head_blocks"], cut["n_body_blocks"]): cut["cost"] for cut in found["cuts"]}
+    assert set(cuts) == {(head, body) for body in range(1, 5) for head in range(5 - body)}
+    model = load_model(run, rule="recall", n_head_blocks=2, n_body_blocks=1).eval()
+    losses = evaluate_loss(model, Shards(str(corpus), "val", 96), [1, 2], n_windows=10)
+    assert cuts[2, 1] == pytest.approx(losses[2] - losses[1], abs=0.02)  # in bfloat16
+
+
+# ----------------------------------------------------------------------------------------------------- chains
+
+
+def solve(text: str):
+    """A program -> [(variable, value that it has, look-ups that this takes)] of its queries."""
+    source, queries = {}, []
+    for statement in text.split(";"):
+        if statement[0] != "?":
+            name, value = re.fullmatch(r"([a-z])=([a-z0-9])", statement).groups()
+            assert name not in source and name not in source.values()  # defined once, and before its use
+            source[name] = value
+        else:
+            at, n_hops = statement[1], 0
+            while at in source:
+                at, n_hops = source[at], n_hops + 1
+            assert statement[2] == at
+            queries.append((statement[1], at, n_hops))
+    assert len({name for name, _, _ in queries}) == len(queries)
+    assert sum(n_hops for _, _, n_hops in queries) == len(source)  # chains share nothing, all are asked for
+    return queries
+
+
+def test_programs_are_right_and_fill_their_window():
+    rng, lengths = np.random.default_rng(0), set()
+    for _ in range(300):
+        text = hops.program(rng, 16, 6)
+        assert len(text) == 16 * 4 - 1
+        assert all(value.isdigit() for _, value, _ in solve(text))
+        lengths |= {n for _, _, n in solve(text)}
+    assert lengths == {1, 2, 3, 4, 5, 6}
+
+
+def test_chains_of_the_first_stages_also_end_in_letters_that_name_nothing():
+    rng = np.random.default_rng(0)
+    values = [value for _ in range(100) for _, value, _ in solve(hops.program(rng, 8, 2, letters=True))]
+    assert 0.5 < np.mean([value.isalpha() for value in values]) < 0.9
+
+
+def test_questions_are_found_in_tokens():
+    text = hops.program(np.random.default_rng(1), 32, 4)
+    tokens = np.frombuffer(text.encode(), dtype=np.uint8)
+    found = [(text[at], text[at + 1], n_hops) for at, n_hops in hops.questions(tokens)]
+    assert found == solve(text)
+
+
+class Oracle:
+    """Knows every answer that takes at most r look-ups, and says 'x' otherwise."""
+
+    def logits_at(self, x, iters):
+        for r in iters:
+            logits = torch.zeros(*x.shape, 257)
+            logits[:, :, ord("x")] = 1
+            for row, tokens in enumerate(x.tolist()):
+                text = bytes(t for t in tokens if t < 256).decode().rstrip(";")
+                ats = [at for at, _ in hops.questions(np.array(tokens))]
+                for at, (_, digit, n_hops) in zip(ats, solve(text)):
+                    logits[row, at, ord(digit)] = 2 if n_hops <= r else 0
+            yield logits
+
+
+def test_accuracy_of_one_who_needs_an_iteration_per_hop(tmp_path):
+    hops.write(str(tmp_path / "programs"), 64, 4, n_train=20, n_val=100)
+    found = hops.accuracy(Oracle(), Shards(str(tmp_path / "programs"), "val", 64), [1, 3], 80)
+    assert set(found["n"]) == {1, 2, 3, 4} and min(found["n"].values()) > 5
+    assert found["acc"] == {r: {n: float(n <= r) for n in (1, 2, 3, 4)} for r in (1, 3)}
+
+
+def test_early_exit_answers_as_the_iterations_that_were_run(tmp_path):
+    hops.write(str(tmp_path / "programs"), 64, 4, n_train=20, n_val=20)
+    shards = Shards(str(tmp_path / "programs"), "val", 64)
+    model = model_of(rule="recall", block_size=64)
+    at = hops.accuracy(model, shards, [2, 5], 20)["acc"]
+    early, never, some = (
+        hops.accuracy_with_exit(model, shards, f"kl:{x}", 5, 20) for x in (1e9, 1e-30, 3e-2)
+    )
+    assert early["acc"] == at[2] and early["mean_iters"] == 2 and set(early["iters"].values()) == {2}
+    assert never["acc"] == at[5] and never["mean_iters"] == 5
+    assert 2 < some["mean_iters"] < 5 and all(2 <= depth <= 5 for depth in some["iters"].values())
+
+
+@pytest.fixture
+def short_stages(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(hops, "N_PROGRAMS", 50)
+    monkeypatch.setattr(hops, "N_VAL", 20)
+    stages = [(32, 1, True, ["--iters=1"]), (64, 2, False, ["--iters=2-3", "--max_steps=3"])]
+    monkeypatch.setattr(hops, "STAGES", stages)
+    monkeypatch.setattr(hops, "ROUND", 2)
+    monkeypatch.setattr(hops, "LIMIT", 4)
+    return ["--train", "--out_dir", "out", "--flags", " ".join([*TOY, "--eval_tokens=64"])]
+
+
+def test_stages_follow_one_another_and_a_second_call_repeats_none(short_stages, tmp_path, capsys):
+    hops.main(short_stages)
+    first, last = load_model("out/0"), load_model("out/2")
+    assert last.meta["init_from"] == "out/1" and last.meta["step"] == 3 and last.config.block_size == 64
+    assert not torch.equal(first.embed.weight, last.embed.weight)
+    capsys.readouterr()
+    hops.main(short_stages)
+    assert "from step 3 of out/2/step_00000003" in capsys.readouterr().out
+
+    found = ["--ckpt", "out/2", "--data", "data/hops_64_2", "--iters", "1,4", "--results", str(tmp_path)]
+    hops.main([*found, "--title", "a try", "--exit", "kl:1e-2"])
+    (entry,) = read("hops", tmp_path)
+    assert set(entry["acc"]) == {"1", "4"} and entry["config"]["step"] == 3 and "kl:1e-2" in entry["exit"]
+    assert entry["stage_steps"] == [4, 3] and entry["config"]["init_from"] == "1"
+
+
+def test_a_stage_goes_on_until_its_chains_are_learnt_or_the_limit_is_met(short_stages, monkeypatch):
+    shares = iter([0.5, 0.97, 0.1])
+    monkeypatch.setattr(hops, "LIMIT", 6)
+    monkeypatch.setattr(
+        hops,
+        "accuracy",
+        lambda model, shards, iters, n: {"acc": {iters[0]: dict.fromkeys([1, 2], next(shares))}},
+    )
+    hops.main(short_stages)
+    assert load_model("out/1").meta["step"] == 4 and load_model("out/2").meta["step"] == 3
+
+
+def test_parts_of_the_first_stages_can_be_left_out(short_stages, monkeypatch):
+    monkeypatch.setattr(hops, "LIMIT", 2)
+    for what in hops.WITHOUT:
+        hops.main([*short_stages, "--without", what, "--out_dir", what])
+    for what in ("letters", "exact"):
+        assert load_model(f"{what}/0").embed.weight.std().item() == pytest.approx(32**-0.5, rel=0.05)
+    assert load_model("init/1").meta["init_from"] == ""
+    data = {what: load_model(f"{what}/1").meta["data"] for what in ("letters", "exact")}
+    assert data == {"letters": "data/hops_32_1", "exact": "data/hops_32_1_letters"}
+    iters = {what: load_model(f"{what}/2").meta["iters"] for what in ("letters", "exact")}
+    assert iters == {"letters": "2-3", "exact": "1-3"}
+
+
+# ------------------------------------------------------------------------------------------------------ speed
+
+
+def test_nanogpt_is_asked_for_where_it_is_missing(tmp_path):
+    config = load_config(["config/std_tiny.py"])
+    with pytest.raises(UserError, match="git clone https://github.com/karpathy/nanoGPT"):
+        speed.load_nanogpt(str(tmp_path), config)
