@@ -41,7 +41,7 @@ def load_nanogpt(path: str, config: Config, **shape):
     are the defaults of its train.py: no biases, no dropout."""
     file = Path(path, "model.py")
     check(
-        file.is_file(),
+        bool(path) and file.is_file(),
         f"{path or 'no path'} holds no nanoGPT\n"
         "git clone https://github.com/karpathy/nanoGPT, and give that folder with --nanogpt",
     )
@@ -219,7 +219,8 @@ def main(argv: list[str]):
     if result:
         bench.show(result)
         append("speed", {"what": args.what, "command": args.command, **result}, args.results)
-        print(json.dumps(result.get("race", {})))
+        if "race" in result:
+            print(json.dumps(result["race"]))
 
 
 if __name__ == "__main__":

@@ -7,8 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -21,6 +19,7 @@ tokenizers = pytest.importorskip("tokenizers")
 import huggingface_hub  # noqa: E402
 import tiktoken  # noqa: E402
 from common import ROOT, make, save, tokens  # noqa: E402
+from hub import Hub  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 import eval_icl  # noqa: E402
@@ -38,19 +37,8 @@ STRETCH = {
     "original_max_position_embeddings": 16,
 }  # fmt: skip
 PROMPTS = [[5, 6, 7, 8, 9], [100, 3], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]]
-MERGED = [
-    b"th",
-    b"the",
-    b" th",
-    b" the",
-    b"aa",
-    b"aaaa",
-    b"aaa",
-    b"he",
-    b" a",
-    "中".encode()[:2],
-    "中".encode(),
-]
+MERGED = [token.encode() for token in ("th", "the", " th", " the", "aa", "aaaa", "aaa", "he", " a")]
+MERGED += ["中".encode()[:2], "中".encode()]
 BPE = tiktoken.Encoding(  # byte-level BPE of GPT-2's pattern, and 11 merges
     "small",
     pat_str=r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
@@ -97,6 +85,10 @@ def greedy(model, prompts=PROMPTS, n=12, **keys):
     return model.generate(ids, attention_mask=mask, **keys)[:, longest:].tolist()
 
 
+def cut(model):
+    return [len(part) for part in (model.head, model.body, model.tail)]
+
+
 def run(*args, **env):
     return subprocess.run(
         [sys.executable, *map(str, args)],
@@ -121,7 +113,7 @@ def test_every_rule_gives_our_logits_at_every_r_and_comes_back(tmp_path, rule):
     assert again.config == model.config and again.meta["tokenizer"] == "bytes"
     assert torch.equal(again(idx)[0], model(idx)[0])
     recut = load_model(f"hf:{tmp_path / 'x'}", rule="recall", n_head_blocks=2, n_body_blocks=1)
-    assert [len(part) for part in (recut.head, recut.body, recut.tail)] == [2, 1, 1]
+    assert cut(recut) == [2, 1, 1]
 
 
 @pytest.mark.parametrize("rule", ["abbie_d", "recall", "zero_pt"])
@@ -174,13 +166,10 @@ def test_it_trains_and_a_save_of_transformers_is_the_same_model(tmp_path, tied):
     assert (again.model.embed.weight is again.model.unembed.weight) == tied
     assert again.num_parameters() == model.n_params()
     assert torch.equal(load_model(f"hf:{tmp_path / 'y'}")(idx)[0], theirs(idx).logits)
-
-
-def test_bfloat16(tmp_path):
-    model, _ = exported(tmp_path / "x")
-    half, idx = load_theirs(tmp_path / "x", torch_dtype=torch.bfloat16), tokens(vocab=257)
-    assert half.dtype == torch.bfloat16 and half.model.rope_on(idx.device)[0].dtype == torch.float32
-    torch.testing.assert_close(half(idx, iters=4).logits.float(), model(idx, iters=4)[0], atol=0.1, rtol=0.1)
+    half = load_theirs(tmp_path / "y", torch_dtype=torch.bfloat16)
+    logits = half(idx, iters=4).logits
+    assert logits.dtype == torch.bfloat16 and half.model.rope_on(idx.device)[0].dtype == torch.float32
+    torch.testing.assert_close(logits.float(), theirs(idx, iters=4).logits, atol=0.2, rtol=0.2)
 
 
 def test_the_harness_scores_every_example_as_we_do(tmp_path):
@@ -357,24 +346,18 @@ def test_what_older_versions_write_is_understood(tmp_path):
     assert_the_same(load_model(f"hf:{tmp_path}"), theirs)
     weights["lm_head.weight"][7, 7] += 1
     safetensors_torch.save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(
-        UserError, match="lm_head.weight is not the embedding, although config.json ties them"
-    ):
+    with pytest.raises(UserError, match="lm_head.weight is not the embedding, although"):
         load_model(f"hf:{tmp_path}")
 
 
 def test_the_cut_and_the_recurrence_are_chosen_at_loading(llama):
     path, idx = f"hf:{llama}", tokens(vocab=300)
     model = load_model(path, rule="recall", iters="1-3", block_size=32)
-    assert [len(part) for part in (model.head, model.body, model.tail)] == [
-        1,
-        3,
-        1,
-    ]  # thirds; the Body has the rest
+    assert cut(model) == [1, 3, 1]  # thirds; what they leave over goes to the Body
     assert (model.config.rule, model.config.iters, model.config.block_size) == ("recall", "1-3", 32)
     assert model.meta["tokenizer"] == model.meta["ckpt"] == path
     other = load_model(path, n_head_blocks=2, n_body_blocks=1)
-    assert [len(part) for part in (other.head, other.body, other.tail)] == [2, 1, 2]
+    assert cut(other) == [2, 1, 2]
     assert torch.equal(model(idx, iters=1)[0], other(idx, iters=1)[0])
     assert (model(idx, iters=2)[0] - other(idx, iters=2)[0]).abs().max() > 0.01
     with pytest.raises(UserError, match="has 5 layers, .* cut into 2 . 4 . 0\nset n_head_blocks, n_body"):
@@ -412,7 +395,8 @@ def test_what_our_block_does_not_compute_is_refused_by_name(damaged, keys, messa
 
 def test_a_damaged_folder_is_refused(damaged):
     path, index = damaged / "model.safetensors", damaged / "model.safetensors.index.json"
-    weights, data = safetensors_torch.load_file(path), path.read_bytes()
+    data = path.read_bytes()
+    weights = safetensors_torch.load(data)
 
     def refused(message):
         with pytest.raises(UserError, match=message) as caught:
@@ -442,50 +426,27 @@ def test_a_missing_package_is_named(llama, monkeypatch, package):
         get_tokenizer(f"hf:{llama}")
 
 
-class Hub(BaseHTTPRequestHandler):
-    """The part of the Hugging Face Hub's protocol that a download needs, serving one folder as owner/repo."""
-
-    protocol_version, folder, asked = "HTTP/1.1", None, []
-
-    def do_GET(self):
-        files, name = {p.name: p.read_bytes() for p in self.folder.iterdir()}, self.path.rsplit("/", 1)[-1]
-        self.asked.append(name)
-        body = files.get(name, b"")
-        if self.path.startswith("/api/"):
-            siblings = [{"rfilename": name} for name in files]
-            body = json.dumps({"id": "owner/repo", "sha": "0" * 40, "siblings": siblings}).encode()
-        if "/tree/" in self.path:
-            entries = [{"type": "file", "path": n, "oid": n, "size": len(files[n])} for n in files]
-            body = json.dumps(entries).encode()
-        self.send_response(200 if body else 404)
-        self.send_header("Content-Length", str(len(body)))
-        self.send_header("ETag", f'"{name}"')
-        self.send_header("X-Repo-Commit", "0" * 40)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
-
-    do_HEAD = do_GET
-
-    def log_message(self, *args):
-        pass
-
-
-def test_a_repository_is_downloaded_without_its_pickles(damaged, tmp_path, monkeypatch):
+def test_a_repository_is_downloaded_once_without_its_pickles(damaged, tmp_path, monkeypatch):
     (damaged / "pytorch_model.bin").write_bytes(b"not to be downloaded")
-    Hub.folder = damaged
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-    url, constants = f"http://127.0.0.1:{server.server_port}", huggingface_hub.constants
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "ENDPOINT", url)
-    template = url + "/{repo_id}/resolve/{revision}/{filename}"
+    files, commit = {path.name: path.read_bytes() for path in damaged.iterdir()}, "c" * 40
+    tree = [{"type": "file", "path": n, "oid": n, "size": len(data)} for n, data in files.items()]
+    about = {"id": "owner/repo", "sha": commit, "siblings": [{"rfilename": name} for name in files]}
+    hub, api, constants = Hub(), "/api/models/owner/repo", huggingface_hub.constants
+    hub.files[f"{api}/revision/main"] = json.dumps(about).encode()
+    hub.files[f"{api}/tree/{commit}?recursive=true&expand=false"] = json.dumps(tree).encode()
+    hub.files |= {f"/owner/repo/resolve/{commit}/{name}": data for name, data in files.items()}
+    template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     there = load_model("hf:owner/repo")
-    server.shutdown(), server.server_close()
-    assert torch.equal(there(tokens())[0], load_model(f"hf:{damaged}")(tokens())[0])
-    assert "model.safetensors" in Hub.asked and "pytorch_model.bin" not in Hub.asked
+    hub.http.shutdown(), hub.http.server_close()
+    asked = [name for name, _ in hub.log]
+    assert "model.safetensors" in asked and "pytorch_model.bin" not in asked
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    for again in (load_model("hf:owner/repo"), load_model(f"hf:{damaged}")):
+        assert torch.equal(again(tokens())[0], there(tokens())[0])
     with pytest.raises(UserError, match="hf:owner/other is no folder here, and cannot be downloaded"):
         load_model("hf:owner/other")
 
@@ -497,10 +458,9 @@ def test_the_tokenizer_reads_and_spells_exactly(llama):
     tokenizer = get_tokenizer(f"hf:{llama}")
     ids = tokenizer.encode_ordinary(TEXT)
     assert tokenizer.name == f"hf:{llama}" and tokenizer.n_vocab == 300 and tokenizer.eot_token == 267
-    assert (
-        tokenizer.decode(ids) == TEXT and b"".join(tokenizer.decode_bytes([i]) for i in ids) == TEXT.encode()
-    )
-    assert tokenizer.decode(tokenizer.encode_ordinary("中")[:1]) == "\ufffd"  # a part of a character
+    assert tokenizer.decode(ids) == TEXT
+    assert b"".join(tokenizer.decode_bytes([i]) for i in ids) == TEXT.encode()
+    assert tokenizer.decode(tokenizer.encode_ordinary("🙂")[:1]) == "\ufffd"  # a part of a character
     assert len(ids) > 8 and 267 not in ids  # nothing is cut or added; specials are text
     assert tokenizer.decode_bytes(tokenizer.encode_ordinary("two words")) == b"two words"  # one added token
     assert (

@@ -1,69 +1,64 @@
-"""The documents say what is there: commands, flags, configs, files, and the loop that the README quotes."""
+"""The documents say what is there: commands, flags, configs, files, numbers, and the loop that README quotes."""
 
-import inspect
+import importlib
 import json
 import re
 import shlex
 import subprocess
 import sys
-from functools import lru_cache
-from pathlib import Path
+from functools import cache, partial
 
 import pytest
+import torch
 
+from common import ROOT, make, tokens
 from config import Config
-from model import AbbIE
 
-ROOT = Path(__file__).parent.parent
-DOCUMENTS = [path for path in (ROOT / "README.md", ROOT / "REPRODUCE.md") if path.exists()]
+DOCUMENTS = [path for name in ("README", "RESULTS", "REPRODUCE") if (path := ROOT / f"{name}.md").exists()]
 
 
-def commands():
+def commands() -> list[tuple[str, ...]]:
+    """(words before the script, the script or module, its arguments) of every command in the documents."""
+    found = {}
     for document in DOCUMENTS:
         text = document.read_text().replace("\\\n", " ")
-        for line in re.findall(
-            r"^(?: {4}|\$ )((?:.*&& )?(?:\S*python3?|\S*torchrun|\S*pip) .*)$", text, re.M
-        ):
+        for line in re.findall(r"^ {4,}((?:.*&& )?(?:\S*python3?|\S*torchrun) .*)$", text, re.M):
             for command in line.split("&&"):
                 words = shlex.split(command, comments=True)
-                scripts = [word for word in words if word.endswith(".py") and "config/" not in word]
-                if scripts:
-                    yield document.name, words, scripts[0]
+                scripts = [w for w in words if w.endswith(".py") and not w.startswith("config/")]
+                modules = [w for w in words if re.fullmatch(r"(experiments|hf)\.\w+", w)]
+                for script in (scripts + modules)[:1]:
+                    found[script, *words[words.index(script) + 1 :]] = None
+    return list(found)
 
 
-@lru_cache
+@cache
 def help_of(script: str, *subcommand: str) -> str:
-    done = subprocess.run(
-        [sys.executable, ROOT / script, *subcommand, "--help"], capture_output=True, text=True
-    )
+    how = [ROOT / script] if script.endswith(".py") else ["-m", script]
+    command = [sys.executable, *how, *subcommand, "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, f"{script} --help: {done.stderr}"
     return done.stdout
 
 
-@pytest.mark.parametrize(
-    "document, words, script",
-    [
-        pytest.param(*c, id=f"{c[0]}: {' '.join(c[1])[:90]}")
-        for c in dict.fromkeys((d, tuple(w), s) for d, w, s in commands())
-    ],
-)
-def test_every_command_has_its_script_its_config_and_its_flags(document, words, script):
-    assert (ROOT / script).exists()
-    after = words[words.index(script) + 1 :]
+@pytest.mark.parametrize("command", [pytest.param(c, id=" ".join(c)[:90]) for c in commands()])
+def test_every_command_has_its_script_its_config_and_its_flags(command):
+    script, *after = command
     for word in after:
-        if word.startswith("config/"):
-            assert (ROOT / word).exists(), word
+        assert not word.startswith("config/") or (ROOT / word).exists(), word
     flags = {word[2:].split("=")[0] for word in after if word.startswith("--")}
+    of_a_run = set(Config.__dataclass_fields__)
     if script == "train.py":
-        assert flags <= set(Config.__dataclass_fields__)
-    else:
-        subcommand = [after[0]] if script == "prepare_data.py" else []
-        shown = help_of(script, *subcommand)
-        assert all(f"--{flag}" in shown for flag in flags), flags
+        assert flags <= of_a_run
+        return
+    shown = help_of(script, *after[: script == "prepare_data.py"])
+    if script in ("bench.py", "experiments.speed"):  # which take train.py's flags too
+        flags -= of_a_run
+    assert all(re.search(rf"--{flag}\b", shown) for flag in flags), flags
 
 
 def test_there_are_commands_to_check():
-    assert len(list(commands())) > 8
+    assert len(commands()) > 12
 
 
 def test_the_two_commands_of_a_fresh_machine_stand_in_the_readme():
@@ -74,21 +69,33 @@ def test_the_two_commands_of_a_fresh_machine_stand_in_the_readme():
     assert f"{setup} requirements-dev.txt && .venv/bin/python -m pytest\n" in (ROOT / ".ci/run").read_text()
 
 
-def test_the_quoted_loop_is_the_loop():
+@pytest.mark.parametrize("rule", ["abbie_d", "recall", "zero_pt"])
+@torch.no_grad()
+def test_the_quoted_loop_computes_the_models_logits(rule):
     quoted = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S).group(1)
-    source = inspect.getsource(AbbIE)
-    calls = re.findall(r"self\.(\w+)\(", quoted)
-    assert calls == ["run_head", "start", "iterate", "logits", "run_tail"]
-    assert "for k in range(iters):" in quoted and "for k in range(iters):" in inspect.getsource(AbbIE.forward)
-    assert all(f"def {name}(" in source for name in calls)
+    model, idx = make(rule=rule), tokens()
+    names = {"model": model, "idx": idx, "iters": 3, "rope": model.rope(idx), "partial": partial}
+    exec(quoted, names)
+    assert torch.equal(names["logits"], model(idx, iters=3)[0])
+    assert not torch.equal(names["logits"], model(idx, iters=1)[0])
 
 
-def test_every_linked_file_exists():
+def test_every_file_that_is_named_exists():
     for document in DOCUMENTS:
-        for target in re.findall(r"\]\((?!http)([^)#]+)\)", document.read_text()):
-            assert (ROOT / target).exists(), f"{document.name} links to {target}"
+        text = document.read_text()
+        links = re.findall(r"\]\((?!http)([^)#]+)\)", text)
+        named = re.findall(r"`((?:results|assets|config|experiments|hf|tests)/[\w./]*\w)`", text)
+        named += re.findall(r"`(\w+\.(?:py|md|toml|txt))`", text)
+        for target in links + named:
+            assert (ROOT / target).exists(), f"{document.name} names {target}"
 
 
-def test_results_are_json():
-    for path in (ROOT / "results").glob("*.json"):
-        json.loads(path.read_text())
+def test_numbers_come_from_results_with_a_line_per_run():
+    cited = set()
+    for document in DOCUMENTS:
+        cited |= set(re.findall(r"results/\w+\.jsonl", document.read_text()))
+    assert len(cited) > 3
+    for path in sorted((ROOT / "results").iterdir()):
+        assert path.suffix == ".jsonl", f"{path.name}: results hold data, one JSON line per run"
+        assert all(isinstance(json.loads(line), dict) for line in path.read_text().splitlines()), path
+        importlib.import_module(f"experiments.{path.stem}")  # the script of the same name wrote it
