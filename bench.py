@@ -115,16 +115,16 @@ def peak_memory(device: torch.device) -> int | None:
 
 def machine(device: torch.device):
     """What the device can do: FLOP/s of large matrix products in fp32 and bf16, and bytes/s of a large copy
-    (reads and writes counted), each the best of ten."""
-    n, size = (8192, 2**30) if device.type == "cuda" else (1024, 2**27)
+    (reads and writes counted), each the best of five."""
+    n, size = (8192, 2**30) if device.type == "cuda" else (512, 2**27)  # bf16 can be very slow on a CPU
     source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     yield {"matmul": f"{n} x {n} x {n}", "copy_bytes": size}
     while True:
-        best = {"bandwidth": 2 * size / min(seconds(lambda: target.copy_(source), device) for _ in range(10))}
+        best = {"bandwidth": 2 * size / min(seconds(lambda: target.copy_(source), device) for _ in range(5))}
         for dtype in ("float32", "bfloat16"):
             a = torch.randn(n, n, device=device).to(getattr(torch, dtype))
-            best[dtype] = 2 * n**3 / min(seconds(lambda a=a: a @ a, device) for _ in range(10))
+            best[dtype] = 2 * n**3 / min(seconds(lambda a=a: a @ a, device) for _ in range(5))
         yield best
 
 
@@ -214,7 +214,8 @@ def measure_training(model, optimizer, config: Config, depths, steps, facts: dic
         traffic = 4 * (len(batches) * 4 * (n_params + body * (iters - 1)) + 6 * n_params) / n_tokens
         cells.append({"iters": iters, "flops_per_token": flops[iters], "bytes_per_token": traffic})
     yield {
-        **facts, "dtype": str(dtype)[6:], "tokens_per_step": n_tokens, "micro_batch": micro_batch, "block_size": T,
+        **facts, "dtype": str(dtype)[6:],
+        "tokens_per_step": n_tokens, "micro_batch": micro_batch, "block_size": T,
         "first_step_seconds": first_step, "graphs": seen, "recompilations": graphs["unique_graphs"] - seen,
         "profile": fitting(lambda: profile(lambda: step(depths[0]), device)), "cells": cells,
     }  # fmt: skip

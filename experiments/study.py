@@ -4,7 +4,8 @@
     python -m experiments.study --row std --seed 1 --evaluate FOLDER   # a row that is trained already
     python -m experiments.study --all                                  # all rows and seeds that are missing
     python -m experiments.study --table                                # what is there, as tables
-    python -m experiments.study --pair recall_p6b3,std_8k              # two rows, window by window
+    python -m experiments.study --pair recall_p6b3,std_8k              # two rows, window by window ->
+    study_pairs.jsonl
     python -m experiments.study --gpu --all                            # 52M parameters, on one GPU
 
 A row is flags of train.py, or a subclass that changes one line of the model. The same command continues an
@@ -342,11 +343,15 @@ def print_pair(study: Study, pair: str, args):
         if not all(file.exists() for file in files):
             continue
         ours, theirs = (json.loads(file.read_text()) for file in files)
+        record = {"command": f"python -m experiments.study --pair {pair}", "pair": pair, "seed": seed}
+        record |= {"second_at": r_second, "windows": len(theirs[r_second]), "gap": {}, "gap_stderr": {}}
         for r, losses in ours.items():
             gaps = torch.tensor(losses) - torch.tensor(theirs[r_second])
-            error = gaps.std() / len(gaps) ** 0.5
+            record["gap"][r] = round(gaps.mean().item(), 5)
+            record["gap_stderr"][r] = round(gaps.std().item() / len(gaps) ** 0.5, 5)
             title = f"seed {seed}: {first} at r = {r} less {second} at r = {r_second}"
-            print(f"{title}: {gaps.mean():+.4f} ± {error:.4f}")
+            print(f"{title}: {record['gap'][r]:+.4f} ± {record['gap_stderr'][r]:.4f}")
+        append(f"{study.name}_pairs", record, args.results)
 
 
 def main(argv: list[str]):

@@ -6,10 +6,10 @@ import sys
 
 import pytest
 import torch
+from common import ROOT
 
 import bench
 import train
-from common import ROOT
 from config import load_config
 from model import AbbIE, UserError
 

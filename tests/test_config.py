@@ -5,8 +5,8 @@ import sys
 
 import pytest
 import torch
-
 from common import ROOT
+
 from config import Config, load_config, parse_list
 from model import AbbIE, AbbIEConfig, UserError
 

@@ -1,4 +1,4 @@
-"""The documents say what is there: commands, flags, configs, files, numbers, and the loop that README quotes."""
+"""The documents say what is there: commands, flags, files, results, and the loop that README quotes."""
 
 import importlib
 import json
@@ -10,15 +10,15 @@ from functools import cache, partial
 
 import pytest
 import torch
-
 from common import ROOT, make, tokens
+
 from config import Config
 
 DOCUMENTS = [path for name in ("README", "RESULTS", "REPRODUCE") if (path := ROOT / f"{name}.md").exists()]
 
 
 def commands() -> list[tuple[str, ...]]:
-    """(words before the script, the script or module, its arguments) of every command in the documents."""
+    """(script or module, *arguments) of every command in the documents, once."""
     found = {}
     for document in DOCUMENTS:
         text = document.read_text().replace("\\\n", " ")
@@ -28,7 +28,7 @@ def commands() -> list[tuple[str, ...]]:
                 scripts = [w for w in words if w.endswith(".py") and not w.startswith("config/")]
                 modules = [w for w in words if re.fullmatch(r"(experiments|hf)\.\w+", w)]
                 for script in (scripts + modules)[:1]:
-                    found[script, *words[words.index(script) + 1 :]] = None
+                    found[(script, *words[words.index(script) + 1 :])] = None
     return list(found)
 
 

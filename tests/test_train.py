@@ -323,7 +323,7 @@ def test_a_finished_run_prints_its_evaluation_again_and_trains_on_if_it_is_made_
         r["step"]: r["loss"] for r in records if "loss" in r
     }
     last = records[-1]  # on all of the validation split, at the model's own iters
-    line = f"validation loss at iters 2 on {last['tokens']} tokens: {last['final_val_loss']:.4f} nats/token"
+    line = f"validation loss at iters 2 on {last['tokens']:,} tokens: {last['final_val_loss']:.4f} nats/token"
     assert last["tokens"] > 16 * T and last["tokens"] % T == 0
     for printed in (first, again):
         assert printed.count("step      8 | validation loss") == 1 == printed.count(line)
