@@ -418,7 +418,8 @@ def rope_table(config: AbbIEConfig) -> tuple[Tensor, Tensor]:
         keep = ((turns - low) / (high - low)).clamp(0, 1)  # 1: short wavelengths, kept; 0: long, stretched
         freq = keep * freq + (1 - keep) * freq / scaling["factor"]
     angle = torch.outer(torch.arange(config.block_size).float(), freq)
-    # The first call of MKL's vector functions in a process fixes the kernels of all later ones. Where two
-    # threads share it, one can take a kernel of low accuracy (errors of 1e-4): so one thread makes it.
+    # The first call of MKL's vector functions in a process settles which kernels all later ones take. Where
+    # two
+    # threads share it, one may take a kernel of low accuracy (pytorch #188792): so one thread makes it.
     torch.zeros(1).cos()
     return angle.cos(), angle.sin()

@@ -10,6 +10,7 @@ import torch
 from common import ROOT, TINY, make, tokens
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from model import RULES, AbbIE, AbbIEConfig, UserError, parse_iters
@@ -509,3 +510,19 @@ def test_the_file_can_be_copied_and_used_alone():
     imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     imported |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     assert {name.split(".")[0] for name in imported} - set(sys.stdlib_module_names) == {"torch"}
+
+
+def test_the_first_vector_function_of_a_process_is_called_by_one_thread():
+    """MKL settles its kernels at the first call; shared by two threads, that call can go wrong
+    (rope_table)."""
+    called = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function.overloadpacket in (torch.ops.aten.cos, torch.ops.aten.sin):
+                called.append(args[0].numel())
+            return function(*args, **(kwargs or {}))
+
+    with Watch():
+        AbbIE(AbbIEConfig(**TINY))
+    assert called[0] == 1 < called[1]
