@@ -4,8 +4,11 @@ import random
 from pathlib import Path
 
 import pytest
+import torch
 
 import prepare_data
+
+torch.set_num_threads(1)  # models of this size gain nothing from more, and lose much beside other work
 
 
 @pytest.fixture(scope="session")
