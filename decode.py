@@ -11,6 +11,7 @@ start again from position 0.
 Shapes as in model.py: B rows, T new tokens, K n_kv_heads, E attn_head_dim, S = block_size positions of a
 cache."""
 
+import copy
 import math
 import random
 import time
@@ -18,11 +19,13 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from data import Shards
 from model import AbbIE, AbbIEConfig, UserError, check
 
 # -------------------------------------------------------------------------------------------------- the cache
@@ -33,21 +36,29 @@ class KVCache:
     the B rows holds. In mode "full" there is one slot per block and *iteration*: iteration k of a new token
     reads what iteration k of the old ones wrote, so decoding is exact. In mode "last" all iterations of a
     Body block share one slot: a prompt is processed exactly, then only its last iteration is left for all
-    iterations to read.
+    iterations to read. looks: the Tail is run in every iteration too (early exit by "kl" looks at its
+    predictions), and in mode "full" has slots as the Body has.
 
     The protocol between a cache and the model: the model asks `kv.at(part, i, k)` for the slot of block i of
-    "head", "body" (in iteration k) or "tail"; Attention hands the slot its new keys and values, (B, K, T, E)
+    "head", "body" or "tail" in iteration k; Attention hands the slot its new keys and values, (B, K, T, E)
     each, by `store`, gets all that there are, (B, K, S, E) each, and lets queries see them by the slot's
     `mask`, (T, S) or (B, 1, T, S) of True where a query sees a key, or None, and `causal`."""
 
     def __init__(
-        self, config: AbbIEConfig, batch_size=1, max_iters=None, mode="full", device="cpu", dtype=None
-    ):
-        self.config, self.mode, self.max_iters = config, mode, max_iters or config.mean_iters
-        self.n_once = config.n_head_blocks + config.n_tail_blocks
-        n_slots = self.n_once + config.n_body_blocks * (self.max_iters if mode == "full" else 1)
-        shape = (n_slots, batch_size, config.n_kv_heads, config.block_size, config.attn_head_dim)
-        self.keys = torch.zeros(shape, device=device, dtype=dtype)
+        self, config: AbbIEConfig, batch_size=1, max_iters=None, mode="full", device="cpu", dtype=None,
+        looks=False, length=None,
+    ):  # fmt: skip
+        self.mode, self.max_iters, self.length = mode, max_iters or config.mean_iters, length
+        self.length = length or config.block_size
+        # Slots run: Head, Tail, Body of iteration 0; Body of iteration 1; ... With looks: Head; Tail and Body
+        # of iteration 0; Tail and Body of iteration 1; ...
+        self.first = {"head": 0, "tail": config.n_head_blocks}
+        self.first["body"] = config.n_head_blocks + config.n_tail_blocks
+        self.n_once = self.first["tail" if looks else "body"]
+        n_repeated, times = config.n_blocks - self.n_once, self.max_iters if mode == "full" else 1
+        self.stride = {"head": 0, "tail": n_repeated if looks else 0, "body": n_repeated}
+        shape = (self.n_once + n_repeated * times, batch_size, config.n_kv_heads)
+        self.keys = torch.zeros(*shape, self.length, config.attn_head_dim, device=device, dtype=dtype)
         self.values = torch.zeros_like(self.keys)
         self.lengths = [0] * batch_size
 
@@ -56,46 +67,70 @@ class KVCache:
         return 2 * self.keys[:, 0, :, 0].numel() * self.keys.element_size()
 
     def slot(self, part: str, i: int, k: int = 0) -> int:
-        """Slots run: Head, Tail, Body in iteration 0, Body in iteration 1, ..."""
-        if part == "body":
-            return self.n_once + i + (k * self.config.n_body_blocks if self.mode == "full" else 0)
-        return i + (self.config.n_head_blocks if part == "tail" else 0)
+        return self.first[part] + i + (k * self.stride[part] if self.mode == "full" else 0)
 
-    def chunk(self, starts: list[int] | Tensor, T: int, rows: list[int] | None = None) -> "Chunk":
-        """T new tokens in each of `rows` (default: all), from position starts[b] on. starts as a tensor (B,)
+    def chunk(self, starts: list[int] | Tensor, T: int, rows: list[int] | None = None, **tree) -> "Chunk":
+        """T new tokens in each of `rows` (default: all), from place starts[b] on. starts as a tensor (B,)
         keeps every shape the same from step to step, as a compiled or recorded step needs."""
-        return Chunk(self, starts, T, None if rows == list(range(len(self.lengths))) else rows)
+        return Chunk(self, starts, T, None if rows == list(range(len(self.lengths))) else rows, **tree)
 
 
 class Chunk:
-    """New tokens in some rows of a cache: where their keys and values go, and what they may attend to. One
-    chunk serves every block and iteration; `at` picks the slot."""
+    """New tokens in some rows of a cache: the places where their keys and values go, and what they may attend
+    to: all places up to their own, at positions that are the places; or, where a row is a tree of texts,
+    what `mask` (B, 1, T, S) says, at `positions` (B, T). One chunk serves every block and iteration; `at`
+    picks the slot."""
 
-    def __init__(self, cache: KVCache, starts: list[int] | Tensor, T: int, rows: list[int] | None):
+    def __init__(self, cache: KVCache, starts, T: int, rows: list[int] | None, positions=None, mask=None):
         self.cache, device, static = cache, cache.keys.device, isinstance(starts, Tensor)
-        S = cache.config.block_size
-        self.end = S if static else max(starts) + T
-        check(self.end <= S, f"{self.end} tokens do not fit into a context of {S}")
+        self.end = cache.length if static else max(starts) + T
+        check(self.end <= cache.length, f"{self.end} tokens do not fit into a context of {cache.length}")
         # Rows of equal length are written and read as slices; others through their indices, under a mask.
         self.together = not static and rows is None and len(set(starts)) == 1
-        self.causal, self.mask, places = False, None, torch.arange(self.end, device=device)
+        self.rows = torch.tensor(range(len(starts)) if rows is None else rows, device=device)
         if self.together:
+            self.places = torch.arange(starts[0], self.end, device=device)  # (T,)
             self.where = (slice(None), slice(None), slice(starts[0], self.end))  # of (B, K, S, E)
-            self.positions = places[starts[0] :]  # (T,)
-            self.causal = T > 1 and starts[0] == 0  # SDPA aligns its causal mask top-left: for a prefill only
-            if T > 1 and not self.causal:
-                self.mask = places <= self.positions[:, None]  # (T, S)
         else:
-            self.rows = torch.tensor(range(len(starts)) if rows is None else rows, device=device)
             starts = starts if static else torch.tensor(starts, device=device)
-            self.positions = starts[:, None] + torch.arange(T, device=device)  # (B, T)
-            self.where = (self.rows[:, None], slice(None), self.positions)
-            self.mask = places <= self.positions[:, None, :, None]  # (B, 1, T, S)
+            self.places = starts[:, None] + torch.arange(T, device=device)  # (B, T)
+            self.where = (self.rows[:, None], slice(None), self.places)
+        self.positions = self.places if positions is None else positions
+        # SDPA aligns its causal mask top-left: it is for a prefill only. One token sees all.
+        self.causal = self.together and mask is None and T > 1 and starts[0] == 0
+        self.mask = mask
+        if mask is None and not (self.together and T == 1) and not self.causal:
+            self.mask = self.see_earlier()
+
+    def see_earlier(self) -> Tensor:
+        """The mask (T, S), or (B, 1, T, S), of tokens that see all places up to their own."""
+        places = self.places if self.together else self.places[:, None]
+        return torch.arange(self.end, device=places.device) <= places[..., None]
+
+    def only(self, live: Tensor) -> tuple[tuple, "Chunk"]:
+        """Some of these tokens, live (B, T) bool -> (where they are in (B, T), the chunk of them alone). Rows
+        of which none is left drop out; shorter rows repeat their last one, which changes nothing."""
+        if live.all():
+            return (slice(None), slice(None)), self
+        rows = live.any(1).nonzero()  # (b, 1)
+        counts = live[rows[:, 0]].sum(1, keepdim=True)
+        first = (~live[rows[:, 0]]).byte().argsort(dim=1, stable=True)  # the live ones, in order, come first
+        number = torch.arange(int(counts.max()), device=live.device)
+        where = (rows, first.gather(1, torch.minimum(number, counts - 1)))  # (b, 1), (b, t)
+
+        part = copy.copy(self)
+        part.together, part.causal, part.rows = False, False, self.rows[rows[:, 0]]
+        part.places = self.places.expand(live.shape)[where]
+        part.positions = self.positions.expand(live.shape)[where]
+        part.where = (part.rows[:, None], slice(None), part.places)
+        tree = self.mask is not None and self.positions is not self.places
+        part.mask = self.mask[rows, 0, where[1]][:, None] if tree else part.see_earlier()
+        return where, part
 
     def rope(self, model: AbbIE) -> tuple[Tensor, Tensor]:
         """Cosines and sines of the new tokens' positions, (T, E/2) or (B, 1, T, E/2)."""
         tables = (table[self.positions] for table in model.rope_on(self.positions.device))
-        return tuple(tables) if self.together else tuple(table[:, None] for table in tables)
+        return tuple(table if table.dim() == 2 else table[:, None] for table in tables)
 
     def at(self, part: str, i: int, k: int = 0) -> "Slot":
         return Slot(self, self.cache.slot(part, i, k))
@@ -107,9 +142,9 @@ class Chunk:
         if cache.mode == "last" or iters == cache.max_iters:
             return
         for table in (cache.keys, cache.values):
-            body = table[cache.n_once :].unflatten(0, (cache.max_iters, -1))  # (iters, blocks, B, K, S, E)
-            last = body[(slice(iters - 1, iters), slice(None), *self.where)]
-            body[(slice(iters, None), slice(None), *self.where)] = last
+            slots = table[cache.n_once :].unflatten(0, (cache.max_iters, -1))  # (iters, blocks, B, K, S, E)
+            last = slots[(slice(iters - 1, iters), slice(None), *self.where)]
+            slots[(slice(iters, None), slice(None), *self.where)] = last
 
 
 class Slot:
@@ -126,7 +161,7 @@ class Slot:
         """Put new (B, K, T, E) into its places of table -> all that the rows hold so far, (B, K, S, E)."""
         chunk = self.chunk
         table[chunk.where] = new if chunk.together else new.transpose(1, 2)
-        if chunk.together or len(chunk.rows) == len(table):
+        if chunk.together or len(chunk.rows) == table.shape[0]:
             return table[:, :, : chunk.end]
         return table[chunk.rows, :, : chunk.end]
 
@@ -147,10 +182,15 @@ def step(model: AbbIE, idx: Tensor, cache: KVCache, iters=None, n_new=None, rows
     kv = cache.chunk([cache.lengths[b] for b in rows], idx.shape[1], rows)
     z = run(model, idx, kv, iters)
     kv.fill_deeper(iters)
+    return model.logits(take_last(z, cache, n_new, rows))
+
+
+def take_last(z: Tensor, cache: KVCache, n_new: list[int], rows: list[int]) -> Tensor:
+    """Count n_new tokens into the cache's rows -> the states (B, D) of their last ones, of z (B, T, D)."""
     for b, n in zip(rows, n_new):
         cache.lengths[b] += n
     last = torch.tensor(n_new, device=z.device) - 1
-    return model.logits(z[torch.arange(len(n_new), device=z.device), last])
+    return z[torch.arange(len(n_new), device=z.device), last]
 
 
 # ------------------------------------------------------------------------------------------- choosing a token
@@ -194,7 +234,6 @@ class Stats:
     drafted: int = 0
     accepted: int = 0  # of the drafted ones
     iters: Counter = field(default_factory=Counter)  # early exit: iterations -> tokens that ran so many
-    depth: dict = field(default_factory=dict)  # and row -> iterations of its newest token
 
     def report(self, iters: int) -> str:
         text = f"{self.tokens} tokens, {self.tokens / max(self.seconds, 1e-9):.1f} tokens/s"
@@ -266,10 +305,9 @@ def stream(
     stats, done, start = stats or Stats(), set() if done is None else done, time.perf_counter()
     sample = partial(distribution, temperature=temperature, top_k=top_k, top_p=top_p)
     rngs = [random.Random(seed + b) for b in range(len(prompts))]
-    weight = model.embed.weight
-    cache = KVCache(
-        model.config, 1 if draft_iters else len(prompts), iters, cache_mode, weight.device, weight.dtype
-    )
+    weight, batch_size = model.embed.weight, 1 if draft_iters else len(prompts)
+    looks = early_exit.startswith("kl")
+    cache = KVCache(model.config, batch_size, iters, cache_mode, weight.device, weight.dtype, looks)
     if draft_iters:
         draft = partial(draft_and_verify, model, cache, iters=iters, draft_iters=draft_iters, sample=sample)
         tokens = stream_drafted(
@@ -278,12 +316,11 @@ def stream(
     else:
         next_step = partial(step, model, cache=cache, iters=iters)
         if early_exit:
-            next_step = partial(
-                adaptive_step, model, cache=cache, iters=iters, rule=parse_exit(early_exit), stats=stats
-            )
+            how = {"cache": cache, "iters": iters, "rule": parse_exit(early_exit), "stats": stats}
+            next_step = partial(adaptive_step, model, **how)
         elif compiled:
             cache, next_step = static_step(model, len(prompts), iters, cache_mode)
-        tokens = stream_plain(model, cache, prompts, max_new_tokens, iters, next_step, sample, rngs, done)
+        tokens = stream_plain(cache, prompts, max_new_tokens, next_step, sample, rngs, done)
     return until_done(tokens, stop_token, done, stats, start)
 
 
@@ -299,36 +336,33 @@ def until_done(tokens, stop_token, done, stats, start):
 # ------------------------------------------------------------------------------------------------ plain steps
 
 
-def feed(model, cache, contexts, rows, iters, next_step) -> Tensor:
-    """Take what the cache does not hold yet of contexts, dict of row -> ids, through the model -> logits
-    (len(rows), V) after the last ids. Prompts, and contexts that start again because they have become too
-    long, run all iters together, padded; single tokens take `next_step` together."""
-    S, device = model.config.block_size, cache.keys.device
+def feed(cache, contexts, rows, next_step) -> Tensor:
+    """Take what the cache does not hold yet of contexts, dict of row -> ids, through the model by
+    `next_step(idx, n_new=, rows=)` -> logits (len(rows), V) after the last ids. Prompts, and contexts that
+    start again because they have become too long, go together, padded; and so do single tokens."""
+    S = cache.length
     for b in rows:
         if len(contexts[b]) > S:
             contexts[b] = contexts[b][-(S // 2) :]
             cache.lengths[b] = 0
-    new = {b: contexts[b][cache.lengths[b] :] for b in rows}
-    many = [b for b in rows if cache.lengths[b] == 0]
-    one = [b for b in rows if cache.lengths[b] > 0]
+    prompts = [b for b in rows if cache.lengths[b] == 0]
     logits = {}
-    if many:
-        n_new = [len(new[b]) for b in many]
-        padded = [new[b] + [0] * (max(n_new) - len(new[b])) for b in many]
-        found = step(model, torch.tensor(padded, device=device), cache, iters, n_new, many)
-        logits.update(zip(many, found))
-    if one:
-        found = next_step(torch.tensor([new[b] for b in one], device=device), rows=one)
-        logits.update(zip(one, found))
+    for alike in (prompts, [b for b in rows if b not in prompts]):
+        new = [contexts[b][cache.lengths[b] :] for b in alike]
+        n_new = [len(ids) for ids in new]
+        padded = [ids + [0] * (max(n_new) - len(ids)) for ids in new]
+        if alike:
+            found = next_step(torch.tensor(padded, device=cache.keys.device), n_new=n_new, rows=alike)
+            logits.update(zip(alike, found))
     return torch.stack([logits[b] for b in rows])
 
 
 @torch.no_grad()
-def stream_plain(model, cache, prompts, max_new_tokens, iters, next_step, sample, rngs, done):
+def stream_plain(cache, prompts, max_new_tokens, next_step, sample, rngs, done):
     """Every row's next token, again and again; rows in `done` leave the batch."""
     contexts = {b: list(prompt) for b, prompt in enumerate(prompts)}
     for _ in range(max_new_tokens):
-        p = sample(feed(model, cache, contexts, list(contexts), iters, next_step))
+        p = sample(feed(cache, contexts, list(contexts), next_step))
         for b, token in zip(list(contexts), draw(p, [rngs[b] for b in contexts])):
             contexts[b].append(token)
             yield b, token
@@ -338,10 +372,10 @@ def stream_plain(model, cache, prompts, max_new_tokens, iters, next_step, sample
 
 
 def static_step(model: AbbIE, batch_size: int, iters: int, cache_mode: str, **how):
-    """A cache and a step -> logits (B, V) for one token idx (B, 1) of each of `rows`, with the same shapes
-    whatever the rows and lengths: positions are a tensor; all rows and the whole cache take part, under a
-    mask. So it can be compiled and, on CUDA, recorded as a graph whose replay needs no Python. That takes a
-    minute, so the model keeps both for the next call."""
+    """A cache and what stands for `step`: single tokens have the same shapes whatever the rows and lengths,
+    since positions are a tensor, and all rows and the whole cache take part, under a mask. So their step can
+    be compiled and, on CUDA, recorded as a graph whose replay needs no Python. That takes a minute, so the
+    model keeps both for the next call."""
     kept, name = model.__dict__.setdefault("static_steps", {}), (batch_size, iters, cache_mode)
     if name in kept:
         kept[name][0].lengths = [0] * batch_size
@@ -357,7 +391,9 @@ def static_step(model: AbbIE, batch_size: int, iters: int, cache_mode: str, **ho
 
     forward = torch.compile(forward, fullgraph=True, **(how or {"mode": "reduce-overhead"}))
 
-    def compiled_step(idx, rows):
+    def compiled_step(idx, n_new, rows):
+        if max(n_new) > 1:
+            return step(model, idx, cache, iters, n_new, rows)
         whole = torch.zeros(batch_size, 1, dtype=idx.dtype, device=idx.device)
         whole[rows] = idx
         starts = torch.tensor([min(n, S - 1) for n in cache.lengths], device=idx.device)
@@ -373,75 +409,109 @@ def static_step(model: AbbIE, batch_size: int, iters: int, cache_mode: str, **ho
 # ------------------------------------------------------------------------------------------------- early exit
 
 
-def parse_exit(text: str) -> tuple[str, float]:
+def parse_exit(text: str, kinds=("kl", "u")) -> tuple[str, float]:
     """'kl:1e-3' -> ("kl", 0.001)."""
     kind, _, threshold = text.partition(":")
     try:
-        if kind in ("kl", "u") and 0 < float(threshold) < math.inf:
+        if kind in kinds and 0 < float(threshold) < math.inf:
             return kind, float(threshold)
     except ValueError:
         pass
     raise UserError(
-        f"exit={text!r}: give kl:1e-3 (change of the prediction in nats)\n"
-        "or u:1e-2 (relative change of the state that the Tail reads)"
+        f"exit={text!r}: give kl:1e-3 (change of the prediction in nats), u:1e-2 (relative change of\n"
+        "the state that the Tail reads), or, on the command line, mean:2.5 (iterations per token)"
     )
 
 
+def resolve_exit(model: AbbIE, text: str, iters: int) -> str:
+    """'mean:2.5' -> 'kl:0.0123', with which text of the model's training data runs so many iterations per
+    token on average; others as they are. Raises UserError where that text is not at hand."""
+    kind, mean = parse_exit(text, ("kl", "u", "mean"))
+    if kind != "mean":
+        return text
+    check(2 <= mean <= iters, f"exit={text}: the mean must lie between 2 and iters={iters}")
+    data, T = model.meta.get("data"), model.config.block_size
+    there = data and Path(data, "meta.json").exists()
+    check(there, f"exit={text} needs the model's training data, {data}\ngive a threshold: kl:1e-2")
+    shards = Shards(data, "train", T)
+    n = min(shards.n_windows, -(-4096 // T))
+    idx, _ = shards.batch([i * shards.n_windows // n for i in range(n)])
+    return f"kl:{threshold_for(model, idx.to(model.embed.weight.device), mean, iters):.3g}"
+
+
 @torch.no_grad()
-def adaptive_step(
-    model: AbbIE, idx: Tensor, rows: list[int], *, cache, iters: int, rule, stats: Stats
-) -> Tensor:
-    """One token idx (B, 1) for each of `rows` -> logits (B, V), with early exit: a row leaves the Body once
-    it has settled, and the iterations that it skips reuse its last keys and values. It has settled when one
-    more changes
+def threshold_for(model: AbbIE, idx: Tensor, mean: float, iters: int) -> float:
+    """The threshold of "kl" at which tokens idx (B, T) run `mean` iterations on average."""
+    before, changes = None, []
+    for z in model.states_at(idx, list(range(1, iters))):
+        now = model.logits(z).float().log_softmax(-1)
+        if before is not None:
+            changes.append(F.kl_div(before, now, log_target=True, reduction="none").sum(-1))
+        before = now
+    changes = torch.stack(changes)  # (iters - 2, B, T): seen after iteration 2, ..., iters - 1
+    low, high = -30.0, 10.0  # of its logarithm
+    for _ in range(40):
+        middle = (low + high) / 2
+        moving = (changes >= math.exp(middle)).cumprod(0)
+        low, high = (middle, high) if 2 + moving.sum(0).double().mean() > mean else (low, middle)
+    return math.exp(high)
+
+
+@torch.no_grad()
+def adaptive_states(model: AbbIE, idx: Tensor, kv: Chunk, iters: int, rule, live: Tensor):
+    """idx (B, T), of which live (B, T) are no padding -> the states that are unembedded, (B, T, D), and the
+    iterations that each token ran, (B, T). Iteration k works on the tokens that have not settled yet; those
+    that have leave the Body, and their last keys and values stand for the iterations that they skip. Whether
+    a token settles depends on earlier tokens and itself alone, so reading many tokens at once equals reading
+    them one by one. A token has settled when one more iteration changes
     - "kl": the prediction by a KL divergence below the threshold (as arXiv 2502.05171, section 6.1; each look
       costs a Tail and an unembedding);
     - "u": what the Tail reads by less than this share of its norm (costs nothing).
     The raw state of abbie_d never settles: it halves its distance, and u quarters it, whatever the token."""
     kind, threshold = rule
-
-    def chunk(live):
-        chosen = [rows[i] for i in live]
-        return cache.chunk([cache.lengths[b] for b in chosen], 1, chosen)
-
-    live = list(range(len(rows)))
-    whole = kv = chunk(live)
-    rope = kv.rope(model)
-    h = model.run_head(idx, rope, kv)
-    x, final, before = model.start(h), torch.empty_like(h), None
-    logits = h.new_empty(len(rows), model.config.vocab_size)
+    h = model.run_head(idx, kv.rope(model), kv)
+    x, z, before = model.start(h).clone(), torch.zeros_like(h), None
+    live, depths = live.clone(), torch.zeros(idx.shape, dtype=torch.int64, device=idx.device)
     for k in range(iters):
-        u, x = model.advance(x, h, k, k + 1, rope, kv)
+        where, some = kv.only(live)
+        rope = some.rope(model)
+        u, x[where] = model.advance(x[where], h[where], k, k + 1, rope, some)
         if kind == "kl":
-            logits[live] = model.logits(model.run_tail(u, rope, kv))[:, 0]
-            now = logits[live].float().log_softmax(-1)
+            z[where] = model.run_tail(u, rope, some, k)
+            now = model.logits(z[where]).float().log_softmax(-1)
         else:
-            final[live] = u
-            now = u[:, 0].float()
-        if k + 1 == iters:
-            settled = torch.ones(len(live), dtype=torch.bool)
-        elif k == 0:
-            settled = torch.zeros(len(live), dtype=torch.bool)
+            z[where] = now = u
+        if before is None:
+            before = torch.empty(*idx.shape, now.shape[-1], dtype=now.dtype, device=now.device)
+            settled = torch.zeros(u.shape[:2], dtype=torch.bool, device=idx.device)
         elif kind == "kl":
-            settled = F.kl_div(before, now, log_target=True, reduction="none").sum(-1) < threshold
+            change = F.kl_div(before[where], now, log_target=True, reduction="none").sum(-1)
+            settled = change < threshold
         else:
-            settled = (now - before).norm(dim=-1) < threshold * now.norm(dim=-1)
-        leaving = [i for i, leaves in zip(live, settled.tolist()) if leaves]
-        before = now
-        if leaving:
-            stats.iters[k + 1] += len(leaving)
-            stats.depth.update((rows[i], k + 1) for i in leaving)
-            chunk(leaving).fill_deeper(k + 1)
-            live = [i for i in live if i not in leaving]
-            if not live:
+            settled = (now - before[where]).norm(dim=-1) < threshold * now.norm(dim=-1)
+        before[where] = now
+        leaving = torch.zeros_like(live)
+        leaving[where] = settled | (k + 1 == iters)
+        if leaving.any():
+            depths[leaving] = k + 1
+            kv.only(leaving)[1].fill_deeper(k + 1)
+            live &= ~leaving
+            if not live.any():
                 break
-            x, h, before, kv = x[~settled], h[~settled], now[~settled], chunk(live)
-            rope = kv.rope(model)
-    if kind == "u":
-        logits = model.logits(model.run_tail(final, whole.rope(model), whole))[:, 0]
-    for b in rows:
-        cache.lengths[b] += 1
-    return logits
+    return z if kind == "kl" else model.run_tail(z, kv.rope(model), kv), depths
+
+
+@torch.no_grad()
+def adaptive_step(model, idx: Tensor, cache: KVCache, iters: int, n_new=None, rows=None, *, rule, stats):
+    """`step` with early exit: every token runs as many iterations as it needs, at most iters. `stats` gets
+    how many these were."""
+    T = idx.shape[1]
+    n_new, rows = n_new or [T] * len(idx), rows or list(range(len(idx)))
+    kv = cache.chunk([cache.lengths[b] for b in rows], T, rows)
+    live = torch.arange(T, device=idx.device) < torch.tensor(n_new, device=idx.device)[:, None]
+    z, depths = adaptive_states(model, idx, kv, iters, rule, live)
+    stats.iters.update(depths[live].tolist())
+    return model.logits(take_last(z, cache, n_new, rows))
 
 
 # --------------------------------------------------------------------------------------------------- drafting
@@ -460,7 +530,8 @@ def stream_drafted(
         while n < max_new_tokens and b not in done:
             start = cache.lengths[0]
             if start in (0, S):  # a prompt, or a full context that starts again
-                tokens = draw(sample(feed(model, cache, context, [0], iters, None)), [rngs[b]])
+                read = partial(step, model, cache=cache, iters=iters)
+                tokens = draw(sample(feed(cache, context, [0], read)), [rngs[b]])
             else:
                 width = min(draft_tokens + 1, S - start, max_new_tokens - n)
                 tokens = draft(context[0][-1], width, rng=rngs[b], stats=stats)

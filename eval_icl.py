@@ -5,6 +5,7 @@
         --data_dir data/icl --out r.json --log_samples s.jsonl            # after: python prepare_data.py icl
     python eval_icl.py --ckpt out/NAME --iters 1,2,4,8 --ppl data/c4
     torchrun --nproc_per_node=8 eval_icl.py --ckpt out/NAME ...           # the same table, faster
+    python eval_icl.py --iters 1,2,8 --exit kl:1e-2,mean:2.5 --ppl        # and at adaptive depth, up to 8
     python eval_icl.py --ckpt out/NAME --iters 4 --lm_eval mmlu,gsm8k     # any other: pip install lm_eval
 
 How zero-shot scoring works. A row of a task, here of arc_easy,
@@ -25,7 +26,8 @@ request, for the last word of a text: `acc` asks whether each of its tokens is t
 `perplexity` is exp(-mean score), per word. Tasks, strings and metrics are those of EleutherAI's
 lm-evaluation-harness 0.4.13, example by example (experiments/evaluation.py compares them).
 
-Shapes: B rows, T tokens, D n_embd, V vocab_size, M scored tokens, R entries of iters, N requests (windows).
+Shapes: B rows, T tokens, D n_embd, V vocab_size, M scored tokens, N requests (windows), R columns: entries of
+`iters`, each an r or the rule of an early exit, such as "kl:1e-2".
 """
 
 import json
@@ -49,7 +51,7 @@ from tqdm import tqdm
 from checkpoint import load_model
 from config import ArgumentParser, choose_device, cli, nearest, parse_list, start_ranks, together
 from data import EVAL_SETS, Shards, documents, get_tokenizer, read_meta
-from decode import stream
+from decode import KVCache, adaptive_states, parse_exit, resolve_exit, stream
 from model import AbbIE, UserError, check
 
 LOGITS_AT_A_TIME = 1 << 24  # so that memory grows neither with the batch nor with the vocabulary
@@ -61,6 +63,23 @@ LOGITS_AT_A_TIME = 1 << 24  # so that memory grows neither with the batch nor wi
 def ascending(model: AbbIE, iters: Iterable[int]) -> list[int]:
     """Sorted, without repetitions. Raises UserError for what the model's rule does not run at."""
     return sorted({model.check_iters(r) for r in iters})
+
+
+def read(model: AbbIE, idx: Tensor, iters: list[int | str], tree=None) -> Iterator[tuple[Tensor, Tensor]]:
+    """idx (B, T), with a Tree where a token does not simply follow the one before -> for every column the
+    states that are unembedded, (B, T, D), and the iterations that each token ran, (B, T), 0 for padding. One
+    sweep of the Body serves all r; an early exit has one of its own, to the last of them."""
+    depths = [r for r in iters if isinstance(r, int)]
+    live = tree.live if tree else torch.ones_like(idx, dtype=torch.bool)
+    rope = tree.rope(model) if tree else None
+    for r, z in zip(depths, model.states_at(idx, depths, rope, tree if tree and tree.branched else None)):
+        yield z, r * live
+    (B, T), weight = idx.shape, model.embed.weight
+    for exit in iters[len(depths) :]:
+        cache = KVCache(model.config, B, 1, "last", weight.device, weight.dtype, length=T)
+        how = {"positions": tree.positions, "mask": tree.mask} if tree else {}
+        kv = cache.chunk([0] * B, T, **how)
+        yield adaptive_states(model, idx, kv, depths[-1], parse_exit(exit), live)
 
 
 def sum_over_ranks(x: Tensor, world: int) -> Tensor:
@@ -80,25 +99,27 @@ def progress(batches, name: str, rank: int):
 
 @torch.no_grad()
 def window_losses(
-    model: AbbIE, shards: Shards, iters: list[int], n_windows=None, batch_size=16, rank=0, world=1,
+    model: AbbIE, shards: Shards, iters: list[int | str], n_windows=None, batch_size=16, rank=0, world=1,
     autocast=nullcontext, bar="",
-) -> Tensor:  # fmt: skip
-    """Mean nats per token (N, R) of N windows, evenly spaced over the split (None: all of them), computed in
-    the context autocast(). Batches are the same for every number of ranks, each of which takes a stride of
-    them; so is the result. bar: name of a progress bar."""
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Mean nats per token and mean iterations, (N, R) each, of N windows, evenly spaced over the split (None:
+    all of them), computed in the context autocast(). Batches are the same for every number of ranks, each of
+    which takes a stride of them; so is the result. bar: name of a progress bar."""
     n = min(n_windows or shards.n_windows, shards.n_windows)
     chosen = np.arange(n) * shards.n_windows // n
-    losses, device = torch.zeros(n, len(iters), dtype=torch.float64), model.embed.weight.device
+    losses, ran = (torch.zeros(n, len(iters), dtype=torch.float64) for _ in range(2))
+    device = model.embed.weight.device
     at_a_time = max(1, LOGITS_AT_A_TIME // model.config.vocab_size)
     for first in progress(range(rank * batch_size, n, world * batch_size), bar, rank):
         x, y = (t.to(device) for t in shards.batch(chosen[first : first + batch_size]))
         with autocast():
-            for i, z in enumerate(model.states_at(x, iters)):
+            for i, (z, depth) in enumerate(read(model, x, iters)):
                 nats = []
                 for part, target in zip(z.flatten(0, 1).split(at_a_time), y.flatten().split(at_a_time)):
                     nats.append(F.cross_entropy(model.logits(part).float(), target, reduction="none"))
                 losses[first : first + len(x), i] = torch.cat(nats).cpu().double().view(y.shape).mean(1)
-    return sum_over_ranks(losses, world)
+                ran[first : first + len(x), i] = depth.cpu().double().mean(1)
+    return sum_over_ranks(losses, world), sum_over_ranks(ran, world)
 
 
 def evaluate_loss(
@@ -106,21 +127,22 @@ def evaluate_loss(
 ) -> dict[int, float]:
     """{r: mean nats per token}, on the same windows at every call. The options are window_losses's."""
     iters = ascending(model, iters)
-    losses = window_losses(model, shards, iters, n_windows, **options)
+    losses, _ = window_losses(model, shards, iters, n_windows, **options)
     return dict(zip(iters, losses.mean(0).tolist()))
 
 
-def perplexity(model: AbbIE, shards: Shards, iters: list[int], **options) -> dict:
+def perplexity(model: AbbIE, shards: Shards, iters: list[int | str], **options) -> dict:
     """Loss in nats per token with its standard error over windows, perplexity per token, and bits per byte of
     the split's text, which compare models of different tokenizers; on a whole split."""
-    losses = window_losses(model, shards, iters, **options, bar="perplexity")
+    losses, ran = window_losses(model, shards, iters, **options, bar="perplexity")
     n = len(losses) * shards.block_size
     result = {"data": str(shards.folder), "n": n, "left_out": shards.n_tokens - n, "iters": {}}
-    for r, loss in zip(iters, losses.numpy().T):
+    for r, loss, mean_iters in zip(iters, losses.numpy().T, ran.mean(0).tolist()):
         mean = float(loss.mean())
         entry = result["iters"][str(r)] = {"loss": mean, "loss_stderr": mean_stderr(loss)}
         entry["perplexity"] = math.exp(min(700, mean))
         entry["bits_per_byte"] = mean / math.log(2) * shards.n_tokens / shards.n_bytes
+        entry["mean_iters"] = mean_iters
     return result
 
 
@@ -371,13 +393,19 @@ def batches_of(groups: list[Group], batch_size: int) -> list[list[Group]]:
 class Tree:
     """A cache that keeps nothing: it follows the protocol between a cache and the model (decode.KVCache) for
     the sake of its mask. The continuations of a context lie one after another in its row, each at the
-    positions that it would have alone; it sees the context and itself, but not the others."""
+    positions that it would have alone; it sees the context and itself, but not the others. branch (B, T): 0
+    in the context, 1, 2, ... in its continuations, -1 for padding on the right, which nothing reads."""
 
     causal = False
 
-    def __init__(self, branch: Tensor):  # (B, T): 0 in the context and 1, 2, ... in its continuations
+    def __init__(self, branch: Tensor, positions: Tensor):
+        self.positions, self.live, self.branched = positions, branch >= 0, bool(branch.max() > 1)
         visible = (branch[:, None, :] == 0) | (branch[:, None, :] == branch[:, :, None])
         self.mask = visible.tril()[:, None]  # (B, 1, T queries, T keys)
+
+    def rope(self, model: AbbIE) -> tuple[Tensor, Tensor]:
+        """Cosines and sines (B, 1, T, E/2)."""
+        return tuple(table[self.positions][:, None] for table in model.rope_on(self.positions.device))
 
     def at(self, part: str, i: int, k: int = 0) -> "Tree":
         return self
@@ -387,8 +415,8 @@ class Tree:
 
 
 def pack(groups: list[Group]) -> tuple[Tensor, ...]:
-    """-> idx, positions, branch, (B, T) each, padded on the right (what nothing reads); and for M tokens to
-    score the place in B * T whose logits predict it, the token, and the number of its request, (M,) each."""
+    """-> idx, positions, branch, (B, T) each, for a Tree; and for M tokens to score the place in B * T whose
+    logits predict it, the token, and the number of its request, (M,) each."""
     T = max(row.size() for row in groups)
     idx, positions, branch = (np.zeros((len(groups), T), np.int64) for _ in range(3))
     places, tokens, owners = [], [], []
@@ -403,25 +431,27 @@ def pack(groups: list[Group]) -> tuple[Tensor, ...]:
             tokens += continuation
             owners += [number] * len(continuation)
             end = new.stop
+        branch[b, end:] = -1
     return tuple(torch.as_tensor(a) for a in (idx, positions, branch, places, tokens, owners))
 
 
 @torch.no_grad()
 def score(
-    model: AbbIE, requests: list[Pair], iters: list[int], batch_size=32, rank=0, world=1, bar=""
-) -> tuple[np.ndarray, np.ndarray, list[int]]:
+    model: AbbIE, requests: list[Pair], iters: list[int | str], batch_size=32, rank=0, world=1, bar=""
+) -> tuple[np.ndarray, np.ndarray, list[int], list[float]]:
     """Tokens of N (context, continuation) -> log-likelihoods (N, R), whether every token is the argmax
-    (N, R), and the numbers of the requests whose context was truncated. Batches are the same for every number
-    of ranks, each of which takes a stride of them."""
+    (N, R), the numbers of the requests whose context was truncated, and the mean iterations of the tokens
+    read, R of them. Batches are the same for every number of ranks, each of which takes a stride of them."""
     groups, truncated = group(requests, model.config.block_size)
     device, at_a_time = model.embed.weight.device, max(1, LOGITS_AT_A_TIME // model.config.vocab_size)
     total, misses = (torch.zeros(len(requests), len(iters), dtype=torch.float64) for _ in range(2))
+    ran = torch.zeros(2, len(iters), dtype=torch.float64)  # iterations, tokens
     for batch in progress(batches_of(groups, batch_size)[rank::world], bar, rank):
         *packed, owners = pack(batch)
         idx, positions, branch, places, tokens = (t.to(device) for t in packed)
-        rope = tuple(table[positions][:, None] for table in model.rope_on(device))  # (B, 1, T, E/2) each
-        tree = Tree(branch) if branch.max() > 1 else None  # without branches: plain causal attention
-        for i, z in enumerate(model.states_at(idx, iters, rope, tree)):
+        tree = Tree(branch, positions)
+        for i, (z, depth) in enumerate(read(model, idx, iters, tree)):
+            ran[:, i] += torch.stack([depth.sum(), tree.live.sum()]).cpu()
             nats, missed = [], []
             for part, token in zip(z.flatten(0, 1)[places].split(at_a_time), tokens.split(at_a_time)):
                 logits = model.logits(part).float()  # (<= at_a_time, V)
@@ -429,8 +459,8 @@ def score(
                 missed.append(logits.argmax(-1) != token)
             total[:, i].index_add_(0, owners, -torch.cat(nats).cpu().double())
             misses[:, i].index_add_(0, owners, torch.cat(missed).cpu().double())
-    total, misses = (sum_over_ranks(x, world).numpy() for x in (total, misses))
-    return total, misses == 0, truncated
+    total, misses, ran = (sum_over_ranks(x, world).numpy() for x in (total, misses, ran))
+    return total, misses == 0, truncated, (ran[0] / ran[1]).tolist()
 
 
 # ------------------------------------------------------------------------------------------ scores -> metrics
@@ -476,14 +506,14 @@ def is_right(example: Example, scores: np.ndarray, greedy: np.ndarray, metric: s
 
 
 def run_task(
-    model: AbbIE, tokenizer, name: str, examples: list[Example], iters: list[int],
+    model: AbbIE, tokenizer, name: str, examples: list[Example], iters: list[int | str],
     bootstrap_iters=100_000, log=None, **options,
 ) -> dict:  # fmt: skip
-    """Score one task -> {"n", "truncated": examples, "iters": {r: {metric, metric_stderr}}, "paired":
-    {"reference": the trained r (else the first), r: {metric: {gained, lost, p}}}}. `log`, an open file, gets
-    a line per example and r. The options are score's."""
+    """Score one task -> {"n", "truncated": examples, "iters": {r: {metric, metric_stderr, mean_iters}},
+    "paired": {"reference": the trained r (else the first), r: {metric: {gained, lost, p}}}}. `log`, an open
+    file, gets a line per example and r. The options are score's."""
     requests = encode_requests(tokenizer, [request for example in examples for request in example.requests])
-    scores, greedy, truncated = score(model, requests, iters, bar=name, **options)
+    scores, greedy, truncated, mean_iters = score(model, requests, iters, bar=name, **options)
     ends = np.cumsum([len(example.requests) for example in examples])
     scores, greedy = np.split(scores, ends[:-1]), np.split(greedy, ends[:-1])  # an example each, (choices, R)
     trained = model.config.mean_iters
@@ -507,6 +537,8 @@ def run_task(
                     result["paired"][str(r)][metric] = mcnemar(right[:, base], right[:, i])
         for r, value, stderr in zip(iters, values.tolist(), stderrs):
             result["iters"][str(r)].update({metric: value, metric + "_stderr": stderr})
+    for r, ran in zip(iters, mean_iters):
+        result["iters"][str(r)]["mean_iters"] = ran
     for number, example in enumerate(examples if log else []):
         for i, r in enumerate(iters):
             line = {"task": name, "doc_id": number, "iters": r}
@@ -519,11 +551,11 @@ def run_task(
 
 def run_tasks(
     model: AbbIE, tokenizer, tasks: list[str], iters: list[int], data=None, data_dir="data/icl", limit=None,
-    **options,
+    exits=(), **options,
 ) -> dict:  # fmt: skip
-    """Score tasks at every entry of iters -> {"tasks": {name: the result of run_task}}. The built-in tasks
-    are made of the shards in the folder `data`; the options are run_task's."""
-    iters, results = ascending(model, iters), {}
+    """Score tasks at every entry of iters and exits -> {"tasks": {name: the result of run_task}}. The
+    built-in tasks are made of the shards in the folder `data`; the options are run_task's."""
+    iters, results = [*ascending(model, iters), *exits], {}
     for name, examples in load_tasks(tasks, data, data_dir, model.config.block_size, limit).items():
         results[name] = run_task(model, tokenizer, name, examples, iters, **options)
     return {"tasks": results}
@@ -558,7 +590,7 @@ def harness_model(model: AbbIE, tokenizer, iters: int, batch_size: int = 32, ran
 
         def loglikelihood(self, requests, disable_tqdm=False):
             pairs = encode_requests(tokenizer, [request.args for request in requests])
-            scores, greedy, _ = score(model, pairs, [iters], batch_size, rank, world, bar="log-likelihood")
+            scores, greedy, *_ = score(model, pairs, [iters], batch_size, rank, world, bar="log-likelihood")
             return list(zip(scores[:, 0].tolist(), greedy[:, 0].tolist()))
 
         def loglikelihood_rolling(self, requests, disable_tqdm=False):
@@ -647,13 +679,14 @@ def print_table(results: dict):
     if not sections:
         return
     columns, width = list(next(iter(sections.values()))["iters"]), max(map(len, sections))
-    print(f"{'':{width}s}  {'':13s} {'n':>10s}" + "".join(f"{'r=' + r:>23s} " for r in columns) + " *: best")
+    titles = "".join(f"{'r=' + r if r.isdigit() else r:>23s} " for r in columns)
+    print(f"{'':{width}s}  {'':13s} {'n':>10s}{titles} *: best")
     for name, section in sections.items():
         n, official = section["n"], EVAL_SETS[name].n_rows if name in EVAL_SETS else section["n"]
         count = str(n) if n == official else f"{n}/{official}"
         paired = section.get("paired", {})
         for metric in section["iters"][columns[0]]:
-            if metric.endswith("_stderr"):
+            if metric.endswith("_stderr") or metric == "mean_iters" and all(map(str.isdigit, columns)):
                 continue
             values = {r: scores[metric] for r, scores in section["iters"].items()}
             better = min if metric in LOWER_IS_BETTER else max
@@ -662,7 +695,8 @@ def print_table(results: dict):
             for r, value in values.items():
                 stderr = section["iters"][r].get(metric + "_stderr")
                 text = cell(metric, value) + (f" ± {cell(metric, stderr)}" if stderr is not None else "")
-                line += f"{text:>23s}" + ("*" if value == values[best] else " ")
+                starred = value == values[best] and metric != "mean_iters"
+                line += f"{text:>23s}" + ("*" if starred else " ")
             print(f"{name:{width}s}  {metric:13s} {count:>10s}{line}")
             test = paired.get(best, {}).get(metric)
             if test and test["gained"] > test["lost"]:
@@ -686,6 +720,8 @@ def parse_args(argv: list[str]):
     add = parser.add_argument
     add("--ckpt", help="run folder, checkpoint or hf:FOLDER (default: the newest under out/)")
     add("--iters", default="1,2,4,8", help="iterations of the Body (default 1,2,4,8)")
+    rule = "also at adaptive depth, up to the last of --iters, as in sample.py: kl:1e-2,mean:2.5"
+    add("--exit", dest="exits", default="", help=rule)
     add("--tasks", help=f"of {', '.join(TASKS)} (the first two)")
     add("--data_dir", default="data/icl", help="holds TASK/SPLIT.jsonl")
     add("--limit", type=int, help="rows of each task, the first N; of a built-in one, examples (300)")
@@ -703,6 +739,7 @@ def parse_args(argv: list[str]):
     check(args.batch_size >= 1, f"--batch_size={args.batch_size} must be at least 1")
     check(args.limit is None or args.limit >= 1, f"--limit={args.limit} must be at least 1")
     args.iters = parse_list(args.iters, "iters")
+    args.exits = args.exits.split(",") if args.exits else []
     args.lm_eval = args.lm_eval.split(",") if args.lm_eval else []
     args.tasks = args.tasks.split(",") if args.tasks else []
     if not args.tasks and not args.lm_eval and args.ppl is None:
@@ -724,7 +761,11 @@ def prepare(args, rank: int, model_class=AbbIE) -> tuple:
     """-> model, examples of the tasks, shards or None, the harness's tasks or None. Whatever can be wrong is
     found here, before anything is computed."""
     model = load_model(args.ckpt, choose_device(args.device), model_class)
-    ascending(model, args.iters)
+    most = ascending(model, args.iters)[-1]
+    args.exits = [resolve_exit(model, exit, most) for exit in args.exits]
+    if args.exits:  # whose predictions are all kept until the next iteration
+        logits = model.config.vocab_size * model.config.block_size
+        args.batch_size = min(args.batch_size, max(1, 8 * LOGITS_AT_A_TIME // logits))
     own = model.meta.get("data")
     examples = load_tasks(args.tasks, own or args.ppl, args.data_dir, model.config.block_size, args.limit)
     shards = None if args.ppl is None else find_shards(model, args.ppl or own)
@@ -739,15 +780,16 @@ def evaluate(args, rank: int, world: int, model: AbbIE, examples: dict, shards, 
     """Compute and print all that is asked for -> the contents of --out."""
     options = {"batch_size": args.batch_size, "rank": rank, "world": world}
     iters, tokenizer = ascending(model, args.iters), get_tokenizer(model.meta["tokenizer"])
+    columns = [*iters, *args.exits]
     results = {"ckpt": model.meta["ckpt"], "trained_iters": model.config.mean_iters, "tasks": {}}
     log = open(args.log_samples, "w") if args.log_samples and rank == 0 else None
     for name, task in examples.items():
         how = {"bootstrap_iters": args.bootstrap_iters, "log": log, **options}
-        results["tasks"][name] = run_task(model, tokenizer, name, task, iters, **how)
+        results["tasks"][name] = run_task(model, tokenizer, name, task, columns, **how)
     if log:
         log.close()
     if shards:
-        results["ppl"] = perplexity(model, shards, iters, **options)
+        results["ppl"] = perplexity(model, shards, columns, **options)
     print_table(results)
     if manager:
         asked = {name: getattr(args, name) for name in ("num_fewshot", "limit", "bootstrap_iters")}

@@ -299,10 +299,11 @@ class AbbIE(nn.Module):
             x = block(x, rope, kv and kv.at("body", i, k), c)
         return x
 
-    def run_tail(self, u: Tensor, rope, kv=None) -> Tensor:
-        """What the Body hands on, (B, T, D) -> the normed state that is unembedded, (B, T, D)."""
+    def run_tail(self, u: Tensor, rope, kv=None, k: int = 0) -> Tensor:
+        """What the Body hands on, (B, T, D) -> the normed state that is unembedded, (B, T, D). k: iteration
+        after which early exit looks at it."""
         for i, block in enumerate(self.tail):
-            u = block(u, rope, kv and kv.at("tail", i))
+            u = block(u, rope, kv and kv.at("tail", i, k))
         return self.norm(u)
 
     def logits(self, z: Tensor) -> Tensor:
@@ -419,7 +420,6 @@ def rope_table(config: AbbIEConfig) -> tuple[Tensor, Tensor]:
         freq = keep * freq + (1 - keep) * freq / scaling["factor"]
     angle = torch.outer(torch.arange(config.block_size).float(), freq)
     # The first call of MKL's vector functions in a process settles which kernels all later ones take. Where
-    # two
-    # threads share it, one may take a kernel of low accuracy (pytorch #188792): so one thread makes it.
+    # two threads share it, one may take a kernel of low accuracy (pytorch #188792): so one thread makes it.
     torch.zeros(1).cos()
     return angle.cos(), angle.sin()

@@ -3,7 +3,8 @@
     python sample.py --prompt "def "                      # the newest checkpoint under out/, at its own iters
     python sample.py --iters 8 --prompt_file story.txt --num_samples 3 --temperature 0.8 --top_p 0.95
     python sample.py --iters 8 --draft_iters 2 --temperature 0 --prompt "def "     # the same tokens, faster
-    python sample.py --iters 8 --exit kl:1e-3 --prompt "def "                      # early exit of tokens
+    python sample.py --iters 8 --exit kl:1e-2 --prompt "def "                      # as many as a token needs
+    python sample.py --iters 8 --exit mean:2.5 --cache last --prompt "def "        # 2.5 of them on average
     python sample.py --compare 1,2,4,8 --prompt "def "                             # side by side
     python sample.py --ckpt hf:FOLDER                     # on a terminal without a prompt: interactive
 
@@ -22,7 +23,7 @@ import torch
 from checkpoint import load_model
 from config import ArgumentParser, choose_device, cli, parse_list
 from data import get_tokenizer
-from decode import Stats, lay_out_for_decoding, stream
+from decode import Stats, lay_out_for_decoding, resolve_exit, stream
 from model import UserError, check
 
 
@@ -138,7 +139,7 @@ def parse_args(argv: list[str]):
     add("--stop", action="append", default=[], help="end before this text (may be given several times)")
     add("--draft_iters", type=int, default=0, help="draft at so many iterations, verify at --iters (0: no)")
     add("--draft_tokens", type=int, default=4, help="tokens that are drafted before a verification")
-    add("--exit", dest="early_exit", default="", help="kl:1e-3 or u:1e-2: stop iterating on small changes")
+    add("--exit", dest="early_exit", default="", help="kl:1e-2, u:1e-2 or mean:2.5: early exit of tokens")
     add("--cache", dest="cache_mode", default="full", help="full, or last: one slot for all iterations")
     add("--compare", help="show the prompt at several iters side by side: 1,2,4,8")
     add("--compile", dest="compiled", action="store_true", help="record each step as one graph (for CUDA)")
@@ -167,6 +168,8 @@ def main(argv: list[str]):
     device = choose_device(args.device)
     model = load_model(args.ckpt, device).to(getattr(torch, args.dtype)).eval()
     lay_out_for_decoding(model)
+    if args.early_exit:
+        args.early_exit = resolve_exit(model, args.early_exit, model.check_iters(args.iters))
     tokenizer = get_tokenizer(model.meta["tokenizer"])
     options = {name: getattr(args, name) for name in OPTIONS}
     show = show_side_by_side if args.compare else show_samples

@@ -103,14 +103,16 @@ def measure_draft(args):
 def forced_loss(model, ids, iters, cache_mode="full", spec="", prompt=32):
     """Mean NLL in nats of tokens prompt + 1 ... of ids (B, T), decoded a token at a time, the iterations per
     token, and how many tokens ran how many."""
-    cache, stats, nll = KVCache(model.config, len(ids), iters, cache_mode), Stats(), []
-    early = {"cache": cache, "iters": iters, "rule": parse_exit(spec) if spec else None, "stats": stats}
-    rows, mean_iters = list(range(len(ids))), iters
-    logits = step(model, ids[:, :prompt], cache, iters)
+    looks = spec.startswith("kl")
+    cache, stats, nll = KVCache(model.config, len(ids), iters, cache_mode, looks=looks), Stats(), []
+    next_step, mean_iters = partial(step, model, cache=cache, iters=iters), iters
+    if spec:
+        how = {"cache": cache, "iters": iters, "rule": parse_exit(spec), "stats": stats}
+        next_step = partial(adaptive_step, model, **how)
+    logits = next_step(ids[:, :prompt])
     for t in range(prompt, ids.shape[1]):
         nll.append(F.cross_entropy(logits, ids[:, t]))
-        token = ids[:, t : t + 1]
-        logits = adaptive_step(model, token, rows, **early) if spec else step(model, token, cache, iters)
+        logits = next_step(ids[:, t : t + 1])
     if spec:
         mean_iters = sum(k * n for k, n in stats.iters.items()) / stats.iters.total()
     return float(torch.stack(nll).mean()), mean_iters, {k: stats.iters[k] for k in sorted(stats.iters)}

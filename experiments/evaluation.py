@@ -291,7 +291,7 @@ def measure_parity(args) -> dict:
         requests = encode_requests(
             tokenizer, [request for example in examples for request in example.requests]
         )
-        lls, greedy, truncated = score(model, requests, [iters])
+        lls, greedy, truncated, _ = score(model, requests, [iters])
         ours, lls, greedy = time.process_time() - start, lls[:, 0], greedy[:, 0]
         difference = np.abs(lls - [ll for ll, _ in scores])
         own = run_task(model, tokenizer, name, examples, [iters], bootstrap_iters=args.bootstrap_iters)

@@ -27,7 +27,7 @@ import train
 from checkpoint import find_checkpoint, load_model, save_checkpoint
 from config import ArgumentParser, cli, load_config, parse_list
 from data import Shards, get_tokenizer
-from decode import KVCache, Stats, adaptive_step, parse_exit
+from eval_icl import read
 from experiments import RESULTS, ROOT, append
 from model import AbbIE, parse_iters
 
@@ -181,26 +181,22 @@ def accuracy(model: AbbIE, shards: Shards, iters: list[int], n_programs: int) ->
 
 
 @torch.no_grad()
-def accuracy_with_exit(model: AbbIE, shards: Shards, spec: str, iters: int, n_programs: int) -> dict:
-    """The first programs read a token at a time with early exit, at most iters (`spec` as in sample.py's
-    --exit): {"mean_iters": of all tokens, "iters": {hops: of a query}, "acc": {hops: share right}}."""
-    depths, right, stats, n_programs = {}, {}, Stats(), min(n_programs, shards.n_windows)
+def accuracy_with_exit(model: AbbIE, shards: Shards, exit: str, iters: int, n_programs: int) -> dict:
+    """The first programs read with early exit, at most iters (`exit` as in sample.py): {"mean_iters": of all
+    tokens, "iters": {hops: of a query}, "acc": {hops: share right}}."""
+    depths, right, n_programs, total = {}, {}, min(n_programs, shards.n_windows), 0
     for first in range(0, n_programs, 64):
         x, y = shards.batch(range(first, min(first + 64, n_programs)))
-        asked = {(row, at): hops for row in range(len(x)) for at, hops in questions(x[row].numpy())}
-        cache, rows = KVCache(model.config, len(x), iters), list(range(len(x)))
-        how = {"cache": cache, "iters": iters, "rule": parse_exit(spec), "stats": stats}
-        for at in range(x.shape[1]):
-            logits = adaptive_step(model, x[:, at : at + 1], rows, **how)
-            for row, hit in enumerate(logits.argmax(-1) == y[:, at]):
-                hops = asked.get((row, at))
-                if hops:
-                    depths.setdefault(hops, []).append(stats.depth[row])
-                    right.setdefault(hops, []).append(float(hit))
-    mean_iters = sum(k * n for k, n in stats.iters.items()) / stats.iters.total()
+        [_, (z, ran)] = read(model, x, [iters, exit])
+        hit = model.logits(z).argmax(-1) == y
+        total += int(ran.sum())
+        for row in range(len(x)):
+            for at, hops in questions(x[row].numpy()):
+                depths.setdefault(hops, []).append(int(ran[row, at]))
+                right.setdefault(hops, []).append(bool(hit[row, at]))
     return {
         "n_programs": n_programs,
-        "mean_iters": round(mean_iters, 3),
+        "mean_iters": round(total / (n_programs * shards.block_size), 3),
         "iters": {h: round(float(np.mean(depths[h])), 3) for h in sorted(depths)},
         "acc": {h: round(float(np.mean(right[h])), 4) for h in sorted(right)},
     }

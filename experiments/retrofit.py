@@ -45,10 +45,10 @@ def losses(run: str, iters: list[int], tokens: int) -> dict:
     """{r: loss, its standard error} on validation tokens, the same ones for every run."""
     model = load_model(run).eval()
     shards = Shards(model.meta["data"], "val", model.config.block_size)
-    found = window_losses(model, shards, iters, tokens // model.config.block_size).numpy()
+    found, _ = window_losses(model, shards, iters, tokens // model.config.block_size)
     return {
         str(r): [round(float(column.mean()), 5), round(mean_stderr(column), 5)]
-        for r, column in zip(iters, found.T)
+        for r, column in zip(iters, found.numpy().T)
     }
 
 

@@ -217,7 +217,8 @@ def run_row(study: Study, name: str, seed: int, args):
     n_windows = min(VAL_TOKENS // config.block_size, shards.n_windows)
     device = model.embed.weight.device.type
     autocast = partial(torch.autocast, device, dtype=torch.bfloat16, enabled=config.dtype == "bfloat16")
-    losses = window_losses(model, shards, iters, n_windows, autocast=autocast, bar="loss").numpy()
+    losses, _ = window_losses(model, shards, iters, n_windows, autocast=autocast, bar="loss")
+    losses = losses.numpy()
     windows = {str(r): [round(loss, 5) for loss in losses[:, i].tolist()] for i, r in enumerate(iters)}
     path = windows_file(args.out, study, name, seed)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,7 @@ import torch
 from common import make, tokens
 
 import decode
-from decode import KVCache, Stats, adaptive_step, distribution, draw, generate, step, stream
+from decode import KVCache, Stats, distribution, draw, generate, step, stream
 from model import RULES, UserError
 
 S = 16  # context of most models here
@@ -116,7 +116,8 @@ def test_cache_memory():
     config = make(rule="abbie_d").config  # blocks 1 + 2 + 1, 2 KV heads of 8 channels
     per_slot = 2 * 2 * 8 * 4
     assert KVCache(config, max_iters=8).bytes_per_token == (2 + 2 * 8) * per_slot
-    assert KVCache(config, max_iters=8, mode="last").bytes_per_token == (2 + 2) * per_slot
+    assert KVCache(config, max_iters=8, looks=True).bytes_per_token == (1 + 3 * 8) * per_slot
+    assert KVCache(config, max_iters=8, mode="last", looks=True).bytes_per_token == (2 + 2) * per_slot
 
 
 # ------------------------------------------------------------------------------------------------- early exit
@@ -124,12 +125,13 @@ def test_cache_memory():
 
 class Whole:
     """The reference: a whole sequence at once, token t running depths[t] iterations; at the iterations that
-    it skips, the others see its last keys and values."""
+    it skips, the others see its last keys and values. Where early exit looks at the Tail in every iteration,
+    these are of the Tail too."""
 
     mask, causal = None, True
 
-    def __init__(self, depths):
-        self.depths, self.last = torch.tensor(depths), {}
+    def __init__(self, depths, looks=False):
+        self.depths, self.looks, self.last = torch.tensor(depths), looks, {}
 
     def at(self, part, i, k=0):
         self.where = part, i, k
@@ -137,16 +139,15 @@ class Whole:
 
     def store(self, k, v):
         part, i, iteration = self.where
-        if part == "body":
-            if iteration > 0:
-                frozen = (self.depths <= iteration)[:, None]
-                k, v = (torch.where(frozen, old, new) for old, new in zip(self.last[i], (k, v)))
-            self.last[i] = k, v
+        if iteration > 0:
+            frozen = (self.depths <= iteration)[:, None]
+            k, v = (torch.where(frozen, old, new) for old, new in zip(self.last[part, i], (k, v)))
+        self.last[part, i] = k, v
         return k, v
 
     @torch.no_grad()
     def logits(self, model, ids):
-        idx, u = torch.tensor([ids]), 0
+        idx, u, z = torch.tensor([ids]), 0, 0
         rope = model.rope(idx)
         h = model.run_head(idx, rope, self)
         x = model.start(h)
@@ -154,7 +155,9 @@ class Whole:
             new, next_x = model.advance(x, h, k, k + 1, rope, self)
             runs = (self.depths > k)[:, None]
             u, x = torch.where(runs, new, u), torch.where(runs, next_x, x)
-        return model.logits(model.run_tail(u, rope, self))[0]
+            if self.looks:
+                z = torch.where(runs, model.run_tail(u, rope, self, k), z)
+        return model.logits(z if self.looks else model.run_tail(u, rope, self))[0]
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -168,31 +171,83 @@ def test_iterations_may_change_from_one_token_to_the_next(rule):
     torch.testing.assert_close(torch.stack(got), Whole(depths).logits(model, ids)[3:], atol=1e-4, rtol=1e-5)
 
 
-@pytest.mark.parametrize("early_exit", ["kl:1e-3", "u:1e-2"])
-@pytest.mark.parametrize("rule", ["abbie_d", "recall"])
-def test_early_exit_equals_the_masked_reference_and_skips_the_work(rule, early_exit):
-    model, exit_rule = make(rule=rule, seed=3), decode.parse_exit(early_exit)
+EXITS = ["kl:1e-3", "u:1e-2"]
+
+
+def settling_model(rule):
+    """A model some of whose tokens settle after two iterations and some after more."""
+    model = make(rule=rule, seed=3)
     if rule == "recall":  # calmer, so that it settles at all
         with torch.no_grad():
             for block in model.body:
                 block.attn.proj.weight.mul_(0.3)
                 block.mlp.down.weight.mul_(0.3)
-    idx, begun, rows, stats = tokens(3, 24), [2, 6, 10], [0, 1, 2], Stats()
-    cache = KVCache(model.config, 3, max_iters=8)
-    step(model, idx[:, :10], cache, 8, n_new=begun)
-    calls, depths, logits = count_body_calls(model), [[8] * n for n in begun], []
-    for t in range(14):
-        new = torch.stack([idx[b, begun[b] + t] for b in rows])[:, None]
-        logits.append(adaptive_step(model, new, rows, cache=cache, iters=8, rule=exit_rule, stats=stats))
-        for b in rows:
-            depths[b].append(stats.depth[b])
-    assert len(stats.iters) > 1 and stats.iters.total() == 14 * 3
-    work = sum(k * count for k, count in stats.iters.items())
-    assert sum(B for B, T in calls) == work, "rows that have settled are not computed on"
-    for b in rows:
-        n = len(depths[b])
-        wanted = Whole(depths[b]).logits(model, idx[b, :n].tolist())[begun[b] :]
-        torch.testing.assert_close(torch.stack(logits)[:, b], wanted, atol=1e-4, rtol=1e-4)
+    return model
+
+
+def read(model, idx, early_exit, chunks, mode="full"):
+    """Read idx (B, T) with early exit in chunks of so many tokens -> logits after each, and the depths of all
+    tokens, (B, T)."""
+    cache = KVCache(model.config, len(idx), 8, mode, looks=early_exit.startswith("kl"))
+    rule, logits, depths, start = decode.parse_exit(early_exit), [], [], 0
+    for T in chunks:
+        kv = cache.chunk(cache.lengths, T)
+        part = idx[:, start : start + T]
+        z, depth = decode.adaptive_states(model, part, kv, 8, rule, torch.ones(part.shape, dtype=torch.bool))
+        logits.append(model.logits(z))
+        depths.append(depth)
+        cache.lengths, start = [n + T for n in cache.lengths], start + T
+    return torch.cat(logits, 1), torch.cat(depths, 1)
+
+
+@pytest.mark.parametrize("early_exit", EXITS)
+@pytest.mark.parametrize("rule", ["abbie_d", "recall"])
+def test_early_exit_equals_the_masked_reference_and_skips_the_work(rule, early_exit):
+    model, idx = settling_model(rule), tokens(3, 24)
+    calls = count_body_calls(model)
+    logits, depths = read(model, idx, early_exit, [1] * 24)
+    assert len(depths.unique()) > 1
+    assert sum(B for B, T in calls) == depths.sum(), "rows that have settled are not computed on"
+    for b in range(3):
+        wanted = Whole(depths[b].tolist(), early_exit.startswith("kl")).logits(model, idx[b].tolist())
+        torch.testing.assert_close(logits[b], wanted, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("early_exit", EXITS)
+@pytest.mark.parametrize("rule", RULES)
+def test_a_prompt_read_at_once_equals_one_read_token_by_token(rule, early_exit):
+    model, idx = settling_model(rule), tokens(3, 24)
+    wanted, depths = read(model, idx, early_exit, [1] * 24)
+    for chunks in ([24], [10, 1, 13]):
+        calls = count_body_calls(model)
+        logits, found = read(model, idx, early_exit, chunks)
+        assert torch.equal(found, depths)
+        torch.testing.assert_close(logits, wanted, atol=1e-4, rtol=1e-4)
+        rows = [[int((depths[b] > k).sum()) for b in range(3)] for k in range(8)]
+        if chunks == [24]:  # iteration k works on the tokens that still move, padded to the longest row's
+            assert calls == [(sum(n > 0 for n in row), max(row)) for row in rows if any(row)]
+
+
+@pytest.mark.parametrize("mode", ["full", "last"])
+@pytest.mark.parametrize("early_exit", EXITS)
+def test_prompts_of_different_lengths_are_read_adaptively_as_alone(early_exit, mode):
+    model = settling_model("recall")
+    keys = dict(early_exit=early_exit, cache_mode=mode)
+    batch_stats, alone, stats = Stats(), [], Stats()
+    batch = generate(model, PROMPTS, 12, 8, stats=batch_stats, **keys)
+    for prompt in PROMPTS:
+        alone += generate(model, [prompt], 12, 8, stats=stats, **keys)
+    assert batch == alone and batch_stats.iters == stats.iters
+    fed = sum(len(prompt) + 11 for prompt in PROMPTS)
+    assert stats.iters.total() == fed and len(stats.iters) > 1
+
+
+def test_one_slot_reads_a_prompt_as_the_full_cache_does():
+    model, idx = settling_model("recall"), tokens(2, 20)
+    for early_exit in EXITS:
+        full, last = (read(model, idx, early_exit, [20], mode) for mode in ("full", "last"))
+        assert torch.equal(full[1], last[1])
+        torch.testing.assert_close(full[0], last[0], atol=1e-4, rtol=1e-4)
 
 
 def test_a_threshold_that_nothing_meets_is_plain_decoding():

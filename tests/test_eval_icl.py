@@ -17,6 +17,7 @@ from common import ROOT, make, save
 
 import eval_icl
 from data import EVAL_SETS, Shards, documents, get_tokenizer
+from decode import KVCache, adaptive_states, parse_exit, resolve_exit
 from eval_icl import (
     BUILT_IN,
     TASKS,
@@ -25,6 +26,7 @@ from eval_icl import (
     evaluate_loss,
     load_tasks,
     main,
+    perplexity,
     run_tasks,
     score,
 )
@@ -196,7 +198,7 @@ def test_scores_equal_one_request_at_a_time(rule, batch_size, icl, tokenizer):
     ]
     requests += [("x" * 150, " long"), ("", "none")]
     pairs = encode_requests(tokenizer, requests)
-    scores, greedy, truncated = score(model, pairs, iters, batch_size)
+    scores, greedy, truncated, _ = score(model, pairs, iters, batch_size)
     expected = [[by_hand(model, pair, r) for r in iters] for pair in pairs]
     assert np.abs(scores - [[nats for nats, _ in row] for row in expected]).max() < 1e-4
     assert (greedy == [[hit for _, hit in row] for row in expected]).all()
@@ -204,12 +206,66 @@ def test_scores_equal_one_request_at_a_time(rule, batch_size, icl, tokenizer):
     assert np.abs(scores[:, 0] - scores[:, 2]).max() > 0.1  # r matters here
 
 
+@torch.no_grad()
+def adaptively_by_hand(model, context, continuation, exit, iters) -> tuple[float, list[int]]:
+    """A request read token by token with the full cache -> log-likelihood, iterations of the tokens read."""
+    cache, depths, total = KVCache(model.config, 1, iters, looks=exit.startswith("kl")), [], 0.0
+    idx, rule = [*context, *continuation], parse_exit(exit)
+    for t, token in enumerate(idx[:-1]):
+        kv = cache.chunk([t], 1)
+        one = torch.tensor([[token]])
+        z, depth = adaptive_states(model, one, kv, iters, rule, torch.ones(1, 1, dtype=torch.bool))
+        depths.append(depth.item())
+        if t + 1 >= len(context):
+            total += model.logits(z)[0, 0].log_softmax(-1)[idx[t + 1]].item()
+    return total, depths
+
+
+@pytest.mark.parametrize("exit", ["kl:3e-3", "u:3e-2"])
+def test_adaptive_scores_equal_token_by_token_reading(exit, icl, tokenizer):
+    model = make(**SHAPE, rule="abbie_d")
+    requests = [r for name in ("hellaswag", "arc_easy") for e in examples_of(name, icl) for r in e.requests]
+    pairs = encode_requests(tokenizer, requests)
+    scores, _, _, mean_iters = score(model, pairs, [1, 6, exit], batch_size=5)
+    assert np.allclose(scores[:, :2], score(model, pairs, [1, 6])[0], atol=1e-5) and mean_iters[:2] == [1, 6]
+    found = [adaptively_by_hand(model, *pair, exit, 6) for pair in pairs]
+    assert np.abs(scores[:, 2] - [nats for nats, _ in found]).max() < 1e-3
+    depths = {depth for _, depths in found for depth in depths}
+    assert len(depths) > 1 and min(depths) < mean_iters[2] < max(depths)
+    alone = [pair for pair in pairs if len(pair[0]) == len(pairs[0][0])][:1]  # nothing is shared
+    assert score(model, alone, [6, exit])[3][1] == pytest.approx(np.mean(found[0][1]))
+
+
+def test_perplexity_at_adaptive_depth(model, corpus):
+    shards = Shards(corpus, "val", 96)
+    found = perplexity(model, shards, [1, 6, "kl:1e-30", "u:1e9"])["iters"]
+    assert found["kl:1e-30"]["loss"] == pytest.approx(found["6"]["loss"], abs=1e-5)
+    assert [found[c]["mean_iters"] for c in found] == [1, 6, 6, 2]
+    assert found["u:1e9"]["loss"] == pytest.approx(
+        perplexity(model, shards, [2])["iters"]["2"]["loss"], abs=1e-5
+    )
+
+
+def test_a_threshold_for_the_wanted_mean(corpus):
+    shards = Shards(corpus, "val", 96)
+    model = make(**SHAPE, rule="abbie_d")
+    model.meta = {"data": str(corpus)}
+    exit = resolve_exit(model, "mean:3.2", 8)
+    assert perplexity(model, shards, [8, exit])["iters"][exit]["mean_iters"] == pytest.approx(3.2, abs=0.2)
+    assert resolve_exit(model, "kl:1e-2", 8) == "kl:1e-2"
+    with pytest.raises(UserError, match="between 2 and iters=8"):
+        resolve_exit(model, "mean:9", 8)
+    model.meta = {"data": "data/gone"}
+    with pytest.raises(UserError, match="training data, data/gone\ngive a threshold"):
+        resolve_exit(model, "mean:3", 8)
+
+
 def test_greedy_is_seen(model):
     """A continuation made of argmaxes is greedy, and one wrong token ends that."""
     context = list(b"The bee")
     best = greedy_text(model, context, 4, iters=3)
     wrong = [*best[:-1], (best[-1] + 1) % 256]
-    _, greedy, _ = score(model, [(context, best), (context, wrong)], [3])
+    _, greedy, *_ = score(model, [(context, best), (context, wrong)], [3])
     assert greedy[:, 0].tolist() == [True, False]
 
 
@@ -360,8 +416,8 @@ def start(command: list[str], **env) -> subprocess.Popen:
 
 
 def test_command_writes_the_same_on_any_number_of_processes(ckpt, icl, tmp_path, capsys):
-    args = [f"--ckpt={ckpt}", "--iters=2,1,4", "--tasks=arc_easy,lambada_openai,cloze", "--ppl",
-            f"--data_dir={icl}", "--batch_size=2", "--bootstrap_iters=200", "--limit=6"]  # fmt: skip
+    args = [f"--ckpt={ckpt}", "--iters=2,1,4", "--tasks=arc_easy,lambada_openai,cloze", "--ppl", "--limit=6",
+            f"--data_dir={icl}", "--batch_size=2", "--bootstrap_iters=200", "--exit=kl:1e-2"]  # fmt: skip
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     main([*args, f"--out={tmp_path}/1.json", f"--log_samples={tmp_path}/1.jsonl"])
@@ -376,7 +432,8 @@ def test_command_writes_the_same_on_any_number_of_processes(ckpt, icl, tmp_path,
     assert (tmp_path / "1.jsonl").read_text() == (tmp_path / "2.jsonl").read_text()
 
     results = json.loads((tmp_path / "1.json").read_text())
-    assert list(results["tasks"]["arc_easy"]["iters"]) == ["1", "2", "4"]
+    assert list(results["tasks"]["arc_easy"]["iters"]) == ["1", "2", "4", "kl:1e-2"]
+    assert 2 <= results["ppl"]["iters"]["kl:1e-2"]["mean_iters"] <= 4 and "mean_iters" in table
     assert results["tasks"]["arc_easy"]["paired"]["reference"] == 2
     assert "6/2376" in table and "*" in table
     loss, val = results["ppl"]["iters"]["2"], Shards(results["ppl"]["data"], "val", 96)

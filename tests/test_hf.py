@@ -185,7 +185,7 @@ def test_the_harness_scores_every_example_as_we_do(tmp_path):
         pretrained=str(tmp_path / "x"), trust_remote_code=True, iters=4, device="cpu", batch_size=2
     )
     encoded = eval_icl.encode_requests(get_tokenizer("bytes"), pairs)
-    scores, is_greedy, _ = eval_icl.score(model, encoded, [4])
+    scores, is_greedy, *_ = eval_icl.score(model, encoded, [4])
     for (theirs, greedily), score, ours_greedily in zip(harness.loglikelihood(requests), scores, is_greedy):
         assert theirs == pytest.approx(score[0], abs=1e-4) and greedily == ours_greedily[0]
 
