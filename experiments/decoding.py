@@ -1,6 +1,7 @@
 """What decoding costs at r iterations, and what the ways around it save. Adds to results/decoding.jsonl.
 
-    python -m experiments.decoding draft exit cache --ckpt out/NAME     # a trained model
+    python -m experiments.decoding draft --ckpt out/NAME                # a trained model
+    python -m experiments.decoding int8 --ckpt out/NAME                 # what int8 gains and costs
     python -m experiments.decoding hugging_face                         # random weights; needs transformers
     python -m experiments.decoding nanogpt --nanogpt FOLDER             # random weights
 
@@ -8,6 +9,7 @@ Every ratio comes from one process, with the sides in turn; medians over rounds.
 github.com/karpathy/nanoGPT.
 """
 
+import copy
 import json
 import os
 import shlex
@@ -23,7 +25,8 @@ from torch.nn import functional as F
 from checkpoint import load_model
 from config import ArgumentParser, cli, load_config
 from data import Shards
-from decode import KVCache, Stats, adaptive_step, generate, lay_out_for_decoding, parse_exit, step
+from decode import Stats, generate, lay_out_for_decoding, quantize
+from eval_icl import mean_stderr, window_losses
 from experiments import RESULTS, ROOT, append
 from experiments.speed import load_nanogpt
 from model import AbbIE, UserError
@@ -100,61 +103,6 @@ def measure_draft(args):
     return {"model": shape(model), "prompts": len(prompts), "new_tokens": args.new_tokens, "rows": rows}
 
 
-def forced_loss(model, ids, iters, cache_mode="full", spec="", prompt=32):
-    """Mean NLL in nats of tokens prompt + 1 ... of ids (B, T), decoded a token at a time, the iterations per
-    token, and how many tokens ran how many."""
-    looks = spec.startswith("kl")
-    cache, stats, nll = KVCache(model.config, len(ids), iters, cache_mode, looks=looks), Stats(), []
-    next_step, mean_iters = partial(step, model, cache=cache, iters=iters), iters
-    if spec:
-        how = {"cache": cache, "iters": iters, "rule": parse_exit(spec), "stats": stats}
-        next_step = partial(adaptive_step, model, **how)
-    logits = next_step(ids[:, :prompt])
-    for t in range(prompt, ids.shape[1]):
-        nll.append(F.cross_entropy(logits, ids[:, t]))
-        logits = next_step(ids[:, t : t + 1])
-    if spec:
-        mean_iters = sum(k * n for k, n in stats.iters.items()) / stats.iters.total()
-    return float(torch.stack(nll).mean()), mean_iters, {k: stats.iters[k] for k in sorted(stats.iters)}
-
-
-@torch.no_grad()
-def measure_exit(args):
-    """Loss against mean iterations, with early exit beside fixed, and seconds per token at batch 1 and 8."""
-    model = lay_out_for_decoding(load_model(args.ckpt).eval())
-    ids = torch.tensor(windows(args, args.prompts, 160, model))
-    prompts, rows, timed = ids[:8, :64].tolist(), [], {}
-    sides = {f"iters {r}": (r, "") for r in (1, 2, 3, 4, 8)}
-    sides |= {spec: (8, spec) for spec in ("kl:1e-2", "kl:1e-3", "kl:1e-4", "u:3e-2", "u:1e-2", "u:3e-3")}
-    for B in (1, 8):
-        runs = {}
-        for name, (r, spec) in sides.items():
-            runs[name] = partial(generate, model, prompts[:B], args.new_tokens, r, early_exit=spec)
-        timed[B] = race(runs, args.rounds)
-    for name, (r, spec) in sides.items():
-        loss, mean_iters, histogram = forced_loss(model, ids, r, spec=spec)
-        times = {f"batch {B}": timed[B][name] / timed[B]["iters 8"] for B in timed}
-        row = {"how": name, "loss": loss, "mean_iters": mean_iters, "histogram": histogram}
-        rows.append({**row, "time_vs_iters_8": times})
-        print(rows[-1], flush=True)
-    tokens = ids[:, 32:].numel()
-    return {"model": shape(model), "tokens": tokens, "new_tokens": args.new_tokens, "rows": rows}
-
-
-@torch.no_grad()
-def measure_cache(args):
-    """Bytes per token and loss of the two modes."""
-    model, rows = load_model(args.ckpt).eval(), []
-    ids = torch.tensor(windows(args, args.prompts, 160, model))
-    for iters in (1, 2, 4, 8):
-        for mode in ("full", "last"):
-            loss = forced_loss(model, ids, iters, mode)[0]
-            size = KVCache(model.config, 1, iters, mode).bytes_per_token
-            rows.append({"iters": iters, "cache": mode, "loss": loss, "bytes_per_token": size})
-            print(rows[-1], flush=True)
-    return {"model": shape(model), "tokens": ids[:, 32:].numel(), "rows": rows}
-
-
 # -------------------------------------------------------------------------------------- beside other programs
 
 
@@ -175,12 +123,12 @@ def as_hugging_face(model):
 def against_hugging_face(args):
     """Tokens/s of 124M parameters at r = 1, batch 1, beside transformers' generate and bare products."""
     config = load_config([f"{ROOT}/config/abbie_124m.py"]).model_config(50257)
-    models = [AbbIE(config).eval() for _ in range(3)]
+    models = [AbbIE(config).eval() for _ in range(4)]
     for model in models[1:]:
         model.load_state_dict(models[0].state_dict())
     llama = as_hugging_face(models[0])
     ours, row_major = lay_out_for_decoding(models[0]), models[1]
-    bfloat16 = lay_out_for_decoding(models[2].bfloat16())
+    bfloat16, int8 = lay_out_for_decoding(models[2].bfloat16()), quantize(models[3])
     n, prompt = args.new_tokens, list(range(100, 132))
     idx = torch.tensor([prompt])
     options = {"max_new_tokens": n, "min_new_tokens": n, "do_sample": False, "pad_token_id": 0}
@@ -202,6 +150,7 @@ def against_hugging_face(args):
         "hugging_face": hugging_face,
         "row_major": partial(generate, row_major, [prompt], n, 1),
         "bfloat16": partial(generate, bfloat16, [prompt], n, 1),
+        "int8": partial(generate, int8, [prompt], n, 1),
         "bare_products": bare_products,
     }
     seconds = race(sides, args.rounds)
@@ -216,7 +165,38 @@ def against_hugging_face(args):
         "ours_over_bare_products": seconds["bare_products"] / seconds["ours"],
         "ours_over_row_major": seconds["row_major"] / seconds["ours"],
         "bfloat16_over_ours": seconds["ours"] / seconds["bfloat16"],
+        "int8_over_ours": seconds["ours"] / seconds["int8"],
+        "int8_over_hugging_face": seconds["hugging_face"] / seconds["int8"],
     }
+
+
+@torch.no_grad()
+def measure_int8(args):
+    """Tokens/s of 124M parameters in int8 over fp32 at every r; and of --ckpt what int8 costs in nats, on
+    windows of the validation split, paired, with the standard error over windows."""
+    config = load_config([f"{ROOT}/config/abbie_124m.py"]).model_config(50257)
+    model = AbbIE(config).eval()
+    int8 = quantize(copy.deepcopy(model))
+    lay_out_for_decoding(model)
+    prompt, depths = list(range(100, 132)), [1, 2, 4, 8]
+    found = {"model": f"{config.n_blocks} blocks, D {config.n_embd}, random weights", "int8_over_float32": {}}
+    for r in depths:
+        sides = {"float32": model, "int8": int8}
+        runs = {name: partial(generate, side, [prompt], args.new_tokens, r) for name, side in sides.items()}
+        seconds = race(runs, args.rounds)
+        found["int8_over_float32"][r] = seconds["float32"] / seconds["int8"]
+    if args.ckpt:
+        model = load_model(args.ckpt).eval()
+        shards = Shards(args.data or model.meta["data"], "val", model.config.block_size)
+        sides = {"float32": model, "int8": quantize(copy.deepcopy(model))}
+        sides["bfloat16"] = copy.deepcopy(model).bfloat16()
+        losses = {name: window_losses(side, shards, depths, 512)[0].numpy() for name, side in sides.items()}
+        found |= {"ckpt": args.ckpt, "tokens": 512 * shards.block_size}
+        found["float32"] = losses["float32"].mean(0).tolist()
+        for name in ("int8", "bfloat16"):
+            gaps = (losses[name] - losses["float32"]).T
+            found[f"{name}_costs"] = [[float(gap.mean()), mean_stderr(gap)] for gap in gaps]
+    return found
 
 
 def against_nanogpt(args):
@@ -242,9 +222,8 @@ def against_nanogpt(args):
 
 MEASURES = {
     "draft": measure_draft,
-    "exit": measure_exit,
-    "cache": measure_cache,
     "hugging_face": against_hugging_face,
+    "int8": measure_int8,
     "nanogpt": against_nanogpt,
 }
 

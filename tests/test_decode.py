@@ -387,6 +387,30 @@ def test_the_static_step_compiles_whole_and_equals_the_ordinary_one(monkeypatch)
     assert len(model.static_steps) == 1
 
 
+def as_int8(linear: torch.nn.Linear) -> torch.Tensor:
+    """What int8 makes of a matrix: the nearest of 255 steps of each row."""
+    step = linear.weight.abs().amax(1, keepdim=True) / 127
+    return (linear.weight / step).round() * step
+
+
+@torch.no_grad()
+def test_int8_multiplies_by_its_rounded_weights():
+    linear, x = torch.nn.Linear(96, 40, bias=False), torch.randn(5, 7, 96) * torch.logspace(-3, 3, 7)[:, None]
+    got = decode.Int8Linear(linear)(x)
+    scale = x.abs().amax(-1, keepdim=True) / 63
+    wanted = (x / scale).round() * scale @ as_int8(linear).T
+    assert ((got - wanted).abs() <= 2e-3 * wanted.abs().amax(-1, keepdim=True)).all()  # ties in rounding
+    torch.testing.assert_close(torch.cat([decode.Int8Linear(linear)(row[None]) for row in x]), got)
+
+
+@pytest.mark.parametrize("options", [{}, {"draft_iters": 1}, {"early_exit": "kl:1e-30"}], ids=str)
+def test_int8_decodes_in_every_way_as_uncached(options):
+    exact, model = make(block_size=S), decode.quantize(make(block_size=S))
+    for prompt, new in zip(PROMPTS, generate(model, PROMPTS, 20, 3, **options)):
+        assert_best(uncached_logits(model, prompt, new, 3), new, margin=0.1)
+        assert_best(uncached_logits(exact, prompt, new, 3), new, margin=0.3)  # of logits up to 8
+
+
 def test_laying_out_for_decoding_changes_no_value():
     model, other = make(), decode.lay_out_for_decoding(make())
     assert other.embed.weight is other.unembed.weight and not other.unembed.weight.is_contiguous()

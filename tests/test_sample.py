@@ -13,7 +13,7 @@ from common import ROOT, make, save
 import sample
 from checkpoint import load_model
 from data import get_tokenizer
-from decode import generate, lay_out_for_decoding
+from decode import generate, lay_out_for_decoding, quantize
 from model import UserError
 from sample import Text
 
@@ -101,11 +101,13 @@ def test_flags_of_sampling(cli):
     assert side.splitlines()[0].split(" | ")[2].strip() == "iters 4" and "def " in side
 
 
-def test_sampling_in_bfloat16(cli):
+def test_sampling_in_lower_precision(cli):
     flags = ["--prompt", "def ", "--temperature=0", "--iters=2"]
     model = lay_out_for_decoding(load_model("out/new").bfloat16())
     [new] = generate(model, [list(b"def ")], 20, 2, stop_token=256)
     assert cli(*flags, "--dtype=bfloat16").out == get_tokenizer("bytes").decode(new) + "\n"
+    [new] = generate(quantize(load_model("out/new")), [list(b"def ")], 20, 2, stop_token=256)
+    assert cli(*flags, "--dtype=int8").out == get_tokenizer("bytes").decode(new) + "\n"
     drawn = cli("--prompt", "def ", "--dtype=bfloat16", "--num_samples=3").out
     assert drawn == cli("--prompt", "def ", "--dtype=bfloat16", "--num_samples=3").out
 
@@ -163,13 +165,14 @@ def test_an_error_is_short(folder):
         (["--prompt=a", "--draft_iters=1", "--exit=kl:1"], "exclude each other"),
         (["--prompt=a", "--exit=entropy:1"], "give kl:1e-3"),
         (["--prompt=a", "--exit=kl:0"], "give kl:1e-3"),
+        (["--prompt=a", "--exit=mean:2", "--iters=4"], "needs the model's training data"),
         (["--prompt=a", "--temperature=-1"], "temperature=-1"),
         (["--prompt=a", "--temperature=nan"], "temperature=nan"),
         (["--prompt=a", "--top_p=0"], "top_p=0"),
         (["--prompt=a", "--top_k=-1"], "top_k=-1"),
         (["--prompt=a", "--num_samples=0"], "num_samples=0"),
         (["--prompt=a", "--cache=half"], "neither full nor last"),
-        (["--prompt=a", "--dtype=int8"], "invalid choice: 'int8'"),
+        (["--prompt=a", "--dtype=int4"], "invalid choice: 'int4'"),
         (["--prompt=a", "--compare=1,x"], "compare='1,x'"),
         (["--prompt=a", "--compare=1,2", "--iters=2"], "leave out --iters"),
         (["--prompt=a", "--device=tpu"], "device=tpu cannot be used"),
