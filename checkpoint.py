@@ -153,12 +153,12 @@ def load_model(path: str | Path | None = None, device="cpu", model_class=AbbIE, 
     if str(path).startswith("hf:"):
         from hf.llama import read_folder
 
-        saved, state, meta = read_folder(str(path)[3:], changes)
+        meta, state = read_folder(str(path)[3:], changes)
     else:
         folder = find_checkpoint(path)
         meta = {**json.loads((folder / "config.json").read_text()), "ckpt": str(folder)}
-        saved = AbbIEConfig(**{f.name: meta[f.name] for f in fields(AbbIEConfig) if f.name in meta})
         state = load_tensors(folder / "model.pt")
+    saved = AbbIEConfig(**{f.name: meta[f.name] for f in fields(AbbIEConfig) if f.name in meta})
     config, name = replace(saved, **changes), meta["ckpt"]
     check(saved.n_blocks == config.n_blocks, f"{name} has {saved.n_blocks} blocks, not {config.n_blocks}")
     moved = dict(zip(block_names(saved), block_names(config)))

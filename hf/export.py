@@ -16,7 +16,7 @@ from pathlib import Path
 from checkpoint import load_model, sha256
 from config import ArgumentParser, cli
 from data import get_tokenizer
-from hf.llama import BYTE, TOKENIZER_FILES, find_folder, package, read_json, to_llama
+from hf.llama import BYTE, KEYS, TOKENIZER_FILES, find_folder, package, read_json, to_llama
 from model import AbbIE, check
 
 END = "<|endoftext|>"
@@ -91,13 +91,9 @@ def write_tokenizer(name: str, folder: Path) -> dict:
         return special
     encoding = get_tokenizer(name)
     fast_tokenizer(encoding).save(str(folder / "tokenizer.json"))
-    about = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": END,
-        "eos_token": END,
-        "pad_token": END,
-    }
-    about |= {"padding_side": "left", "clean_up_tokenization_spaces": False}
+    about = {"tokenizer_class": "PreTrainedTokenizerFast", "padding_side": "left"}
+    about |= dict.fromkeys(("bos_token", "eos_token", "pad_token"), END)
+    about["clean_up_tokenization_spaces"] = False
     (folder / "tokenizer_config.json").write_text(json.dumps(about))
     return dict.fromkeys(special, encoding.eot_token)
 
@@ -120,15 +116,13 @@ def abbie_config(model: AbbIE) -> dict:
 
 def llama_config(model: AbbIE) -> dict:
     c = model.config
-    rope = {"rope_type": "default", **(c.rope_scaling or {}), "rope_theta": c.rope_base}  # transformers 5
+    rope = {"rope_type": "default", **(c.rope_scaling or {}), "rope_theta": c.rope_base}
     return {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "float32",
-        "vocab_size": c.vocab_size, "hidden_size": c.n_embd, "intermediate_size": c.ffn_dim,
-        "num_hidden_layers": c.n_blocks, "num_attention_heads": c.n_attn_heads, "head_dim": c.attn_head_dim,
-        "num_key_value_heads": c.n_kv_heads, "max_position_embeddings": c.block_size,
-        "attention_bias": False, "mlp_bias": False, "rms_norm_eps": c.norm_eps, "hidden_act": "silu",
-        "tie_word_embeddings": c.tie_embeddings, "rope_parameters": rope,
-        "rope_theta": c.rope_base, "rope_scaling": c.rope_scaling,  # transformers 4
+        **{theirs: getattr(c, ours) for ours, theirs in KEYS.items()}, "head_dim": c.attn_head_dim,
+        "attention_bias": False, "mlp_bias": False, "hidden_act": "silu",
+        "tie_word_embeddings": c.tie_embeddings,
+        "rope_parameters": rope, "rope_scaling": c.rope_scaling,  # transformers 5, and 4 with rope_theta
     }  # fmt: skip
 
 

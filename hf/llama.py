@@ -11,7 +11,7 @@ Pickles are not read, and Python files of a folder are never run.
 import importlib
 import json
 import re
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -26,7 +26,16 @@ OTHER_FILES = ("config.json", "generation_config.json", "manifest.json", "model.
 WANTED = (*TOKENIZER_FILES, *OTHER_FILES, "model*.safetensors")
 MAX_BLOCK_SIZE = 2048  # where block_size is not given: a cache holds block_size tokens; Llama 3.2 has 131072
 
-# Keys of a Llama's config.json that change what is computed, and the value at which our block does the same.
+# Our names of the numbers in a Llama's config.json, and their values where it does not say.
+KEYS = {
+    "vocab_size": "vocab_size", "n_embd": "hidden_size", "ffn_dim": "intermediate_size",
+    "n_blocks": "num_hidden_layers", "n_attn_heads": "num_attention_heads",
+    "n_kv_heads": "num_key_value_heads", "block_size": "max_position_embeddings",
+    "norm_eps": "rms_norm_eps", "rope_base": "rope_theta",
+}  # fmt: skip
+DEFAULTS = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "rope_theta": 10000.0}
+STRETCH = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")  # of llama3
+# Keys that change what a Llama computes, and the value at which our block does the same.
 SUPPORTED = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "auto_map": None, "hidden_act": "silu",
     "attention_bias": False, "mlp_bias": False, "sliding_window": None, "use_sliding_window": False,
@@ -47,24 +56,22 @@ def package(module: str):
 # ------------------------------------------------------------------------------------------------- the folder
 
 
-def read_folder(name: str, changes: dict) -> tuple[AbbIEConfig, dict[str, Tensor], dict]:
-    """A folder or OWNER/REPO -> its config, its weights under our names, and its meta, as checkpoint.load_model
-    needs them; a Llama is cut as `changes` says. Raises UserError for a folder that is damaged, or that asks
-    for anything which our block does not compute."""
-    folder = find_folder(name)
+def read_folder(name: str, changes: dict) -> tuple[dict, dict[str, Tensor]]:
+    """A folder or OWNER/REPO -> config and weights as in a checkpoint of ours; a Llama is cut as `changes`
+    says. Raises UserError for a folder that is damaged, or that asks for what our block does not compute."""
+    folder, source = find_folder(name), f"hf:{name}"
     raw = read_json(folder / "config.json")
-    meta = {"tokenizer": f"hf:{name}", "ckpt": f"hf:{name}"}
     if raw.get("model_type") == "abbie":
         verify(folder)
-        config = abbie_config(folder / "config.json", raw)
-        meta["tokenizer"] = raw.get("tokenizer") or meta["tokenizer"]
+        meta = {**raw, "rope_scaling": raw.get("llama3_rope"), "tokenizer": raw.get("tokenizer") or source}
         state = {key.removeprefix("model."): tensor for key, tensor in read_tensors(folder).items()}
     else:
         config = llama_config(folder / "config.json", raw, changes)
+        meta = {**asdict(config), "tokenizer": source}
         state = from_llama(folder, config, read_tensors(folder))
-    if config.tie_embeddings:
+    if meta["tie_embeddings"]:
         state["unembed.weight"] = state["embed.weight"]
-    return config, state, {**asdict(config), **meta}
+    return {**meta, "ckpt": source}, state
 
 
 def find_folder(name: str) -> Path:
@@ -117,15 +124,6 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def abbie_config(path: Path, raw: dict) -> AbbIEConfig:
-    """config.json of hf/export.py -> the config that was exported."""
-    raw = {**raw, "rope_scaling": raw.get("llama3_rope")}
-    try:
-        return AbbIEConfig(**{f.name: raw[f.name] for f in fields(AbbIEConfig) if f.name in raw})
-    except TypeError as error:
-        raise UserError(f"{path} is damaged: {error}") from None
-
-
 # -------------------------------------------------------------------------------------------------- the Llama
 
 
@@ -133,47 +131,34 @@ def llama_config(path: Path, raw: dict, changes: dict) -> AbbIEConfig:
     """config.json of a Llama -> the config, its layers cut. What we cannot compute is refused by name."""
     # transformers 5 writes rope_parameters; older versions rope_theta and rope_scaling.
     rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
-    raw = {"rope_type": rope.get("type", "default"), **raw, **rope}
-    raw = {key: value for key, value in raw.items() if value is not None}
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    found = {key: value for key, value in {**raw, **rope}.items() if value is not None}
+    raw = {**DEFAULTS, "num_key_value_heads": found.get("num_attention_heads"), **found}
 
-    def number(name, default=None, kind=int):
-        value = raw.get(name, default)
-        valid = type(value) in (int, kind) and value > 0
-        check(valid, f"{path}: {name}={value!r} is no positive {kind.__name__}")
-        return kind(value)
+    wrong = [f"{name}={raw[name]!r}" for name, value in SUPPORTED.items() if raw.get(name, value) != value]
+    if rope_type not in ("default", "llama3"):
+        wrong.append(f"rope_type={rope_type!r}")
+    asked = ", ".join(wrong)
+    check(not wrong, f"{path} asks for what this model does not have: {asked}\nonly plain Llamas are read")
+    stretch = STRETCH if rope_type == "llama3" else ()
+    for name in (*KEYS.values(), *stretch):
+        value = raw.get(name)
+        valid = type(value) in (int, float) and value > 0
+        check(valid, f"{path}: {name}={value!r} is no positive number")
 
-    layers, width, heads = number("num_hidden_layers"), number("hidden_size"), number("num_attention_heads")
-    lacking = [name for name, value in SUPPORTED.items() if raw.get(name, value) != value]
-    if number("head_dim", width // heads) * heads != width:
-        lacking.append("head_dim")
-    if raw["rope_type"] not in ("default", "llama3"):
-        lacking.append("rope_type")
-    wrong = ", ".join(f"{name}={raw[name]!r}" for name in lacking)
-    check(not lacking, f"{path} asks for what this model lacks: {wrong}\nonly plain Llamas can be loaded")
-
+    shape = {ours: raw[theirs] for ours, theirs in KEYS.items()}
+    shape["block_size"] = min(shape["block_size"], MAX_BLOCK_SIZE)
+    layers, width, heads = shape.pop("n_blocks"), shape["n_embd"], shape["n_attn_heads"]
+    standard = raw.get("head_dim", width // heads) * heads == width
+    check(standard, f"{path}: head_dim={raw.get('head_dim')} is not hidden_size / num_attention_heads")
     head = changes.get("n_head_blocks", layers // 3)
     body = changes.get("n_body_blocks", layers - 2 * (layers // 3))  # with what thirds leave over
     fits = head + body <= layers
     check(fits, f"{path} has {layers} layers, fewer than {head} + {body}\nset n_head_blocks, n_body_blocks")
-    scaling = None
-    if raw["rope_type"] == "llama3":
-        keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-        scaling = {"rope_type": "llama3", **{key: number(key, kind=float) for key in keys}}
-    return AbbIEConfig(
-        vocab_size=number("vocab_size"),
-        block_size=min(number("max_position_embeddings", 2048), MAX_BLOCK_SIZE),
-        n_embd=width,
-        n_attn_heads=heads,
-        n_kv_heads=number("num_key_value_heads", heads),
-        ffn_dim=number("intermediate_size"),
-        n_head_blocks=head,
-        n_body_blocks=body,
-        n_tail_blocks=layers - head - body,
-        rope_base=number("rope_theta", 10000.0, float),
-        rope_scaling=scaling,
-        norm_eps=number("rms_norm_eps", 1e-6, float),
-        tie_embeddings=raw.get("tie_word_embeddings", False),
-    )
+    shape |= {"n_head_blocks": head, "n_body_blocks": body, "n_tail_blocks": layers - head - body}
+    if stretch:
+        shape["rope_scaling"] = {"rope_type": rope_type, **{name: raw[name] for name in stretch}}
+    return AbbIEConfig(**shape, tie_embeddings=raw.get("tie_word_embeddings", False))
 
 
 def llama_names(config: AbbIEConfig) -> dict[str, dict[str, int]]:
