@@ -195,12 +195,13 @@ def from_llama(folder: Path, config: AbbIEConfig, tensors: dict[str, Tensor]) ->
     """A Llama's weights under our names. They must be exactly those that its config asks for."""
     names = llama_names(config)
     wanted = {f"{part}.weight" for parts in names.values() for part in parts}
-    spare = {name for name in set(tensors) - wanted if not name.endswith("rotary_emb.inv_freq")}
+    found = {name for name in tensors if not name.endswith("rotary_emb.inv_freq")}  # old; computed here
     if config.tie_embeddings:
-        spare.discard("lm_head.weight")  # some write it all the same
-    for what, found in (("lacks", wanted - set(tensors)), ("has unexpected", spare)):
-        some = f"{len(found)}, such as {min(found, default='')}"
-        check(not found, f"{folder} {what} tensors ({some})\nits config.json and its weights do not match")
+        found.discard("lm_head.weight")  # some write it all the same
+    odd = sorted(wanted ^ found)
+    check(
+        not odd, f"{folder}: config.json and the weights disagree on {len(odd)} tensors\n{', '.join(odd[:3])}"
+    )
     if config.tie_embeddings and "lm_head.weight" in tensors:
         same = torch.equal(tensors["lm_head.weight"], tensors["model.embed_tokens.weight"])
         check(same, f"{folder}: lm_head.weight is not the embedding, although config.json ties them")

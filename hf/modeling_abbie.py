@@ -61,12 +61,12 @@ class Slots:
 
     def at(self, part: str, i: int, k: int = 0) -> "Slots":
         config, full = self.config, self.config.cache_mode == "full"
+        self.slot, self.keep = i, True
+        if part != "head":
+            self.slot += config.n_head_blocks
         if part == "body":
-            i += config.n_head_blocks + config.n_tail_blocks + (k * config.n_body_blocks if full else 0)
-        elif part == "tail":
-            i += config.n_head_blocks
-        self.slot = i
-        self.keep = full or part != "body" or k == self.iters - 1
+            self.slot += config.n_tail_blocks + (k * config.n_body_blocks if full else 0)
+            self.keep = full or k == self.iters - 1
         return self
 
     def store(self, keys, values):
