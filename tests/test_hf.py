@@ -7,28 +7,26 @@ import shutil
 import sys
 from pathlib import Path
 
+import huggingface_hub
 import pytest
+import safetensors.torch
+import tiktoken
+import tokenizers
 import torch
+import transformers
+from common import ROOT, make, save, tokens
+from hub import Hub
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-transformers = pytest.importorskip("transformers")
-safetensors_torch = pytest.importorskip("safetensors.torch")
-tokenizers = pytest.importorskip("tokenizers")
-
-import huggingface_hub  # noqa: E402
-import tiktoken  # noqa: E402
-from common import ROOT, make, save, tokens  # noqa: E402
-from hub import Hub  # noqa: E402
-from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
-
-import eval_icl  # noqa: E402
-import prepare_data  # noqa: E402
-import train  # noqa: E402
-from checkpoint import load_model  # noqa: E402
-from data import Shards, get_tokenizer  # noqa: E402
-from decode import generate  # noqa: E402
-from hf import export  # noqa: E402
-from hf.llama import to_llama  # noqa: E402
-from model import RULES, UserError  # noqa: E402
+import eval_icl
+import prepare_data
+import train
+from checkpoint import load_model
+from data import Shards, get_tokenizer
+from decode import generate
+from hf import export
+from hf.llama import to_llama
+from model import RULES, UserError
 
 END = "<|endoftext|>"
 TEXT = f"naïve café 中文 🙂\n\tdef f(x): return x ** 2  # {END} is text here, he'll  thaaaaaaaaa  12\n"
@@ -171,16 +169,15 @@ def test_it_trains_and_a_save_of_transformers_is_the_same_model(tmp_path, tied):
 
 
 def test_the_harness_scores_every_example_as_we_do(tmp_path):
-    pytest.importorskip("accelerate")
-    huggingface = pytest.importorskip("lm_eval.models.huggingface")
     from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
 
     model, _ = exported(tmp_path / "x", rule="recall", block_size=64)
     texts = "the cat| sat", "the cat| sat on the mat", "naïve| café", "x" * 90 + "| y", "|a b"
     pairs = [tuple(text.split("|")) for text in texts]
     requests = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
     how = {"trust_remote_code": True, "iters": 4, "device": "cpu", "batch_size": 2}
-    found = huggingface.HFLM(pretrained=str(tmp_path / "x"), **how).loglikelihood(requests)
+    found = HFLM(pretrained=str(tmp_path / "x"), **how).loglikelihood(requests)
     encoded = eval_icl.encode_requests(get_tokenizer("bytes"), pairs)
     scores, is_greedy, _ = eval_icl.score(model, encoded, [4])
     assert [score for score, _ in found] == pytest.approx([score[0] for score in scores], abs=1e-4)
@@ -202,9 +199,10 @@ def test_the_command_writes_a_folder_that_explains_itself(tmp_path, capsys):
     refused("is there already, and no empty folder", export.main, command)
 
 
-@pytest.mark.parametrize(
-    "name", ["config.json", "model.py", "modeling_abbie.py", "model.safetensors", "tokenizer.json"]
-)
+FILES = ["config.json", "model.py", "modeling_abbie.py", "model.safetensors", "tokenizer.json"]
+
+
+@pytest.mark.parametrize("name", FILES)
 def test_a_changed_or_missing_file_is_refused(tmp_path, name):
     export.export(ours(), tmp_path / "x")
     path = tmp_path / "x" / name
@@ -325,15 +323,15 @@ def test_a_long_context_is_as_exact(tmp_path):  # angles of a thousand radians s
 def test_what_older_versions_write_is_understood(tmp_path):
     theirs = write_llama(tmp_path, **rope())
     path = tmp_path / "model.safetensors"
-    weights = safetensors_torch.load(path.read_bytes())
+    weights = safetensors.torch.load(path.read_bytes())
     weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
     weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
-    safetensors_torch.save_file(weights, path)
+    safetensors.torch.save_file(weights, path)
     scaling = {"type": "llama3", **{k: v for k, v in STRETCH.items() if k != "rope_type"}}
     edit(tmp_path, rope_parameters=None, rope_theta=500.0, rope_scaling=scaling)
     assert_the_same(load_model(f"hf:{tmp_path}"), theirs)
     weights["lm_head.weight"][7, 7] += 1
-    safetensors_torch.save_file(weights, path)
+    safetensors.torch.save_file(weights, path)
     refused("lm_head.weight is not the embedding, although", load_model, f"hf:{tmp_path}")
 
 
@@ -375,11 +373,11 @@ def test_what_our_block_does_not_compute_is_refused_by_name(damaged, keys, messa
 def test_a_damaged_folder_is_refused(damaged):
     path, source = damaged / "model.safetensors", f"hf:{damaged}"
     data = path.read_bytes()
-    weights = safetensors_torch.load(data)
+    weights = safetensors.torch.load(data)
     path.write_bytes(data[:30000])
     refused("model.safetensors is damaged", load_model, source)
     weights["model.norm.weight"] = weights["model.norm.weight"] * float("nan")
-    safetensors_torch.save_file(weights, path)
+    safetensors.torch.save_file(weights, path)
     refused("model.norm.weight is not finite", load_model, source)
     path.rename(damaged / "pytorch_model.bin")
     refused("has no model.safetensors\nweights must be .safetensors: no pickles", load_model, source)
@@ -389,17 +387,12 @@ def test_a_damaged_folder_is_refused(damaged):
     refused("there is no such folder", load_model, source)
 
 
-@pytest.mark.parametrize(
-    "module, function, name",
-    [
-        ("safetensors.torch", load_model, "hf:{}"),
-        ("tokenizers", get_tokenizer, "hf:{}"),
-        ("huggingface_hub", load_model, "hf:owner/repo"),
-    ],
-)
-def test_a_missing_package_is_named(llama, monkeypatch, module, function, name):
+@pytest.mark.parametrize("module", ["safetensors.torch", "tokenizers", "huggingface_hub"])
+def test_a_missing_package_is_named(llama, monkeypatch, module):
     monkeypatch.setitem(sys.modules, module, None)
-    refused(f"pip install .*{module.split('.')[0]}", function, name.format(llama))
+    function = get_tokenizer if module == "tokenizers" else load_model
+    name = "hf:owner/repo" if module == "huggingface_hub" else f"hf:{llama}"
+    refused(f"pip install .*{module.split('.')[0]}", function, name)
 
 
 def test_a_repository_is_downloaded_once_without_its_pickles(damaged, tmp_path, monkeypatch):
