@@ -63,22 +63,26 @@ def read_folder(name: str, changes: dict) -> tuple[dict, dict[str, Tensor]]:
     raw = read_json(folder / "config.json")
     if raw.get("model_type") == "abbie":
         verify(folder)
-        meta = {**raw, "rope_scaling": raw.get("llama3_rope"), "tokenizer": raw.get("tokenizer") or source}
-        state = {key.removeprefix("model."): tensor for key, tensor in read_tensors(folder).items()}
+        meta = {**raw, "rope_scaling": raw.get("llama3_rope")}
+        tensors = read_tensors(folder)
+        state = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
     else:
         config = llama_config(folder / "config.json", raw, changes)
-        meta = {**asdict(config), "tokenizer": source}
+        meta = asdict(config)
         state = from_llama(folder, config, read_tensors(folder))
     if meta["tie_embeddings"]:
         state["unembed.weight"] = state["embed.weight"]
-    return {**meta, "ckpt": source}, state
+    meta["tokenizer"] = meta.get("tokenizer") or source
+    meta["ckpt"] = source
+    return meta, state
 
 
 def find_folder(name: str) -> Path:
     """A folder, or the local copy of a repository of the Hugging Face Hub."""
     if Path(name).is_dir():
         return Path(name)
-    check(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is not None, f"hf:{name}: there is no such folder")
+    is_repository = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is not None
+    check(is_repository, f"hf:{name}: there is no such folder")
     hub = package("huggingface_hub")
     try:
         return Path(hub.snapshot_download(name, allow_patterns=WANTED))
@@ -104,8 +108,9 @@ def verify(folder: Path):
     for name, expected in read_json(folder / "manifest.json").items():
         path = folder / name
         sound = path.is_file() and sha256(path) == expected
+        why = "its SHA-256 is not that of the export"
         restore = "get the folder again; or, if you meant to change it, remove its manifest.json"
-        check(sound, f"{path} is missing or damaged: its SHA-256 is not that of the export\n{restore}")
+        check(sound, f"{path} is missing or damaged: {why}\n{restore}")
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
@@ -135,11 +140,14 @@ def llama_config(path: Path, raw: dict, changes: dict) -> AbbIEConfig:
     found = {key: value for key, value in {**raw, **rope}.items() if value is not None}
     raw = {**DEFAULTS, "num_key_value_heads": found.get("num_attention_heads"), **found}
 
-    wrong = [f"{name}={raw[name]!r}" for name, value in SUPPORTED.items() if raw.get(name, value) != value]
+    wrong = []
+    for name, value in SUPPORTED.items():
+        if raw.get(name, value) != value:
+            wrong.append(f"{name}={raw[name]!r}")
     if rope_type not in ("default", "llama3"):
         wrong.append(f"rope_type={rope_type!r}")
     asked = ", ".join(wrong)
-    check(not wrong, f"{path} asks for what this model does not have: {asked}\nonly plain Llamas are read")
+    check(not wrong, f"{path} asks for what this model does not have: {asked}")
     stretch = STRETCH if rope_type == "llama3" else ()
     for name in (*KEYS.values(), *stretch):
         value = raw.get(name)
@@ -153,12 +161,16 @@ def llama_config(path: Path, raw: dict, changes: dict) -> AbbIEConfig:
     check(standard, f"{path}: head_dim={raw.get('head_dim')} is not hidden_size / num_attention_heads")
     head = changes.get("n_head_blocks", layers // 3)
     body = changes.get("n_body_blocks", layers - 2 * (layers // 3))  # with what thirds leave over
-    fits = head + body <= layers
-    check(fits, f"{path} has {layers} layers, fewer than {head} + {body}\nset n_head_blocks, n_body_blocks")
-    shape |= {"n_head_blocks": head, "n_body_blocks": body, "n_tail_blocks": layers - head - body}
+    advice = "set n_head_blocks, n_body_blocks"
+    check(head + body <= layers, f"{path} has {layers} layers, fewer than {head} + {body}\n{advice}")
+    shape["n_head_blocks"] = head
+    shape["n_body_blocks"] = body
+    shape["n_tail_blocks"] = layers - head - body
     if stretch:
-        shape["rope_scaling"] = {"rope_type": rope_type, **{name: raw[name] for name in stretch}}
-    return AbbIEConfig(**shape, tie_embeddings=raw.get("tie_word_embeddings", False))
+        scaling = {name: raw[name] for name in stretch}
+        shape["rope_scaling"] = {"rope_type": rope_type, **scaling}
+    shape["tie_embeddings"] = raw.get("tie_word_embeddings", False)
+    return AbbIEConfig(**shape)
 
 
 def llama_names(config: AbbIEConfig) -> dict[str, dict[str, int]]:
@@ -199,9 +211,8 @@ def from_llama(folder: Path, config: AbbIEConfig, tensors: dict[str, Tensor]) ->
     if config.tie_embeddings:
         found.discard("lm_head.weight")  # some write it all the same
     odd = sorted(wanted ^ found)
-    check(
-        not odd, f"{folder}: config.json and the weights disagree on {len(odd)} tensors\n{', '.join(odd[:3])}"
-    )
+    some = ", ".join(odd[:3])
+    check(not odd, f"{folder}: config.json and the weights disagree on {len(odd)} tensors\n{some}")
     if config.tie_embeddings and "lm_head.weight" in tensors:
         same = torch.equal(tensors["lm_head.weight"], tensors["model.embed_tokens.weight"])
         check(same, f"{folder}: lm_head.weight is not the embedding, although config.json ties them")
@@ -224,8 +235,10 @@ BYTE = {chr(b): b for b in PRINTED} | {chr(256 + i): b for i, b in enumerate(OTH
 
 
 def token_bytes(token: str, byte_level: bool) -> bytes:
+    if byte_level and all(c in BYTE for c in token):
+        return bytes(BYTE[c] for c in token)
     if byte_level:  # an added token is printed as it is, and may hold a space
-        return bytes(BYTE[c] for c in token) if all(c in BYTE for c in token) else token.encode()
+        return token.encode()
     if re.fullmatch(r"<0x[0-9A-F]{2}>", token):  # SentencePiece, for what its vocabulary lacks
         return bytes([int(token[3:5], 16)])
     return token.replace("\u2581", " ").encode()

@@ -108,12 +108,14 @@ VARIANTS = [  # and what the Tail reads, less h = 3, after updates of 1, 2 and 4
 
 @pytest.mark.parametrize("variant, rule, expected", VARIANTS)
 def test_variants_weigh_updates_as_their_docstrings_say(variant, rule, expected):
-    model, updates, seen = model_of(variant, rule=rule), iter([1, 2, 4]), []
+    model = model_of(variant, rule=rule)
+    updates, seen = iter([1, 2, 4]), []
     x = h = torch.full((1,), 3.0)
     for k in range(3):
         u, x = model.iterate(x, h, k, lambda x, c=1.0: x + c * next(updates))
         seen.append(u.item() - 3)
-    assert seen[2] == pytest.approx(expected) and seen[0] == pytest.approx(1)  # standard at r = 1
+    assert seen[0] == pytest.approx(1)  # standard at r = 1
+    assert seen[2] == pytest.approx(expected)
 
 
 def test_half_tail_starts_with_half_the_output_projections():
@@ -170,7 +172,8 @@ def test_an_unknown_row_is_refused():
 
 def test_abbie_d_converges_by_construction_and_abbie_c_does_not():
     idx = torch.randint(257, (2, 16))
-    ours, of_c = (evaluation.convergence(model_of(rule=rule), idx, 8) for rule in ("abbie_d", "abbie_c"))
+    ours = evaluation.convergence(model_of(), idx, 8)
+    of_c = evaluation.convergence(model_of(rule="abbie_c"), idx, 8)
     assert set(ours["8"]) == set("change cosine settled from_zero from_noise from_other".split())
     assert ours["8"]["change"] < ours["2"]["change"] / 500  # a quarter each iteration
     assert of_c["8"]["change"] > of_c["2"]["change"] / 10
