@@ -151,15 +151,16 @@ def load_model(path: str | Path | None = None, device="cpu", model_class=AbbIE, 
     or of the newest run under out/. `changes` replaces keys of the config: the rule, iters, or where the same
     blocks are cut into Head, Body and Tail. Raises UserError for anything that does not verify."""
     if str(path).startswith("hf:"):
-        from hf.llama import load_llama
+        from hf.llama import read_folder
 
-        return load_llama(str(path), device=device, **changes)
-    folder = find_checkpoint(path)
-    meta = json.loads((folder / "config.json").read_text())
+        meta, state = read_folder(str(path)[3:], changes)
+    else:
+        folder = find_checkpoint(path)
+        meta = {**json.loads((folder / "config.json").read_text()), "ckpt": str(folder)}
+        state = load_tensors(folder / "model.pt")
     saved = AbbIEConfig(**{f.name: meta[f.name] for f in fields(AbbIEConfig) if f.name in meta})
-    config = replace(saved, **changes)
-    check(saved.n_blocks == config.n_blocks, f"{folder} has {saved.n_blocks} blocks, not {config.n_blocks}")
-    model, state = model_class(config), load_tensors(folder / "model.pt")
+    config, name = replace(saved, **changes), meta["ckpt"]
+    check(saved.n_blocks == config.n_blocks, f"{name} has {saved.n_blocks} blocks, not {config.n_blocks}")
     moved = dict(zip(block_names(saved), block_names(config)))
 
     def renamed(key: str) -> str:
@@ -170,12 +171,15 @@ def load_model(path: str | Path | None = None, device="cpu", model_class=AbbIE, 
         return f"{moved[block]}.{rest}" if block in moved else key
 
     state = {renamed(key): tensor for key, tensor in state.items()}
-    if config.rule == "zero_pt" != saved.rule:  # its own projection starts afresh
-        state["project.weight"] = model.project.weight
     try:
+        model = model_class(config)
+        if config.rule != saved.rule:  # zero_pt's own projection is left behind, or starts afresh
+            state.pop("project.weight", None)
+            if config.rule == "zero_pt":
+                state["project.weight"] = model.project.weight
         model.load_state_dict(state)
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
-        raise UserError(f"{folder}: its weights do not fit its config\n{reason}") from None
-    model.meta = {**meta, "ckpt": str(folder)}
+        raise UserError(f"{name}: its weights do not fit its config\n{reason}") from None
+    model.meta = meta
     return model.to(device)

@@ -4,7 +4,7 @@
     python -m hf.export --ckpt out/NAME --out FOLDER --as llama
 
 The first needs trust_remote_code=True: it carries model.py, unchanged, and modeling_abbie.py, which wraps it.
-Needs pip install safetensors.
+Needs pip install safetensors tokenizers.
 """
 
 import json
@@ -16,8 +16,8 @@ from pathlib import Path
 from checkpoint import load_model, sha256
 from config import ArgumentParser, cli
 from data import get_tokenizer
-from hf.llama import BYTE, TOKENIZER_FILES, find_folder, llama_places, read_json
-from model import AbbIE, UserError, check
+from hf.llama import BYTE, KEYS, TOKENIZER_FILES, find_folder, package, read_json, to_llama
+from model import AbbIE, check
 
 END = "<|endoftext|>"
 CARD = """---
@@ -57,29 +57,23 @@ def merges_of(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
     return merges
 
 
-def tokenizer_json(encoding) -> dict:
-    """A tiktoken encoding that cuts text by GPT-2's pattern, or that merges nothing, as a tokenizer.json."""
+def fast_tokenizer(encoding):
+    """A tiktoken encoding that cuts text by GPT-2's pattern, or that merges nothing, as a Tokenizer."""
+    tokenizers = package("tokenizers")
     printed = {byte: character for character, byte in BYTE.items()}
 
     def spell(token: bytes) -> str:
         return "".join(printed[byte] for byte in token)
 
     ranks = encoding._mergeable_ranks
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    special = {
-        "id": encoding.eot_token, "content": END, "single_word": False, "lstrip": False, "rstrip": False,
-        "normalized": False, "special": True,
-    }  # fmt: skip
-    bpe = {
-        "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": "",
-        "end_of_word_suffix": "", "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
-        "vocab": {**{spell(token): rank for token, rank in ranks.items()}, END: encoding.eot_token},
-        "merges": [f"{spell(a)} {spell(b)}" for a, b in merges_of(ranks)],
-    }  # fmt: skip
-    return {
-        "version": "1.0", "truncation": None, "padding": None, "added_tokens": [special], "normalizer": None,
-        "pre_tokenizer": byte_level, "post_processor": None, "decoder": byte_level, "model": bpe,
-    }  # fmt: skip
+    vocab = {spell(token): rank for token, rank in ranks.items()}
+    vocab[END] = encoding.eot_token
+    merges = [(spell(a), spell(b)) for a, b in merges_of(ranks)]
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, merges))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer.add_special_tokens([END])
+    return tokenizer
 
 
 def write_tokenizer(name: str, folder: Path) -> dict:
@@ -93,14 +87,14 @@ def write_tokenizer(name: str, folder: Path) -> dict:
         found = read_json(origin / "config.json")
         return special | {key: value for key, value in found.items() if key in special}
     if name not in ("bytes", "gpt2"):
+        print(f"no tokenizer.json: the tokens are {name or 'unknown'}")
         return special
     encoding = get_tokenizer(name)
-    about = {
-        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": END, "eos_token": END, "pad_token": END,
-        "padding_side": "left", "clean_up_tokenization_spaces": False,
-    }  # fmt: skip
-    for file, value in (("tokenizer.json", tokenizer_json(encoding)), ("tokenizer_config.json", about)):
-        (folder / file).write_text(json.dumps(value))
+    fast_tokenizer(encoding).save(str(folder / "tokenizer.json"))
+    about = {"tokenizer_class": "PreTrainedTokenizerFast", "padding_side": "left"}
+    about |= dict.fromkeys(("bos_token", "eos_token", "pad_token"), END)
+    about["clean_up_tokenization_spaces"] = False
+    (folder / "tokenizer_config.json").write_text(json.dumps(about))
     return dict.fromkeys(special, encoding.eot_token)
 
 
@@ -122,15 +116,13 @@ def abbie_config(model: AbbIE) -> dict:
 
 def llama_config(model: AbbIE) -> dict:
     c = model.config
-    rope = {"rope_type": "default", **(c.rope_scaling or {}), "rope_theta": c.rope_base}  # transformers 5
+    rope = {"rope_type": "default", **(c.rope_scaling or {}), "rope_theta": c.rope_base}
     return {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "float32",
-        "vocab_size": c.vocab_size, "hidden_size": c.n_embd, "intermediate_size": c.ffn_dim,
-        "num_hidden_layers": c.n_blocks, "num_attention_heads": c.n_attn_heads, "head_dim": c.attn_head_dim,
-        "num_key_value_heads": c.n_kv_heads, "max_position_embeddings": c.block_size,
-        "attention_bias": False, "mlp_bias": False, "rms_norm_eps": c.norm_eps, "hidden_act": "silu",
-        "tie_word_embeddings": c.tie_embeddings, "rope_parameters": rope,
-        "rope_theta": c.rope_base, "rope_scaling": c.rope_scaling,  # transformers 4
+        **{theirs: getattr(c, ours) for ours, theirs in KEYS.items()}, "head_dim": c.attn_head_dim,
+        "attention_bias": False, "mlp_bias": False, "hidden_act": "silu",
+        "tie_word_embeddings": c.tie_embeddings,
+        "rope_parameters": rope, "rope_scaling": c.rope_scaling,  # transformers 5, and 4 with rope_theta
     }  # fmt: skip
 
 
@@ -139,29 +131,23 @@ def llama_config(model: AbbIE) -> dict:
 
 def export(model: AbbIE, folder: Path, kind: str = "abbie", command: str = "hf.export"):
     """Write the model as a folder that transformers loads, whole or not at all."""
-    try:
-        from safetensors.torch import save_file
-    except ImportError:
-        raise UserError("exporting needs a package\npip install safetensors") from None
-    reasons = {"abbie_d_literal": "its Tail reads B(h) + h", "zero_pt": "it projects [s ; h] to D"}
-    why = reasons.get(model.config.rule) if kind == "llama" else None
-    check(why is None, f"rule {model.config.rule} is no Llama at r = 1: {why}\nleave out --as llama")
+    save_file, rule = package("safetensors.torch").save_file, model.config.rule
+    standard = rule not in ("abbie_d_literal", "zero_pt")
+    check(kind == "abbie" or standard, f"rule {rule} is no Llama at r = 1\nleave out --as llama")
     free = not folder.exists() or folder.is_dir() and not any(folder.iterdir())
     check(free, f"{folder} is there already, and no empty folder\ngive another, or remove it")
     temporary = folder.absolute().parent / f".{folder.absolute().name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
 
-    config = llama_config(model) if kind == "llama" else abbie_config(model)
-    config |= write_tokenizer(model.meta.get("tokenizer", ""), temporary)
-    (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     weights = dict(model.named_parameters())  # tied ones once
     if kind == "llama":
-        tensors = {}
-        for ours, first, theirs, shape in llama_places(model.config):
-            tensors[theirs] = weights[ours][first : first + shape[0]].clone()
+        config, tensors = llama_config(model), to_llama(model.config, weights)
     else:
+        config = abbie_config(model)
         tensors = {f"model.{name}": tensor for name, tensor in weights.items()}
+    config |= write_tokenizer(model.meta.get("tokenizer", ""), temporary)
+    (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
     if kind == "abbie":
         here = Path(__file__).parent
@@ -182,18 +168,16 @@ def main(argv: list[str]):
     parser.add_argument("--as", dest="kind", choices=("abbie", "llama"), default="abbie")
     args = parser.parse_args(argv)
     check(args.kind == "abbie" or args.iters in (None, 1), "a Llama is the model at --iters 1")
-    model = load_model(args.ckpt, **({"iters": args.iters} if args.iters else {}))
+    changes = {"iters": args.iters} if args.iters else {}
+    model = load_model(args.ckpt, **changes)
     export(model, args.out, args.kind, " ".join(("python -m hf.export", *argv)))
     c = model.config
-    blocks = f"{c.n_head_blocks} + {c.n_body_blocks} x r + {c.n_tail_blocks} blocks"
-    what = (
-        f"a Llama of {c.n_blocks} layers" if args.kind == "llama" else f"{c.rule}, {blocks}, iters {c.iters}"
-    )
+    what = f"{c.rule}, {c.n_head_blocks} + {c.n_body_blocks} x r + {c.n_tail_blocks} blocks, iters {c.iters}"
+    if args.kind == "llama":
+        what = f"a Llama of {c.n_blocks} layers"
     print(f"{args.out}: {what}")
     for path in sorted(args.out.iterdir()):
         print(f"{path.stat().st_size:14,d}  {path.name}")
-    if not (args.out / "tokenizer.json").exists():
-        print(f"no tokenizer.json: the tokens are {model.meta.get('tokenizer', 'unknown')}")
 
 
 if __name__ == "__main__":

@@ -61,12 +61,12 @@ class Slots:
 
     def at(self, part: str, i: int, k: int = 0) -> "Slots":
         config, full = self.config, self.config.cache_mode == "full"
+        self.slot, self.keep = i, True
+        if part != "head":
+            self.slot += config.n_head_blocks
         if part == "body":
-            i += config.n_head_blocks + config.n_tail_blocks + (k * config.n_body_blocks if full else 0)
-        elif part == "tail":
-            i += config.n_head_blocks
-        self.slot = i
-        self.keep = full or part != "body" or k == self.iters - 1
+            self.slot += config.n_tail_blocks + (k * config.n_body_blocks if full else 0)
+            self.keep = full or k == self.iters - 1
         return self
 
     def store(self, keys, values):
@@ -121,12 +121,6 @@ class AbbIEForCausalLM(PreTrainedModel, GenerationMixin):
     def get_output_embeddings(self):
         return self.model.unembed
 
-    def set_input_embeddings(self, embed):
-        self.model.embed = embed
-
-    def set_output_embeddings(self, unembed):
-        self.model.unembed = unembed
-
     def forward(
         self,
         input_ids,
@@ -138,7 +132,6 @@ class AbbIEForCausalLM(PreTrainedModel, GenerationMixin):
         use_cache=None,
         logits_to_keep=0,
         iters=None,
-        return_dict=None,
         **kwargs,
     ):
         """input_ids (B, T) -> logits (B, T, V), or those of the last logits_to_keep tokens; with labels
@@ -163,13 +156,11 @@ class AbbIEForCausalLM(PreTrainedModel, GenerationMixin):
 
         kv = Slots(config, cache, visible(attention_mask, past, T, device), past, T, iters)
         h = model.run_head(input_ids, rope, kv)
-        backprop_from = model.backprop_from(iters)
-        u, _ = model.advance(model.start(h), h, 0, iters, rope, kv, backprop_from)
+        u, _ = model.advance(model.start(h), h, 0, iters, rope, kv, model.backprop_from(iters))
         z = model.run_tail(u, rope, kv)
         if isinstance(logits_to_keep, int):
             logits_to_keep = slice(-logits_to_keep or None, None)
         logits, loss = model.logits(z[:, logits_to_keep]), None
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=config.vocab_size, **kwargs)
-        output = CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: cache})
-        return output.to_tuple() if return_dict is False else output
+        return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: cache})

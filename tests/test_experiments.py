@@ -11,7 +11,7 @@ from checkpoint import load_model
 from config import load_config
 from data import Shards
 from eval_icl import evaluate_loss
-from experiments import append, evaluation, hops, partition, read, speed, study
+from experiments import append, evaluation, hops, partition, plot, read, speed, study
 from model import AbbIE, AbbIEConfig, UserError
 
 SHAPE = dict(vocab_size=257, block_size=32, n_embd=32, n_attn_heads=2, ffn_dim=64)
@@ -44,23 +44,19 @@ def test_a_record_is_a_line_and_comes_back_as_it_was(tmp_path):
 def test_every_row_of_the_study_stands_in_the_results_document_as_it_is_printed(capsys):
     study.main(["--table"])
     printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-    assert len(printed) > 60 and "\n".join(printed[:20]) in (study.ROOT / "RESULTS.md").read_text()
-    assert set(printed) <= set((study.ROOT / "RESULTS.md").read_text().splitlines())
+    document = (study.ROOT / "RESULTS.md").read_text()
+    assert len(printed) > 60 and "\n".join(printed[:20]) in document
+    assert set(printed) <= set(document.splitlines())
 
 
 def test_reproduce_names_every_row_with_its_seeds():
-    lines = [
-        line for line in (study.ROOT / "REPRODUCE.md").read_text().splitlines() if line.startswith("| `")
-    ]
+    lines = (study.ROOT / "REPRODUCE.md").read_text().splitlines()
     for name, row in study.ROWS.items():
-        (line,) = (line for line in lines if f"`{name}`" in line.split("|")[1])
+        (line,) = (line for line in lines if line.startswith("| `") and f"`{name}`" in line.split("|")[1])
         assert line.endswith(f"| {', '.join(map(str, range(1, row.seeds + 1)))} |"), name
 
 
 def test_every_figure_of_the_documents_has_a_function_and_a_file():
-    pytest.importorskip("matplotlib")
-    from experiments import plot
-
     for document in ("README.md", "RESULTS.md"):
         shown = re.findall(r"\(assets/(\w+)\.png\)", (study.ROOT / document).read_text())
         assert shown and set(shown) <= set(plot.FIGURES)
@@ -68,9 +64,6 @@ def test_every_figure_of_the_documents_has_a_function_and_a_file():
 
 
 def test_a_figure_is_drawn_from_the_records_and_a_missing_one_is_left_out(tmp_path, capsys):
-    pytest.importorskip("matplotlib")
-    from experiments import plot
-
     (record,) = read("partition")
     append("partition", record, tmp_path / "records")
     plot.main(["--results", str(tmp_path / "records"), "--out", str(tmp_path / "figures")])
@@ -103,41 +96,26 @@ def test_equal_flops_controls_cost_what_they_control():
     assert flops("std_more_2") == pytest.approx(flops("recall_2_8k"), rel=0.01)
 
 
-def head_and_updates(model_class, iters, **changes):
-    """h and the u of iteration iters - 1, of a model whose Body is one number's shift: Delta(x) = 1."""
-    model = model_of(model_class, **changes)
-    x = h = torch.full((1, 1, 32), 3.0)
-    for k in range(iters):
-        u, x = model.iterate(x, h, k, lambda x, c=1.0: x + c)
-    return u[0, 0, 0].item() - 3
+VARIANTS = [  # and what the Tail reads, less h = 3, after updates of 1, 2 and 4
+    (AbbIE, "abbie_d", 1 / 2 + 2 / 4 + 4 / 4),
+    (study.RawTail, "abbie_d", 4 * (3 + 2) - 3),
+    (study.EqualWeights, "abbie_d", (1 + 2 + 4) / 3),
+    (AbbIE, "recall", 4),  # h + Delta, whatever x is
+    (study.Undamped, "recall", 4),
+    (study.NoRecall, "recall", 1 / 2 + 2 / 2 + 4),  # wanders off
+]
 
 
-def test_variants_weigh_updates_as_their_docstrings_say():
-    assert head_and_updates(AbbIE, 3) == pytest.approx(1)  # 1/2 + 1/4 + 1/4
-    assert head_and_updates(study.RawTail, 3) == pytest.approx(4 * (3 + 1) - 3)
-    assert head_and_updates(study.EqualWeights, 3) == pytest.approx(1)  # 3 times 1/3
-    assert head_and_updates(AbbIE, 3, rule="recall") == pytest.approx(1)  # h + Delta, whatever x is
-    assert head_and_updates(study.Undamped, 3) == pytest.approx(1)
-    assert head_and_updates(study.NoRecall, 3) == pytest.approx(0.5 + 0.5 + 1)  # wanders off
-
-
-def test_equal_weights_average_the_updates():
-    model, seen = model_of(study.EqualWeights), []
-
-    def body(x, c=1.0):  # updates 1, 2, 3, whatever the state
-        seen.append(len(seen) + 1.0)
-        return x + c * seen[-1]
-
-    x = h = torch.zeros(1)
+@pytest.mark.parametrize("variant, rule, expected", VARIANTS)
+def test_variants_weigh_updates_as_their_docstrings_say(variant, rule, expected):
+    model = model_of(variant, rule=rule)
+    updates, seen = iter([1, 2, 4]), []
+    x = h = torch.full((1,), 3.0)
     for k in range(3):
-        u, x = model.iterate(x, h, k, body)
-        assert u.item() == pytest.approx(np.mean(seen))
-
-
-@pytest.mark.parametrize("variant", [study.RawTail, study.NoRecall, study.Undamped, study.EqualWeights])
-def test_every_variant_is_standard_at_one_iteration(variant):
-    x = torch.randint(257, (2, 16))
-    assert torch.allclose(model_of(variant)(x, iters=1)[0], model_of()(x, iters=1)[0], atol=1e-6)
+        u, x = model.iterate(x, h, k, lambda x, c=1.0: x + c * next(updates))
+        seen.append(u.item() - 3)
+    assert seen[0] == pytest.approx(1)  # standard at r = 1
+    assert seen[2] == pytest.approx(expected)
 
 
 def test_half_tail_starts_with_half_the_output_projections():
@@ -194,18 +172,12 @@ def test_an_unknown_row_is_refused():
 
 def test_abbie_d_converges_by_construction_and_abbie_c_does_not():
     idx = torch.randint(257, (2, 16))
-    found = {rule: evaluation.convergence(model_of(rule=rule), idx, 8) for rule in ("abbie_d", "abbie_c")}
-    assert set(found["abbie_d"]["8"]) == {
-        "change",
-        "cosine",
-        "settled",
-        "from_zero",
-        "from_noise",
-        "from_other",
-    }
-    assert found["abbie_d"]["8"]["change"] < found["abbie_d"]["2"]["change"] / 500  # a quarter each iteration
-    assert found["abbie_c"]["8"]["change"] > found["abbie_c"]["2"]["change"] / 10
-    assert found["abbie_d"]["8"]["settled"] == 1
+    ours = evaluation.convergence(model_of(), idx, 8)
+    of_c = evaluation.convergence(model_of(rule="abbie_c"), idx, 8)
+    assert set(ours["8"]) == set("change cosine settled from_zero from_noise from_other".split())
+    assert ours["8"]["change"] < ours["2"]["change"] / 500  # a quarter each iteration
+    assert of_c["8"]["change"] > of_c["2"]["change"] / 10
+    assert ours["8"]["settled"] == 1
 
 
 # ------------------------------------------------------------------------------------------------------- cuts
@@ -250,9 +222,11 @@ def test_programs_are_right_and_fill_their_window():
     rng, lengths = np.random.default_rng(0), set()
     for _ in range(300):
         text = hops.program(rng, 16, 6)
-        assert len(text) == 16 * 4 - 1
-        assert all(value.isdigit() for _, value, _ in solve(text))
-        lengths |= {n for _, _, n in solve(text)}
+        found = solve(text)
+        assert len(text) == 16 * 4 - 1 and all(value.isdigit() for _, value, _ in found)
+        asked = hops.questions(np.frombuffer(text.encode(), dtype=np.uint8))
+        assert [(text[at], text[at + 1], n_hops) for at, n_hops in asked] == found
+        lengths |= {n for _, _, n in found}
     assert lengths == {1, 2, 3, 4, 5, 6}
 
 
@@ -262,13 +236,6 @@ def test_chains_of_the_first_stages_also_end_in_letters_that_name_nothing():
     assert 0.5 < np.mean([value.isalpha() for value in values]) < 0.9
 
 
-def test_questions_are_found_in_tokens():
-    text = hops.program(np.random.default_rng(1), 32, 4)
-    tokens = np.frombuffer(text.encode(), dtype=np.uint8)
-    found = [(text[at], text[at + 1], n_hops) for at, n_hops in hops.questions(tokens)]
-    assert found == solve(text)
-
-
 class Oracle:
     """Knows every answer that takes at most r look-ups, and says 'x' otherwise."""
 
@@ -276,29 +243,30 @@ class Oracle:
         for r in iters:
             logits = torch.zeros(*x.shape, 257)
             logits[:, :, ord("x")] = 1
-            for row, tokens in enumerate(x.tolist()):
-                text = bytes(t for t in tokens if t < 256).decode().rstrip(";")
-                ats = [at for at, _ in hops.questions(np.array(tokens))]
-                for at, (_, digit, n_hops) in zip(ats, solve(text)):
+            for row, tokens in enumerate(x.numpy()):
+                found = solve(bytes(tokens[:-1].tolist()).decode())  # without the end of the text
+                for (at, n_hops), (_, digit, _) in zip(hops.questions(tokens), found):
                     logits[row, at, ord(digit)] = 2 if n_hops <= r else 0
             yield logits
 
 
-def test_accuracy_of_one_who_needs_an_iteration_per_hop(tmp_path):
+@pytest.fixture
+def programs(tmp_path):
     hops.write(str(tmp_path / "programs"), 64, 4, n_train=20, n_val=100)
-    found = hops.accuracy(Oracle(), Shards(str(tmp_path / "programs"), "val", 64), [1, 3], 80)
+    return Shards(str(tmp_path / "programs"), "val", 64)
+
+
+def test_accuracy_of_one_who_needs_an_iteration_per_hop(programs):
+    found = hops.accuracy(Oracle(), programs, [1, 3], 80)
     assert set(found["n"]) == {1, 2, 3, 4} and min(found["n"].values()) > 5
     assert found["acc"] == {r: {n: float(n <= r) for n in (1, 2, 3, 4)} for r in (1, 3)}
 
 
-def test_early_exit_answers_as_the_iterations_that_were_run(tmp_path):
-    hops.write(str(tmp_path / "programs"), 64, 4, n_train=20, n_val=20)
-    shards = Shards(str(tmp_path / "programs"), "val", 64)
+def test_early_exit_answers_as_the_iterations_that_were_run(programs):
     model = model_of(rule="recall", block_size=64)
-    at = hops.accuracy(model, shards, [2, 5], 20)["acc"]
-    early, never, some = (
-        hops.accuracy_with_exit(model, shards, f"kl:{x}", 5, 20) for x in (1e9, 1e-30, 3e-2)
-    )
+    at = hops.accuracy(model, programs, [2, 5], 20)["acc"]
+    specs = ("kl:1e9", "kl:1e-30", "kl:3e-2")
+    early, never, some = (hops.accuracy_with_exit(model, programs, spec, 5, 20) for spec in specs)
     assert early["acc"] == at[2] and early["mean_iters"] == 2 and set(early["iters"].values()) == {2}
     assert never["acc"] == at[5] and never["mean_iters"] == 5
     assert 2 < some["mean_iters"] < 5 and all(2 <= depth <= 5 for depth in some["iters"].values())
@@ -335,11 +303,11 @@ def test_stages_follow_one_another_and_a_second_call_repeats_none(short_stages, 
 def test_a_stage_goes_on_until_its_chains_are_learnt_or_the_limit_is_met(short_stages, monkeypatch):
     shares = iter([0.5, 0.97, 0.1])
     monkeypatch.setattr(hops, "LIMIT", 6)
-    monkeypatch.setattr(
-        hops,
-        "accuracy",
-        lambda model, shards, iters, n: {"acc": {iters[0]: dict.fromkeys([1, 2], next(shares))}},
-    )
+
+    def accuracy(model, shards, iters, n):
+        return {"acc": {iters[0]: dict.fromkeys([1, 2], next(shares))}}
+
+    monkeypatch.setattr(hops, "accuracy", accuracy)
     hops.main(short_stages)
     assert load_model("out/1").meta["step"] == 4 and load_model("out/2").meta["step"] == 3
 
