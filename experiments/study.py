@@ -19,13 +19,14 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 import train
 from checkpoint import load_model
 from config import ArgumentParser, choose_device, cli, load_config, nearest, parse_list
 from data import Shards, get_tokenizer
-from eval_icl import mean_stderr, perplexity, run_tasks, window_losses
+from eval_icl import mcnemar, mean_stderr, perplexity, run_tasks, window_losses
 from experiments import RESULTS, ROOT, append, read
 from experiments.evaluation import convergence_of
 from model import AbbIE, check
@@ -224,11 +225,9 @@ def run_row(study: Study, name: str, seed: int, args):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(windows))
 
-    tokenizer, tasks = get_tokenizer(model.meta["tokenizer"]), study.tasks.split(",")
-    task_iters, limit = parse_list(TASK_ITERS, "iters"), args.limit or study.limit
-    found = run_tasks(model, tokenizer, tasks, task_iters, config.data, args.data_dir, limit)
+    found = tasks_of(study, name, seed, model, args)
     if study is GPU:
-        found["ppl"] = perplexity(model, shards, task_iters)
+        found["ppl"] = perplexity(model, shards, parse_list(TASK_ITERS, "iters"))
     log = [json.loads(line) for line in open(run / "log.jsonl")]
     header, steps = next(line for line in log if "config" in line), [line for line in log if "loss" in line]
     flops = {line["step"] + 1: line["flops"] for line in steps}  # spent before that step
@@ -247,6 +246,29 @@ def run_row(study: Study, name: str, seed: int, args):
         **{key: header[key] for key in ("device", "dtype", "torch", "commit")},
     }  # fmt: skip
     append(study.name, record, args.results)
+
+
+def tasks_of(study: Study, name: str, seed: int, model: AbbIE, args) -> dict:
+    """Score the tasks, and keep what pairs two rows, every example's scores, beside the losses of windows."""
+    path = windows_file(args.out, study, name, seed).with_suffix(".samples")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tokenizer, tasks = get_tokenizer(model.meta["tokenizer"]), study.tasks.split(",")
+    how = {"data": model.meta["data"], "data_dir": args.data_dir, "limit": args.limit or study.limit}
+    with open(path, "w") as log:
+        return run_tasks(model, tokenizer, tasks, parse_list(TASK_ITERS, "iters"), log=log, **how)
+
+
+def right_answers(study: Study, name: str, seed: int, args) -> dict[tuple[str, str], np.ndarray]:
+    """{(task, r): whether each example's best-scored choice, or its whole word, is right}."""
+    path, right = windows_file(args.out, study, name, seed).with_suffix(".samples"), {}
+    if not path.exists():  # a row of before
+        model = load_model(f"{args.out}/{study.name}/{name}-{seed}", model_class=study.rows[name].model_class)
+        tasks_of(study, name, seed, model.eval(), args)
+    for line in map(json.loads, open(path)):
+        scores = line["loglikelihoods"]
+        hit = line["is_greedy"][0] if len(scores) == 1 else scores.index(max(scores)) == line["gold"]
+        right.setdefault((line["task"], str(line["iters"])), []).append(hit)
+    return {key: np.array(hits) for key, hits in right.items()}
 
 
 def windows_file(out: str, study: Study, row: str, seed: int) -> Path:
@@ -336,7 +358,7 @@ def print_table(study: Study, folder):
 
 def print_pair(study: Study, pair: str, args):
     """The first row's loss at every r less the second's at its trained r, on the same windows, seed by
-    seed, with the standard error over windows."""
+    seed, with the standard error over windows; and McNemar's test of their answers."""
     first, second = pair.split(",")
     r_second = trained_r(study, second)
     for seed in (1, 2, 3):
@@ -352,6 +374,12 @@ def print_pair(study: Study, pair: str, args):
             record["gap_stderr"][r] = round(gaps.std().item() / len(gaps) ** 0.5, 5)
             title = f"seed {seed}: {first} at r = {r} less {second} at r = {r_second}"
             print(f"{title}: {record['gap'][r]:+.4f} ± {record['gap_stderr'][r]:.4f}")
+        ours, theirs = (right_answers(study, row, seed, args) for row in (first, second))
+        record["tasks"] = {}
+        for (task, r), hits in ours.items():
+            others = theirs[task, r_second if r_second in TASK_ITERS.split(",") else "4"]
+            test = record["tasks"].setdefault(task, {})[r] = mcnemar(others, hits)
+            print(f"{task}, r = {r}: {hits.mean():.1%} against {others.mean():.1%}, p = {test['p']:.2g}")
         append(f"{study.name}_pairs", record, args.results)
 
 
