@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
+import train
 from checkpoint import load_model
 from config import ArgumentParser, cli, load_config
 from data import Shards
@@ -251,6 +252,7 @@ def main(argv: list[str]):
             "threads": torch.get_num_threads(),
             "load_average": os.getloadavg()[0],
             "torch": torch.__version__,
+            "device": train.cpu_name(),
             **MEASURES[part](args),
         }
         print(json.dumps(record), flush=True)

@@ -128,6 +128,31 @@ def more_iterations(folder: Path, path: Path):
     save(figure, path)
 
 
+def exits(folder: Path, path: Path):
+    """Loss against iterations per token: at fixed r and with early exit, with both caches."""
+    found = read("exits", folder)
+    check(bool(found), "results/exits.jsonl is not there yet")
+    figure, axes = plt.subplots(
+        1, len(found), figsize=(6 * len(found), 4.4), layout="constrained", squeeze=False
+    )
+    for ax, run in zip(axes[0], found):
+        colour = colour_of(run["rule"])
+        for cache, marker in (("full", "o"), ("last", "s")):
+            fixed = [(r, run[cache][str(r)]["loss"]) for r in (2, 3, 4, 6, 8)]
+            rules = [name for name in run[cache] if name.startswith("kl")]
+            early = [(run[cache][name]["iters"], run[cache][name]["loss"]) for name in rules]
+            size = {"marker": marker, "markersize": 5}
+            ax.plot(*zip(*fixed), color="#555555", linestyle=":", label=f"fixed r, cache {cache}", **size)
+            ax.plot(*zip(*early), color=colour, label=f"early exit (kl), cache {cache}", **size)
+            for (x, y), name in zip(early, rules):
+                ax.annotate(name[3:], (x, y), (4, 5), textcoords="offset points", fontsize="small")
+        ax.set_xlabel("iterations per token, mean")
+        ax.set_ylabel("validation loss, nats per token")
+        ax.set_title(f"{run['rule']}, trained at {run['trained_iters']}")
+    legend_below(axes[0, 0], columns=2)
+    save(figure, path)
+
+
 def study_loss(folder: Path, path: Path):
     """Validation loss against r for every row of the study, mean and range over its seeds."""
     found = runs_of(folder)
@@ -371,6 +396,7 @@ def hops_exit(folder: Path, path: Path):
 
 FIGURES = {
     "more_iterations": more_iterations,
+    "exits": exits,
     "study_loss": study_loss,
     "study_flops": study_flops,
     "study_change": study_change,

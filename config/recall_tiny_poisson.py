@@ -1,0 +1,8 @@
+"""recall_tiny with r drawn per step, mean 6, and gradients through the last 3 iterations' updates only: the
+model whose loss falls with r. Four times the steps of the main job: 10 to 40 minutes on two CPU cores."""
+
+from config.recall_tiny import *  # noqa: F403
+
+iters = "poisson:6"
+backprop_iters = 3
+max_steps = 8000
