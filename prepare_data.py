@@ -13,10 +13,9 @@ single book has validation text too; neighbours that go the same way stay joined
 nothing is hashed: that is validation, and all of --input is training.
 
 Killed at any time, the same command goes on and ends with the same bytes, whatever the number of threads.
-The documents, in order, are grouped into chunks, and chunks into batches of about --shard_tokens tokens; the
-cuts depend on the input alone. A batch becomes one shard of each split, made under another name, synced and
-renamed. Then unfinished.json, which is meta.json in the making, says which chunk comes next. What was killed
-within a batch makes that batch again.
+The documents, in order, are grouped into chunks, and chunks into batches of about --shard_tokens tokens,
+which are held in memory; the cuts depend on the input alone. A batch becomes one shard of each split, renamed
+once it is on disk. Then unfinished.json, which is meta.json in the making, says which chunk comes next.
 
 Downloads come from the Hugging Face Hub: HF_ENDPOINT names a mirror, HF_TOKEN is your token.
 """
@@ -34,8 +33,6 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from functools import partial
 from itertools import groupby, islice
 from pathlib import Path
 from typing import NamedTuple
@@ -48,7 +45,7 @@ from config import ArgumentParser, cli
 from data import EVAL_SETS, get_tokenizer, read_json, token_dtype
 from model import UserError, check
 
-CHUNK = 1 << 18  # bytes of text that a thread encodes at a time, where documents are smaller
+CHUNK = 1 << 18  # bytes of text that a thread encodes at a time, or one document that is larger
 SECTION = 1 << 20  # bytes of running text that are read at a time
 PIECE = 1 << 13  # bytes of running text that are hashed, and so split, as one
 NO_HASH = 1 << 64  # larger than the first 64 bits of any
@@ -60,10 +57,8 @@ CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os
 FORMATS = (".txt", ".md", ".py", ".jsonl", ".jsonl.gz", ".json.gz", ".parquet")  # C4's .json.gz has lines
 
 
-class Bad(NamedTuple):
-    """What stands in the place of a document that cannot be used."""
-
-    why: str
+class Bad(str):
+    """What is wrong with a document that cannot be used, in its place."""
 
 
 class Input(NamedTuple):
@@ -106,17 +101,6 @@ def read_stories(file) -> Iterator[bytes]:
             yield b"".join(lines).strip()
 
 
-def read_jsonl(file, key: str) -> Iterator[bytes | Bad]:
-    for number, line in enumerate(file, 1):
-        if line.strip():
-            try:
-                yield json.loads(line)[key].encode()
-            except (ValueError, RecursionError):
-                yield Bad(f"line {number} is no JSON in UTF-8")
-            except (LookupError, TypeError, AttributeError):
-                yield Bad(f"line {number} has no text under {key!r} (--field names the key)")
-
-
 def optional(module: str):
     """A module that only some commands need."""
     try:
@@ -126,71 +110,66 @@ def optional(module: str):
         raise UserError(f"this command needs one more package\npip install {package}") from None
 
 
-def read_parquet(parquet, file, column: str) -> Iterator[bytes | Bad]:
+def read_rows(rows: Iterable, parse: Callable, key: str) -> Iterator[bytes | Bad]:
+    """The texts of rows that parse() makes into dictionaries."""
+    for number, row in enumerate(rows, 1):
+        try:
+            yield parse(row)[key].encode()
+        except (ValueError, RecursionError):
+            yield Bad(f"row {number} is no JSON in UTF-8")
+        except (LookupError, TypeError, AttributeError):
+            yield Bad(f"row {number} has no text under {key!r} (--field names the key)")
+
+
+def parquet_rows(parquet, file, column: str) -> Iterator[dict]:
     table = parquet.ParquetFile(file)
-    names = table.schema_arrow.names
-    if column not in names:
-        raise ValueError(f"no column {column!r}, only {', '.join(names)}; --field names it")
     for batch in table.iter_batches(batch_size=64, columns=[column], use_threads=False):
-        for text in batch.column(0).to_pylist():
-            yield text.encode() if isinstance(text, str) else Bad(f"a row has no text under {column!r}")
+        yield from batch.to_pylist()
 
 
-def read(item: Input, file, key: str) -> Iterator[bytes | Bad]:
-    """The documents of an open file: valid UTF-8, not empty."""
+def records(item: Input, file, key: str) -> Iterable[bytes | Bad]:
+    """Whatever a file holds as documents."""
     name = item.path.name.lower()
-    if name.endswith(".gz"):
-        file = gzip.GzipFile(fileobj=file)
     if name.endswith(".parquet"):
-        found = read_parquet(optional("pyarrow.parquet"), file, key)
-    elif name.endswith((".jsonl", ".gz")):
-        found = read_jsonl(file, key)
-    elif item.running:
-        found = sections(file, SECTION)
-    else:
-        found = read_stories(file) if item.stories else [file.read()]
-    try:
-        for document in found:
-            if isinstance(document, Bad):
-                yield document
-                continue
-            try:
-                yield document if document.decode() else Bad("an empty document")
-            except UnicodeDecodeError as error:
-                yield Bad(f"invalid UTF-8, bytes {document[error.start : error.end].hex(' ')}")
-    except (EOFError, zlib.error, OSError, ValueError) as error:  # of gzip, of pyarrow
-        yield Bad(f"cannot be read ({str(error).splitlines()[0]})")
+        return read_rows(parquet_rows(optional("pyarrow.parquet"), file, key), dict, key)
+    if name.endswith((".jsonl", ".gz")):
+        lines = gzip.GzipFile(fileobj=file) if name.endswith(".gz") else file
+        return read_rows(filter(bytes.strip, lines), json.loads, key)
+    if item.running:
+        return sections(file, SECTION)
+    return read_stories(file) if item.stories else [file.read()]
 
 
-@dataclass
-class Chunk:
-    """Documents that a thread encodes in one go, each with the file it is from."""
+def read(item: Input, key: str) -> Iterator[bytes | Bad]:
+    """The documents of a file: valid UTF-8, not empty."""
+    with open(item.path, "rb") as file:
+        found = records(item, file, key)
+        try:
+            for document in found:
+                try:
+                    usable = isinstance(document, Bad) or document.decode()
+                    yield document if usable else Bad("an empty document")
+                except UnicodeDecodeError as error:
+                    yield Bad(f"invalid UTF-8, bytes {document[error.start : error.end].hex(' ')}")
+        except (EOFError, zlib.error, OSError, ValueError) as error:  # of gzip, of pyarrow
+            yield Bad(f"broken file ({str(error).splitlines()[0]})")
 
-    documents: list[tuple[Input, bytes]] = field(default_factory=list)
-    n_bad: int = 0  # documents left out
-    position: int = 0  # bytes of the files up to its end, as they lie on disk
 
-
-def chunks(inputs: list[Input], key: str, skip_bad: bool) -> Iterator[Chunk]:
-    """Documents in order, CHUNK bytes or a little more at a time."""
-    chunk, n_bytes, position = Chunk(), 0, 0
+def chunks(inputs: list[Input], key: str, skip_bad: bool) -> Iterator[list[tuple[Input, bytes | Bad]]]:
+    """Documents in order, each with the file it is from, CHUNK bytes or a little more at a time."""
+    chunk, n_bytes = [], 0
     for item in inputs:
-        with open(item.path, "rb") as file:
-            for document in read(item, file, key):
-                if isinstance(document, Bad):
-                    problem = f"{item.path}: {document.why}"
-                    check(skip_bad, f"{problem}\nmend it, or leave out and count the bad with --skip_bad")
-                    tqdm.write(f"left out: {problem}", file=sys.stderr)
-                    chunk.n_bad += 1
-                else:
-                    chunk.documents.append((item, document))
-                    n_bytes += len(document)
-                if n_bytes >= CHUNK:
-                    chunk.position = position + file.tell()
-                    yield chunk
-                    chunk, n_bytes = Chunk(), 0
-        position += item.path.stat().st_size
-    chunk.position = position
+        for document in read(item, key):
+            if isinstance(document, Bad):
+                problem = f"{item.path}: {document}"
+                check(skip_bad, f"{problem}\nmend it, or leave out and count the bad with --skip_bad")
+                tqdm.write(f"left out: {problem}", file=sys.stderr)
+            else:
+                n_bytes += len(document)
+            chunk.append((item, document))
+            if n_bytes >= CHUNK:
+                yield chunk
+                chunk, n_bytes = [], 0
     yield chunk
 
 
@@ -204,14 +183,13 @@ def encode(tokenizer, text: str) -> np.ndarray:
         ids = tokenizer.encode_to_numpy(text, disallowed_special=())  # the ids of encode_ordinary
     else:
         ids = tokenizer.encode_ordinary(text)
-    tokens = np.empty(len(ids) + 1, token_dtype(tokenizer.n_vocab))
-    tokens[:-1], tokens[-1] = ids, tokenizer.eot_token
-    return tokens
+    return np.append(ids, tokenizer.eot_token).astype(token_dtype(tokenizer.n_vocab))
 
 
-def encode_chunk(tokenizer, threshold: int, chunk: Chunk):
-    """-> [(split, bytes, tokens), ...] in order, and the lowest hash seen. The threads' work."""
-    encoded, lowest = [], NO_HASH
+def encode_chunk(tokenizer, threshold: int, chunk: list):
+    """-> [(split, bytes, tokens), ...] in order, the lowest hash seen, and the number of Bad documents. The
+    threads' work."""
+    encoded, lowest, n_bad = [], NO_HASH, 0
 
     def split_of(piece: bytes) -> str:
         nonlocal lowest
@@ -219,7 +197,10 @@ def encode_chunk(tokenizer, threshold: int, chunk: Chunk):
         lowest = min(lowest, number)
         return "val" if number < threshold else "train"
 
-    for item, document in chunk.documents:
+    for item, document in chunk:
+        if isinstance(document, Bad):
+            n_bad += 1
+            continue
         if item.split != "hash":
             runs = [(item.split, [document])]
         elif item.running:
@@ -229,20 +210,19 @@ def encode_chunk(tokenizer, threshold: int, chunk: Chunk):
         for split, pieces in runs:
             text = b"".join(pieces)
             encoded.append((split, len(text), encode(tokenizer, text.decode())))
-    return encoded, lowest
+    return encoded, lowest, n_bad
 
 
-def in_order(work: Callable, to_come: Iterable[Chunk], workers: int) -> Iterator[tuple]:
-    """(chunk, work(chunk)) in order, some chunks ahead but never more than memory allows."""
+def encode_all(tokenizer, threshold: int, to_come: Iterable[list], workers: int) -> Iterator[tuple]:
+    """encode_chunk of each in order, some chunks ahead but never more than memory allows."""
     pending = deque()
     with ThreadPoolExecutor(workers) as pool:
         for chunk in to_come:
-            pending.append((chunk, pool.submit(work, chunk)))
+            pending.append(pool.submit(encode_chunk, tokenizer, threshold, chunk))
             if len(pending) > 2 * workers:
-                chunk, result = pending.popleft()
-                yield chunk, result.result()
-        for chunk, result in pending:
-            yield chunk, result.result()
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
 
 
 # ------------------------------------------------------------------------------------------------ downloads
@@ -261,10 +241,8 @@ def download(repo: str, file: str, revision: str, folder: Path, expected: str = 
             raise ValueError("the file arrived corrupted, or is another one: its SHA-256 differs")
     except Exception as error:  # whatever the Hub, the network, a proxy or the disk came up with
         reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise UserError(
-            f"{repo}, {file}: {reason}\nnothing is lost: the same command goes on from here\n"
-            "HF_ENDPOINT can name a mirror, HF_TOKEN your token"
-        ) from None
+        advice = "nothing is lost: the same command goes on\nHF_ENDPOINT names a mirror, HF_TOKEN your token"
+        raise UserError(f"{repo}, {file}: {reason}\n{advice}") from None
     return path
 
 
@@ -324,34 +302,32 @@ def write_shards(args, stages: list[list[Input]], meta: dict, tokenizer):
     that are read without a pause. Those of a source are fetched before and deleted after their stage."""
     folder, progress, source = Path(args.out), meta["progress"], SOURCES.get(args.command)
     write_json(folder / "unfinished.json", meta)
-    work = partial(encode_chunk, tokenizer, progress["threshold"])
-    batch, n_tokens = {split: [] for split in SPLITS}, 0
+    batch, bar = {split: [] for split in SPLITS}, tqdm(unit=" tokens", unit_scale=True, disable=None)
     for inputs in stages[progress["stage"] :]:
         if source:
             file = inputs[0].path.relative_to(folder / "download").as_posix()
             download(source.repo, file, source.revision, folder / "download")
         to_come = islice(chunks(inputs, args.field, args.skip_bad), progress["chunk"], None)
-        size = sum(item.path.stat().st_size for item in inputs)
-        with tqdm(total=size, unit="B", unit_scale=True, disable=None) as bar:
-            for chunk, (encoded, lowest) in in_order(work, to_come, args.workers):
-                for split, n_bytes, tokens in encoded:
-                    batch[split].append(tokens)
-                    n_tokens += len(tokens)
-                    entry = meta["splits"][split]
-                    entry["documents"] += 1
-                    entry["tokens"] += len(tokens)
-                    entry["bytes"] += n_bytes
-                meta["skipped"] += chunk.n_bad
-                progress["lowest"] = min(progress["lowest"], lowest)
-                progress["chunk"] += 1
-                if n_tokens >= args.shard_tokens:
-                    write_batch(folder, meta, batch)
-                    n_tokens = 0
-                bar.update(chunk.position - bar.n)
+        results, n_tokens = encode_all(tokenizer, progress["threshold"], to_come, args.workers), 0
+        for encoded, lowest, n_bad in results:
+            for split, n_bytes, tokens in encoded:
+                batch[split].append(tokens)
+                n_tokens += len(tokens)
+                entry = meta["splits"][split]
+                entry["documents"] += 1
+                entry["tokens"] += len(tokens)
+                entry["bytes"] += n_bytes
+                bar.update(len(tokens))
+            meta["skipped"] += n_bad
+            progress["lowest"] = min(progress["lowest"], lowest)
+            progress["chunk"] += 1
+            if n_tokens >= args.shard_tokens:
+                write_batch(folder, meta, batch)
+                n_tokens = 0
         progress["stage"], progress["chunk"] = progress["stage"] + 1, 0
         write_batch(folder, meta, batch)
-        n_tokens = 0
         shutil.rmtree(folder / "download", ignore_errors=True)
+    bar.close()
 
 
 def nothing_yet(threshold: int) -> dict:
@@ -379,11 +355,9 @@ def prepare(args, stages: list[list[Input]], source: str, identity):
     if meta.get("job") == job:
         print(f"{folder}: going on after {meta['splits']['train']['tokens']:,} tokens")
     else:
-        check(
-            not finished.exists() and not any(folder.glob("*.bin")),
-            f"{folder} holds other data, or of other settings, files or Python\n"
-            f"remove {folder}, or choose another folder with --out",
-        )
+        other = f"{folder} holds other data, or of other settings, files or Python"
+        remedy = f"remove {folder}, or choose another folder with --out"
+        check(not any(folder.glob("*.bin")), f"{other}\n{remedy}")
         meta = {"tokenizer": args.tokenizer, "vocab_size": tokenizer.n_vocab, "source": source, "job": job}
         meta.update(nothing_yet(threshold=int(args.val_fraction * 2**64)))
     folder.mkdir(parents=True, exist_ok=True)
@@ -399,6 +373,7 @@ def prepare(args, stages: list[list[Input]], source: str, identity):
         documents = meta["splits"][split]["documents"]
         more = "give more text, or validation text of its own with --val_input"
         check(documents > 0, f"{source}: no document is left for the {split} split\n{more}")
+    shutil.rmtree(folder / "download", ignore_errors=True)  # where it was killed after the last batch
     os.replace(unfinished, finished)
     sync_folder(folder)
     report(f"{folder} is ready", meta)
@@ -475,17 +450,10 @@ def web_stages(args) -> list[list[Input]]:
     optional("huggingface_hub")  # what is missing is said at once
     if source.file.endswith(".parquet"):
         optional("pyarrow.parquet")
-    folder.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(folder).free
-    needed = n * source.tokens * 2 + source.size  # two bytes a token, and the file at work
-    print(f"{args.command}: {n} of {source.n_files} files, about {n * source.tokens / 1e9:.2f}B GPT-2 tokens")
-    print(f"download: {n * source.size / 1e9:.1f} GB, file by file")
-    print(f"disk: {needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free", flush=True)
-    stages = []
-    for number in range(n):
-        path = folder / "download" / source.file.format(number)
-        stages.append([Input(path, stories=path.suffix == ".txt")])
-    return stages
+    tokens, size = n * source.tokens / 1e9, n * source.size / 1e9
+    print(f"{args.command}: about {tokens:.2f}B GPT-2 tokens; a download of {size:.1f} GB, file by file")
+    paths = [folder / "download" / source.file.format(number) for number in range(n)]
+    return [[Input(path, stories=path.suffix == ".txt")] for path in paths]
 
 
 COMMANDS = {
@@ -501,6 +469,7 @@ COMMANDS = {
 def parse(argv: list[str]):
     parser = ArgumentParser(prog="prepare_data.py", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    parser.set_defaults(field="text", skip_bad=True)
     for name, about in COMMANDS.items():
         sub = commands.add_parser(name, help=about, description=about)
         flag, out = sub.add_argument, None if name == "text" else f"data/{name}"
@@ -513,8 +482,6 @@ def parse(argv: list[str]):
             flag("--val_input", nargs="+", default=[], metavar="FILE_OR_DIR", help="all for validation")
             flag("--field", default="text", help="key or column of .jsonl and .parquet (text)")
             flag("--skip_bad", action="store_true", help="leave out and count the bad")
-        else:
-            sub.set_defaults(field="text", skip_bad=True)
         tokenizer, fraction = "bytes", 0.05
         if name in SOURCES:
             tokenizer, fraction, n = "gpt2", 0.002, SOURCES[name].default
