@@ -247,23 +247,21 @@ def download(repo: str, file: str, revision: str, folder: Path, expected: str = 
 
 
 class Source(NamedTuple):
-    """Text on the Hub; what one of its files is expected to be in bytes of download and GPT-2 tokens."""
+    """Text on the Hub, in n_files of which `default` are taken."""
 
     repo: str
     revision: str
     file: str  # with {} for its number
     n_files: int
     default: int
-    size: float
-    tokens: float
 
 
 C4, STORIES = "1588ec454efa1a09f29cd18ddd04fe05fc8653a2", "TinyStoriesV2-GPT4-train.txt"
 EDU = "sample/10BT/{:03d}_00000.parquet"
 SOURCES = {
-    "c4": Source("allenai/c4", C4, "en/c4-train.{:05d}-of-01024.json.gz", 1024, 48, 319e6, 152e6),
-    "tinystories": Source("roneneldan/TinyStories", "main", STORIES, 1, 1, 2.23e9, 0.54e9),
-    "fineweb_edu": Source("HuggingFaceFW/fineweb-edu", "main", EDU, 14, 10, 2.15e9, 0.73e9),
+    "c4": Source("allenai/c4", C4, "en/c4-train.{:05d}-of-01024.json.gz", 1024, 48),
+    "tinystories": Source("roneneldan/TinyStories", "main", STORIES, 1, 1),
+    "fineweb_edu": Source("HuggingFaceFW/fineweb-edu", "main", EDU, 14, 10),
 }
 
 
@@ -381,15 +379,11 @@ def prepare(args, stages: list[list[Input]], source: str, identity):
 
 def report(what: str, meta: dict):
     print(f"{what}\n{meta['source']}; tokenizer {meta['tokenizer']}; {meta['skipped']} documents left out")
-    for split, entry in meta["splits"].items():
-        counts = f"{entry['documents']:,} documents, {entry['bytes']:,} bytes, {entry['tokens']:,} tokens"
-        print(f"{split}: {counts}")
+    for split, n in meta["splits"].items():
+        print(f"{split}: {n['documents']:,} documents, {n['bytes']:,} bytes, {n['tokens']:,} tokens")
 
 
 # ------------------------------------------------------------------------------------------ evaluation sets
-
-HELLASWAG_NOTICE = """hellaswag: its WikiHow rows are under a copyright takedown claim of September 2026, for
-which GitHub disabled the authors' repository. You fetch them for yourself; do not pass them on."""
 
 
 def fetch_eval_set(task: str, folder: Path):
@@ -397,7 +391,8 @@ def fetch_eval_set(task: str, folder: Path):
     known = EVAL_SETS[task]
     path = folder / task / f"{known.split}.jsonl"
     if task == "hellaswag":
-        print(HELLASWAG_NOTICE, flush=True)
+        print("hellaswag: its WikiHow rows are under a copyright takedown claim of September 2026, for which")
+        print("GitHub disabled the authors' repository. You fetch them for yourself; do not pass them on.")
     if path.exists():
         print(f"{path} is there")
         return
@@ -444,24 +439,22 @@ def text_inputs(names: list[str], split: str) -> list[Input]:
 
 
 def web_stages(args) -> list[list[Input]]:
-    """A stage for each file to fetch, after a word on what that takes."""
-    source, folder, n = SOURCES[args.command], Path(args.out), args.shards
+    """A stage for each file to fetch."""
+    source, folder, n = SOURCES[args.command], Path(args.out, "download"), args.shards
     check(1 <= n <= source.n_files, f"--shards {n}: {args.command} has 1 to {source.n_files} files")
     optional("huggingface_hub")  # what is missing is said at once
     if source.file.endswith(".parquet"):
         optional("pyarrow.parquet")
-    tokens, size = n * source.tokens / 1e9, n * source.size / 1e9
-    print(f"{args.command}: about {tokens:.2f}B GPT-2 tokens; a download of {size:.1f} GB, file by file")
-    paths = [folder / "download" / source.file.format(number) for number in range(n)]
+    paths = [folder / source.file.format(number) for number in range(n)]
     return [[Input(path, stories=path.suffix == ".txt")] for path in paths]
 
 
 COMMANDS = {
     "stdlib": "the source of this Python's standard library, as bytes",
     "text": f"your own files ({' '.join(FORMATS)})",
-    "c4": "C4 (English), 1024 files of about 152M tokens",
-    "tinystories": "TinyStories V2 (GPT-4), about 540M tokens",
-    "fineweb_edu": "FineWeb-Edu's sample of 10B tokens, 14 files (needs pyarrow)",
+    "c4": "C4 (English): 1024 files of 0.32 GB, each about 152M GPT-2 tokens",
+    "tinystories": "TinyStories V2 (GPT-4): 2.2 GB, about 540M GPT-2 tokens",
+    "fineweb_edu": "FineWeb-Edu's sample of 10B tokens: 14 files of 2.2 GB, each about 730M (needs pyarrow)",
     "icl": "the evaluation sets",
 }
 
