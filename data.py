@@ -62,11 +62,9 @@ def get_tokenizer(name: str):
     """'bytes', a tiktoken encoding ('gpt2', 'cl100k_base', ...) or 'hf:FOLDER_OR_REPO' -> an object with
     n_vocab, eot_token, encode_ordinary(str) -> ids, decode(ids) -> str, decode_bytes(ids) -> bytes, name."""
     if name == "bytes":  # nothing merges, so the pattern only sets how much text is looked at in one go
-        ranks = {bytes([i]): i for i in range(256)}
+        ranks, pattern = {bytes([i]): i for i in range(256)}, r"(?s:.{1,64})"
         special = {"<|endoftext|>": 256}
-        return tiktoken.Encoding(
-            "bytes", pat_str=r"(?s:.{1,64})", mergeable_ranks=ranks, special_tokens=special
-        )
+        return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
     if name.startswith("hf:"):
         from hf.llama import HFTokenizer
 
@@ -89,16 +87,19 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 # ---------------------------------------------------------------------------------------- shards -> windows
 
-COMMANDS = (
-    "stdlib",
-    "c4",
-    "tinystories",
-    "fineweb_edu",
-)  # of prepare_data.py, each with a folder of its name
+COMMANDS = ("stdlib", "c4", "tinystories", "fineweb_edu")  # of prepare_data.py: what data/NAME is made by
 
 
 def broken(path: Path, why: str) -> UserError:
     return UserError(f"{path} {why}\nremove {path.parent} and prepare the data again")
+
+
+def read_json(path: Path) -> dict:
+    """{} where there is none, or none that can be read."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
 
 
 def read_meta(folder: str | Path) -> dict:
@@ -110,14 +111,10 @@ def read_meta(folder: str | Path) -> dict:
             meta[name]
         return meta
     except (FileNotFoundError, NotADirectoryError):
-        command = f"text --input FILE_OR_DIR --out {folder}"
-        if folder.name in COMMANDS:
-            command = folder.name
-            if folder != Path("data", folder.name):
-                command += f" --out {folder}"
+        command = folder.name if folder.name in COMMANDS else "text --input FILE_OR_DIR"
         raise UserError(
             f"{folder} holds no prepared data, or its preparation was interrupted\n"
-            f"make it: python prepare_data.py {command}"
+            f"make it: python prepare_data.py {command} --out {folder}"
         ) from None
     except (ValueError, KeyError, TypeError):
         raise broken(folder / "meta.json", "does not describe token shards") from None
@@ -156,21 +153,16 @@ class Shards:
     def verify(self, shards: list[dict]):
         """Check each shard's SHA-256, unless verified.json knows the file by its size and time."""
         memory = self.folder / "verified.json"
-        try:
-            known = json.loads(memory.read_text())
-        except (OSError, ValueError):
-            known = {}
-        new = {}
+        known = read_json(memory)
+        marks = {}
         for path, shard in zip(self.paths, shards):
             stat = path.stat()
-            mark = [stat.st_size, stat.st_mtime_ns, shard["sha256"]]
-            if known.get(path.name) != mark:
-                if sha256(path) != shard["sha256"]:
-                    raise broken(path, "is not what was prepared (its SHA-256 differs)")
-                new[path.name] = mark
-        if new:
+            marks[path.name] = [stat.st_size, stat.st_mtime_ns, shard["sha256"]]
+            if known.get(path.name) != marks[path.name] and sha256(path) != shard["sha256"]:
+                raise broken(path, "is not what was prepared (its SHA-256 differs)")
+        if not marks.items() <= known.items():
             try:
-                write_json(memory, {**known, **new})
+                write_json(memory, {**known, **marks})
             except OSError:  # a folder that we may only read: the next run checks again
                 pass
 

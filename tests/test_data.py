@@ -3,8 +3,7 @@
 import hashlib
 import json
 import os
-import shutil
-import time
+import re
 from pathlib import Path
 
 import numpy as np
@@ -58,15 +57,6 @@ def test_the_bytes_tokenizer_is_a_tiktoken_encoding_that_gives_exactly_the_bytes
     assert tokenizer.decode(ids) == text and tokenizer.decode_bytes(ids) == text.encode()
 
 
-def test_the_bytes_tokenizer_takes_linear_time():
-    tokenizer, seconds = get_tokenizer("bytes"), []
-    for n in (1 << 18, 1 << 21):
-        begun = time.perf_counter()
-        tokenizer.encode_ordinary("a" * n)
-        seconds.append(time.perf_counter() - begun)
-    assert seconds[1] < 40 * seconds[0]  # 8 times the text; were it quadratic, 64 times the time
-
-
 def test_an_unknown_tokenizer_names_the_known_ones():
     with pytest.raises(UserError, match="unknown tokenizer 'gpt3'\nknown: bytes, .*gpt2"):
         get_tokenizer("gpt3")
@@ -113,50 +103,39 @@ def test_documents_may_run_across_shards_as_they_did_in_data_of_before(tmp_path)
 # ----------------------------------------------------------------------------------------------------- damage
 
 
-@pytest.mark.parametrize(
-    "folder, command",
-    [
-        ("data/c4", "python prepare_data.py c4\n"),
-        ("data/stdlib", "python prepare_data.py stdlib\n"),
-        ("/nowhere/c4", "python prepare_data.py c4 --out /nowhere/c4\n"),
-        ("data/mine", "python prepare_data.py text --input FILE_OR_DIR --out data/mine\n"),
-    ],
-)
-def test_missing_data_names_the_command_that_makes_it(folder, command, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError) as error:
-        Shards(folder, "train", 64)
-    assert (str(error.value) + "\n").endswith(command)
+@pytest.mark.parametrize("name, command", [("c4", "c4"), ("mine", "text --input FILE_OR_DIR")])
+def test_missing_data_names_the_command_that_makes_it(name, command, tmp_path):
+    made_by = re.escape(f"make it: python prepare_data.py {command} --out {tmp_path / name}")
+    with pytest.raises(UserError, match=f"{made_by}$"):
+        Shards(tmp_path / name, "train", 64)
 
 
-def flip_a_bit(folder):
-    raw = bytearray((folder / "train_00001.bin").read_bytes())
+def flip_a_bit(shard):
+    raw = bytearray(shard.read_bytes())
     raw[1000] ^= 1
-    (folder / "train_00001.bin").write_bytes(raw)
+    shard.write_bytes(raw)
 
 
-def lower_the_vocabulary(folder):
-    meta = json.loads((folder / "meta.json").read_text())
-    (folder / "meta.json").write_text(json.dumps({**meta, "vocab_size": 200}))
+def lower_the_vocabulary(shard):
+    meta = shard.parent / "meta.json"
+    meta.write_text(meta.read_text().replace("257", "200"))
 
 
 @pytest.mark.parametrize(
     "damage, said",
     [
         (flip_a_bit, "train_00001.bin is not what was prepared"),
-        (lambda folder: (folder / "train_00001.bin").unlink(), "train_00001.bin is missing"),
-        (lambda folder: os.truncate(folder / "train_00001.bin", 4000), "missing or has not 6014 bytes"),
-        (lambda folder: (folder / "meta.json").write_text("{"), "does not describe"),
-        (lambda folder: (folder / "meta.json").write_text('{"tokenizer": "bytes"}'), "does not describe"),
+        (lambda shard: shard.unlink(), "train_00001.bin is missing"),
+        (lambda shard: os.truncate(shard, 4000), "missing or has not 6014 bytes"),
+        (lambda shard: (shard.parent / "meta.json").write_text("{"), "does not describe"),
         (lower_the_vocabulary, "a token over 199"),
     ],
 )
 def test_damage_is_noticed(prepared, damage, said):
-    damage(prepared)
-    with pytest.raises(UserError, match=said) as error:
+    damage(prepared / "train_00001.bin")
+    with pytest.raises(UserError, match=f"{said}[^\n]*\n.*prepare the data again"):
         shards = Shards(prepared, "train", 64)
         shards.batch(range(shards.n_windows))
-    assert "prepare the data again" in str(error.value)
 
 
 def test_a_split_without_a_window_says_so(prepared):
@@ -175,12 +154,10 @@ def test_hashes_are_checked_once_and_remembered(prepared, monkeypatch):
         return hashed
 
     assert hashed_by("train", verify=False) == []
-    assert hashed_by("train") == train
-    assert hashed_by("train") == []
+    assert hashed_by("train") == train and hashed_by("train") == []
     assert hashed_by("val") == ["val_00000.bin"]
     os.utime(prepared / train[1], (0, 0))
     assert hashed_by("train") == [train[1]]
     (prepared / "verified.json").unlink()
     (prepared / "verified.json").mkdir()  # it cannot be written, as in a read-only folder
     assert hashed_by("train") == train and hashed_by("train") == train
-    shutil.rmtree(prepared)
