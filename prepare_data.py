@@ -247,21 +247,22 @@ def download(repo: str, file: str, revision: str, folder: Path, expected: str = 
 
 
 class Source(NamedTuple):
-    """Text on the Hub, in n_files of which `default` are taken."""
+    """Text on the Hub, in n_files of about so many GPT-2 tokens each, of which `default` are taken."""
 
     repo: str
     revision: str
     file: str  # with {} for its number
     n_files: int
     default: int
+    tokens: int
 
 
 C4, STORIES = "1588ec454efa1a09f29cd18ddd04fe05fc8653a2", "TinyStoriesV2-GPT4-train.txt"
 EDU = "sample/10BT/{:03d}_00000.parquet"
 SOURCES = {
-    "c4": Source("allenai/c4", C4, "en/c4-train.{:05d}-of-01024.json.gz", 1024, 48),
-    "tinystories": Source("roneneldan/TinyStories", "main", STORIES, 1, 1),
-    "fineweb_edu": Source("HuggingFaceFW/fineweb-edu", "main", EDU, 14, 10),
+    "c4": Source("allenai/c4", C4, "en/c4-train.{:05d}-of-01024.json.gz", 1024, 48, 152_000_000),
+    "tinystories": Source("roneneldan/TinyStories", "main", STORIES, 1, 1, 540_000_000),
+    "fineweb_edu": Source("HuggingFaceFW/fineweb-edu", "main", EDU, 14, 10, 730_000_000),
 }
 
 
@@ -300,7 +301,12 @@ def write_shards(args, stages: list[list[Input]], meta: dict, tokenizer):
     that are read without a pause. Those of a source are fetched before and deleted after their stage."""
     folder, progress, source = Path(args.out), meta["progress"], SOURCES.get(args.command)
     write_json(folder / "unfinished.json", meta)
-    batch, bar = {split: [] for split in SPLITS}, tqdm(unit=" tokens", unit_scale=True, disable=None)
+    batch = {split: [] for split in SPLITS}
+    # The whole is known of a source in tokens, of one's own files in bytes (if they are not compressed).
+    unit = "tokens" if source else "bytes"
+    sizes = [source.tokens if source else item.path.stat().st_size for stage in stages for item in stage]
+    done = sum(meta["splits"][split][unit] for split in SPLITS)
+    bar = tqdm(total=sum(sizes), initial=done, unit=f" {unit}", unit_scale=True, disable=None)
     for inputs in stages[progress["stage"] :]:
         if source:
             file = inputs[0].path.relative_to(folder / "download").as_posix()
@@ -315,7 +321,7 @@ def write_shards(args, stages: list[list[Input]], meta: dict, tokenizer):
                 entry["documents"] += 1
                 entry["tokens"] += len(tokens)
                 entry["bytes"] += n_bytes
-                bar.update(len(tokens))
+                bar.update(len(tokens) if source else n_bytes)
             meta["skipped"] += n_bad
             progress["lowest"] = min(progress["lowest"], lowest)
             progress["chunk"] += 1
