@@ -76,8 +76,10 @@ def nanogpt_side(config: Config, path: str, steps: int):
     D, L = config.n_embd, config.n_blocks
     flops = 6 * (12 * L * D * D + D * vocab_size) + 6 * L * D * config.block_size
     net = OnlyLoss(torch.compile(model) if compiled else model)
-    facts = {"model": "nanoGPT", "n_params": n_params, "compiled": compiled}
-    yield from bench.measure_training(net, optimizer, config, [1], steps, facts, {1: flops}, body=0)
+    traffic = bench.training_bytes(config, n_params)
+    cells = [{"iters": 1, "flops_per_token": flops, "bytes_per_token": traffic}]
+    facts = {"model": "nanoGPT", "n_params": n_params, "compiled": compiled, "cells": cells}
+    yield from bench.measure_training(net, optimizer, config, steps, facts)
 
 
 def train_nanogpt(config: Config, path: str, max_steps: int, val: Shards) -> dict:

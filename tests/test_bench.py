@@ -1,8 +1,8 @@
 """bench.py: figures that can be checked by hand, sides that take turns, the training step of train.py."""
 
 import json
+import os
 import statistics
-import sys
 
 import pytest
 import torch
@@ -38,20 +38,14 @@ def test_training_is_measured_for_every_side_and_iters(capfd, tmp_path):
     assert json.loads(out.read_text()) == result
     cells, sides, can = result["cells"], result["sides"], result["machine"]
     names = ["as given", "iters=1 n_body_blocks=2"]
-    assert [(cell["side"], cell["iters"]) for cell in cells] == [
-        *((names[0], r) for r in (1, 2, 4)),
-        (names[1], 1),
-    ]
+    assert [cell["side"] for cell in cells] == [names[0]] * 3 + [names[1]]
+    assert [cell["iters"] for cell in cells] == [1, 2, 4, 1]
 
     # FLOPs count the Body r times, so r = 2 of one Body block costs what two Body blocks cost.
     model = AbbIE(load_config(TOY).model_config(300))
     assert [cell["flops_per_token"] for cell in cells[:3]] == [model.flops_per_token(r) for r in (1, 2, 4)]
     assert cells[1]["flops_per_token"] == cells[3]["flops_per_token"]
     assert sides[names[0]]["n_params"] == model.n_params() < sides[names[1]]["n_params"]
-
-    shares = list(sides[names[0]]["profile"].values())
-    assert shares == sorted(shares, reverse=True) and 0.2 < sum(shares) < 1.01
-    assert any("mm" in op or "linear" in op for op in sides[names[0]]["profile"])
 
     for cell in cells:
         rates = cell["tokens_per_s_rounds"]
@@ -105,7 +99,7 @@ def test_decoding_is_measured_with_and_without_drafts(capfd):
 
 def dies():
     yield "alive"
-    sys.exit(1)
+    os._exit(1)
 
 
 def test_a_side_that_fails_ends_in_a_short_error():

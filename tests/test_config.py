@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,8 +21,8 @@ def refused(*argv) -> str:
     return str(error.value)
 
 
-def keys(name: str) -> dict:
-    return vars(load_config([str(ROOT / "config" / f"{name}.py")]))
+def named(name: str) -> Config:
+    return load_config([str(ROOT / "config" / f"{name}.py")])
 
 
 def test_a_flag_beats_the_file_which_beats_the_default(tmp_path):
@@ -105,26 +106,19 @@ def test_the_help_lists_every_key_with_its_default():
     [("abbie_350m", 359_842_816), ("abbie_200m", 201_077_632), ("abbie_124m", 123_587_328)],
 )
 def test_the_sizes_that_the_configs_promise(name, parameters):
-    config = load_config([str(ROOT / "config" / f"{name}.py")])
+    config = named(name)
     with torch.device("meta"):
         assert AbbIE(config.model_config(50257)).n_params() == parameters
     assert config.tokens_per_step == 2**19 and config.block_size == 1024 and config.data == "data/c4"
 
 
-def test_the_baselines_differ_in_what_they_are_named_for_and_nothing_else():
-    base = keys("abbie_350m")
-    for name, changed in (
-        ("std_350m", {"iters": 1}),
-        ("abbie_c_350m", {"rule": "abbie_c"}),
-        ("zero_pt_350m", {"rule": "zero_pt"}),
-        ("recall_350m", {"rule": "recall"}),
-    ):
-        assert keys(name) == {**base, **changed, "out_dir": f"out/{name}"}
-
-
-def test_every_config_loads():
-    for path in (ROOT / "config").glob("[!_]*.py"):
-        load_config([str(path)])
+@pytest.mark.parametrize("path", sorted((ROOT / "config").glob("[!_]*.py")), ids=lambda path: path.stem)
+def test_every_config_loads_and_a_baseline_differs_in_what_it_is_named_for_and_nothing_else(path):
+    config, (name, _, size) = named(path.stem), path.stem.rpartition("_")
+    baselines = {"std": {"iters": 1}, **{rule: {"rule": rule} for rule in ("abbie_c", "zero_pt", "recall")}}
+    if name in baselines:
+        base = named(f"abbie_{size}")
+        assert config == replace(base, **baselines[name], out_dir=f"out/{path.stem}")
 
 
 def test_the_vocabulary_follows_the_data_unless_set():
