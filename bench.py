@@ -1,9 +1,9 @@
 """Tokens/s of this machine, measured so that they can be believed. The last line of stdout is one JSON
 object.
 
-    python bench.py train config/abbie_tiny.py --iters 1,2,4,8                 # tokens/s, FLOPs, MFU, memory
-    python bench.py train config/abbie_tiny.py --side "iters=1 n_body_blocks=4"    # is looping free?
-    python bench.py decode config/abbie_tiny.py --iters 1,2,4,8 --batch 1,64 --draft_iters 1 --ckpt out/NAME
+    python bench.py train config/abbie_tiny.py --iters 1,2,4,8             # tokens/s, FLOPs, MFU, memory
+    python bench.py train config/abbie_tiny.py --side "iters=1 n_body_blocks=4"        # is looping free?
+    python bench.py decode config/abbie_tiny.py --iters 1,2,4,8 --batch 1,64 --draft_iters 1   # and bandwidth
 
 Any config key is a flag. The config is the first side of a comparison; each --side is the same config with
 changes. Every side has a process of its own, and they take turns: a round measures all of them, and the
@@ -94,7 +94,8 @@ def peak_memory(device: torch.device) -> int | None:
         import resource
     except ImportError:  # Windows
         return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def fitting(run, *args):
@@ -111,13 +112,17 @@ def machine(device: torch.device):
     n, size = (8192, 2**30) if device.type == "cuda" else (512, 2**27)  # bf16 can be very slow on a CPU
     source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
+
+    def best(run):
+        return min(seconds(run, device) for _ in range(5))
+
     yield {"matmul": f"{n} x {n} x {n}", "copy_bytes": size}
     while True:
-        best = {"bandwidth": 2 * size / min(seconds(lambda: target.copy_(source), device) for _ in range(5))}
-        for dtype in ("float32", "bfloat16"):
-            a = torch.randn(n, n, device=device).to(getattr(torch, dtype))
-            best[dtype] = 2 * n**3 / min(seconds(lambda a=a: a @ a, device) for _ in range(5))
-        yield best
+        can = {"bandwidth": 2 * size / best(lambda: target.copy_(source))}
+        for dtype in (torch.float32, torch.bfloat16):
+            a = torch.randn(n, n, device=device).to(dtype)
+            can[str(dtype)[6:]] = 2 * n**3 / best(lambda a=a: a @ a)
+        yield can
 
 
 def settings(config: Config) -> tuple[torch.device, torch.dtype]:
@@ -144,23 +149,9 @@ def train_side(config: Config, depths: list[int], steps: int):
     model.activation_checkpointing = config.activation_checkpointing
     compiled = train.compile_blocks(model, config, device)
     train.choose_attention(device, dtype, compiled)
-    n_params, body = model.n_params(), sum(p.numel() for p in model.body.parameters())
-    cells = []
-    for iters in depths:
-        traffic = training_bytes(config, n_params, body * (iters - 1))
-        flops = model.flops_per_token(iters)
-        cells.append({"iters": iters, "flops_per_token": flops, "bytes_per_token": traffic})
-    facts = {"model": config.rule, "n_params": n_params, "compiled": compiled, "cells": cells}
+    cells = [{"iters": iters, "flops_per_token": model.flops_per_token(iters)} for iters in depths]
+    facts = {"model": config.rule, "n_params": model.n_params(), "compiled": compiled, "cells": cells}
     yield from measure_training(model, train.adamw(model, config), config, steps, facts)
-
-
-def training_bytes(config: Config, n_params: int, read_again: int = 0) -> float:
-    """Memory traffic per token in fp32: a micro-batch reads the weights forward and backward, some of them
-    again in later iterations, and writes and reads their gradients; AdamW reads and writes weights and two
-    moments. Activations come on top: this is a lower bound."""
-    sequences, micro_batch = train.divide_step(config, world=1)
-    numbers = sequences // micro_batch * 4 * (n_params + read_again) + 6 * n_params
-    return 4 * numbers / config.tokens_per_step
 
 
 def measure_training(model, optimizer, config: Config, steps: int, facts: dict):
@@ -195,9 +186,15 @@ def measure_training(model, optimizer, config: Config, steps: int, facts: dict):
     compiling, seen = time.perf_counter() - began, graphs["unique_graphs"]
     for iters in depths:
         measure(iters, 1)
-    facts |= {"dtype": str(dtype)[6:], "tokens_per_step": config.tokens_per_step, "micro_batch": micro_batch}
-    facts |= {"first_step_seconds": compiling, "recompilations": graphs["unique_graphs"] - seen}
-    yield {**facts, "block_size": T}
+    yield {
+        **facts,
+        "dtype": str(dtype)[6:],
+        "tokens_per_step": config.tokens_per_step,
+        "micro_batch": micro_batch,
+        "block_size": T,
+        "first_step_seconds": compiling,
+        "recompilations": graphs["unique_graphs"] - seen,
+    }
     while True:
         yield [measure(iters, steps) for iters in depths]
 
@@ -251,9 +248,15 @@ def decode_side(config: Config, ckpt: str, batches: list[int], depths: list[int]
         return [fitting(measure, cell) for cell in cells]
 
     measure_all()  # compiles
-    facts = {"ckpt": ckpt or None, "n_params": model.n_params()}
-    facts |= {"dtype": str(dtype)[6:], "compiled": compiled}
-    yield {**facts, "prompt_tokens": prompt, "new_tokens": tokens, "cells": cells}
+    yield {
+        "ckpt": ckpt or None,
+        "n_params": model.n_params(),
+        "dtype": str(dtype)[6:],
+        "compiled": compiled,
+        "prompt_tokens": prompt,
+        "new_tokens": tokens,
+        "cells": cells,
+    }
     while True:
         yield measure_all()
 
@@ -272,25 +275,38 @@ def compare(names: list[str], sides: list, device: torch.device, rounds: int) ->
     for s, (name, fact) in enumerate(zip(names, facts[1:]), start=1):
         for c, cell in enumerate(fact.pop("cells")):
             found = [m[s][c] for m in measured]
-            result = {"error": "out of memory"} if None in found else summary(cell, found, fact["dtype"], can)
+            if None in found:
+                result = {"error": "out of memory"}
+            else:
+                result = summary(cell, found, fact["dtype"], can)
             cells.append({"side": name, **cell, **result})
     complete = [cell for cell in cells if "error" not in cell]
     for cell in complete:
         pairs = zip(cell["tokens_per_s_rounds"], complete[0]["tokens_per_s_rounds"])
         cell["tokens_per_s_to_first"] = statistics.median(a / b for a, b in pairs)
-    result = {"machine": {**facts[0], **can}, "versions": versions, "rounds": rounds}
-    return {**result, "sides": dict(zip(names, facts[1:])), "cells": cells}
+    return {
+        "machine": {**facts[0], **can},
+        "versions": versions,
+        "rounds": rounds,
+        "sides": dict(zip(names, facts[1:])),
+        "cells": cells,
+    }
 
 
 def summary(cell: dict, found: list[dict], dtype: str, can: dict) -> dict:
     """Of what one cell measured in every round: medians, and their share of what the machine can do."""
     rates = [f["tokens_per_s"] for f in found]
     rate = statistics.median(rates)
-    flops, peak, source = rate * cell["flops_per_token"], can[dtype], "measured matmul"
+    peak, source = can[dtype], "measured matmul"
     if can["peak_flops"] and dtype == "bfloat16":
         peak, source = can["peak_flops"], "data sheet"
-    result = {**found[-1], "tokens_per_s": rate, "tokens_per_s_rounds": rates}
-    result |= {"flops_per_s": flops, "mfu": flops / peak, "mfu_of": source}
+    result = {
+        **found[-1],
+        "tokens_per_s": rate,
+        "tokens_per_s_rounds": rates,
+        "mfu": rate * cell["flops_per_token"] / peak,
+        "mfu_of": source,
+    }
     if "bytes_per_token" in cell:
         result["bandwidth_share"] = rate * cell["bytes_per_token"] / can["bandwidth"]
     return result
@@ -306,12 +322,11 @@ def show(result: dict):
         if "error" in cell:
             print(f"{what:28s} {cell['error']} | {cell['side']}")
             continue
-        share = f"{cell['bandwidth_share']:6.1%}" if "bandwidth_share" in cell else "     -"
-        memory = (cell["peak_memory_bytes"] or 0) / 2**30
-        print(
-            f"{what:28s} {cell['tokens_per_s']:11,.0f} tok/s  {cell['mfu']:6.1%} mfu  {share} bandwidth  "
-            f"{cell['tokens_per_s_to_first']:6.3f} x  {memory:6.2f} GiB | {cell['side']}"
-        )
+        line = f"{what:28s} {cell['tokens_per_s']:11,.0f} tok/s  {cell['tokens_per_s_to_first']:6.3f} x  "
+        line += f"{cell['mfu']:6.1%} mfu  {(cell['peak_memory_bytes'] or 0) / 2**30:6.2f} GiB  "
+        if "bandwidth_share" in cell:
+            line += f"{cell['bandwidth_share']:6.1%} bandwidth  "
+        print(f"{line}| {cell['side']}")
 
 
 # ------------------------------------------------------------------------------------------------- commands

@@ -246,12 +246,13 @@ def divide_step(config: Config, world: int) -> tuple[int, int]:
 def prepare_run(config: Config, world: int) -> Path | None:
     """What one process checks and does for all -> the checkpoint to continue from, or None."""
     divide_step(config, world)
-    if config.data == "data/stdlib" and not Path(config.data, "meta.json").exists():
+    data, out_dir = Path(config.data), Path(config.out_dir)
+    if config.data == "data/stdlib" and not (data / "meta.json").exists():
         prepare_data.main(["stdlib"])  # the embedded corpus makes itself, every other one is made by hand
     for split in ("train", "val"):
-        Shards(config.data, split, config.block_size)  # verifies its hashes and remembers that it has
-    resume_from = find_resume(config, Path(config.out_dir))
-    Path(config.out_dir).mkdir(parents=True, exist_ok=True)
+        Shards(data, split, config.block_size)  # verifies its hashes and remembers that it has
+    resume_from = find_resume(config, out_dir)
+    out_dir.mkdir(parents=True, exist_ok=True)
     return resume_from
 
 
@@ -357,11 +358,7 @@ def main(argv: list[str], model_class=AbbIE):
     try:
         status = run(config, rank, world, model_class)
     except RuntimeError as error:
-        signs = (
-            "out of memory",
-            "not enough memory",
-            "can't allocate memory",
-        )  # CUDA's; the CPU's allocators
+        signs = ("out of memory", "not enough memory", "can't allocate memory")  # of CUDA, of CPUs
         if not any(sign in str(error).lower() for sign in signs):
             raise
         half = max(1, config.micro_batch // 2)
@@ -433,7 +430,7 @@ def run(config: Config, rank: int, world: int, model_class=AbbIE) -> int:
         prune(out_dir, config.keep_last, newest)
 
     stop, saved_at, started = 0, start if resume_from else None, time.perf_counter()
-    hidden = rank > 0 or not sys.stderr.isatty()
+    hidden = True if rank > 0 else None  # None: where stderr is no terminal
     bar = tqdm(total=max_steps, initial=start, disable=hidden, dynamic_ncols=True)
     with noticed_signals() as asked:
         for step in range(start, max_steps + 1):  # once more than there are steps: to evaluate and save
@@ -507,10 +504,8 @@ def show_off(model: AbbIE, config: Config, shards: Shards):
         prompt = "def " if shards.tokenizer == "bytes" else "The "
         options = {"temperature": 0.8, "top_k": 50, "seed": config.seed, "stop_token": tokenizer.eot_token}
         ids = generate(model, [tokenizer.encode_ordinary(prompt)], 200, **options)[0]
-    print(
-        f"\na sample at iters {model.config.mean_iters} (python sample.py makes more):\n"
-        f"{prompt}{tokenizer.decode(ids)}"
-    )
+    print(f"\na sample at iters {model.config.mean_iters} (python sample.py makes more):")
+    print(prompt + tokenizer.decode(ids))
 
 
 if __name__ == "__main__":

@@ -124,11 +124,13 @@ def load_config(argv: list[str]) -> Config:
         check(name in hints, f"{path}: unknown key {name}{nearest(name, hints)}")
     values |= {name: from_text(hints[name], text) for name, text in flags.items()}
     for name, value in values.items():
-        if type(value) is int and hints[name] is float:
+        hint = hints[name]
+        if type(value) is int and hint is float:
             values[name] = value = float(value)
         place = f"--{name}={value}" if name in flags else f"{path}: {name}={value!r}"
-        hint = hints[name]
-        check(isinstance(value, hint), f"{place} is not {hint.__name__ if isinstance(hint, type) else hint}")
+        if not isinstance(value, hint):
+            kind = hint.__name__ if isinstance(hint, type) else hint
+            raise UserError(f"{place} is not {kind}")
     return Config(**values)
 
 

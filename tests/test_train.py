@@ -96,6 +96,10 @@ def weights(folder: Path, step: int) -> dict:
     return load_tensors(folder / f"step_{step:08d}" / "model.pt")
 
 
+def equal(a: dict, b: dict) -> bool:
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
 def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -332,7 +336,7 @@ def test_a_standard_model_can_be_iterated_and_trained_on(here):
     given, start, trained = weights(std, 2), weights(folder, 1), weights(folder, 3)
     assert all(torch.allclose(given[name], start[name], rtol=1e-6, atol=1e-7) for name in given)
     assert validation(folder)[0]["val_loss"]["1"] == validation(std)[-2]["val_loss"]["1"]
-    assert not all(torch.equal(given[name], trained[name]) for name in given)
+    assert not equal(given, trained)
     before = digest(folder)
     assert digest(here("iterated", *flags, "--lr=1e-9")) == before, "the same command goes on with the run"
 
@@ -357,8 +361,7 @@ def test_a_step_that_is_not_finite_on_one_rank_is_skipped_by_all(small, tmp_path
     records = [r for r in log(out) if "skipped" in r]
     assert [r["skipped"] for r in records] == [False, False, True, False] and records[2]["loss"] is None
     before, skipped, after = (weights(out, n) for n in (2, 3, 4))
-    assert all(torch.equal(before[name], skipped[name]) for name in before), "weights unchanged"
-    assert not all(torch.equal(skipped[name], after[name]) for name in before), "then it goes on"
+    assert equal(before, skipped) and not equal(skipped, after), "weights unchanged, then it goes on"
     assert all(torch.isfinite(t).all() for t in after.values())
 
 
@@ -373,8 +376,7 @@ def test_too_many_bad_steps_in_a_row_stop_the_run_with_its_weights_saved(here, m
     monkeypatch.setattr(AbbIE, "forward", bad)
     with pytest.raises(UserError, match="3 steps in a row"):
         here("run", "--max_steps=9", "--max_skips=3", "--eval_every=0", "--keep_last=9")
-    before, after = weights(folder, 2), weights(folder, 5)
-    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert equal(weights(folder, 2), weights(folder, 5))
 
 
 def test_out_of_memory_names_micro_batch_and_a_value_to_try(small, tmp_path):
@@ -423,7 +425,7 @@ def test_the_main_job_end_to_end(tmp_path):
     """`python train.py config/abbie_tiny.py` from nothing, cut to a few steps: it makes the embedded corpus,
     trains, prints validation losses, the built-in tasks and a sample, and leaves a checkpoint and a log."""
     small = ["--max_steps=3", "--eval_tokens=1024", "--n_embd=32", "--ffn_dim=64"]
-    command = [sys.executable, str(ROOT / "train.py"), str(ROOT / "config" / "abbie_tiny.py"), *small]
+    command = [sys.executable, ROOT / "train.py", ROOT / "config/abbie_tiny.py", *small]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=ENV)
     assert done.returncode == 0, done.stderr
     for part in ("Python ", "n_params=", "validation loss", "r=1 ", "r=32 ", "cloze", "lastword", "a sample"):
