@@ -268,13 +268,14 @@ def compare(names: list[str], sides: list, device: torch.device, rounds: int) ->
     """Measure the sides in turn -> the result: what the machine can do, the sides, and a cell per iters (and
     batch) with medians, their share of the machine, and the ratio to the first cell."""
     facts, measured = in_turn([partial(machine, device), *sides], rounds)
-    can = {key: statistics.median(m[0][key] for m in measured) for key in measured[0][0]}
+    about, *facts = facts
+    of_machine, *of_sides = zip(*measured)  # what each has measured, round by round
+    can = {key: statistics.median(found[key] for found in of_machine) for key in of_machine[0]}
     versions = train.versions(device)
     can["peak_flops"] = train.peak_flops(versions["device"])
     cells = []
-    for s, (name, fact) in enumerate(zip(names, facts[1:]), start=1):
-        for c, cell in enumerate(fact.pop("cells")):
-            found = [m[s][c] for m in measured]
+    for name, fact, of_side in zip(names, facts, of_sides):
+        for cell, found in zip(fact.pop("cells"), zip(*of_side)):
             if None in found:
                 result = {"error": "out of memory"}
             else:
@@ -285,15 +286,15 @@ def compare(names: list[str], sides: list, device: torch.device, rounds: int) ->
         pairs = zip(cell["tokens_per_s_rounds"], complete[0]["tokens_per_s_rounds"])
         cell["tokens_per_s_to_first"] = statistics.median(a / b for a, b in pairs)
     return {
-        "machine": {**facts[0], **can},
+        "machine": {**about, **can},
         "versions": versions,
         "rounds": rounds,
-        "sides": dict(zip(names, facts[1:])),
+        "sides": dict(zip(names, facts)),
         "cells": cells,
     }
 
 
-def summary(cell: dict, found: list[dict], dtype: str, can: dict) -> dict:
+def summary(cell: dict, found: tuple[dict], dtype: str, can: dict) -> dict:
     """Of what one cell measured in every round: medians, and their share of what the machine can do."""
     rates = [f["tokens_per_s"] for f in found]
     rate = statistics.median(rates)

@@ -9,7 +9,7 @@ import torch
 from common import ROOT
 
 from config import Config, load_config, parse_list
-from model import AbbIE, AbbIEConfig, UserError
+from model import AbbIE, UserError
 
 TINY = str(ROOT / "config" / "abbie_tiny.py")
 
@@ -53,24 +53,14 @@ def test_both_spellings_of_a_flag_and_every_type():
         ("--max_steps=1.5", "--max_steps=1.5 is not int"),
         ("--max_steps", "--max_steps: expected one argument"),
         ("--force=maybe", "--force=maybe is not bool"),
-        ("--n_embd=127", "n_embd=127"),
         ("--rule=abie_d", "rule='abie_d' is none of abbie_d"),
-        ("--rule=abbie_d_literal --iters=49", "48"),
-        ("--iters=0", "iters=0"),
-        ("--iters=129", "iters=129"),
-        ("--iters=3-1", "3-1"),
-        ("--iters=poisson:x", "poisson:x"),
         ("--iters=2.5", "2.5"),
         ("--micro_batch=0", "micro_batch=0 must be at least 1"),
         ("--tokens_per_step=77", "tokens_per_step=77"),
         ("--eval_iters=1,x", "eval_iters"),
         ("--dtype=float16", "float16"),
-        ("--compile=yes", "compile"),
         ("--decay_frac=2", "decay_frac=2.0 must be at most 1"),
         ("--lr=nan", "lr=nan"),
-        ("--keep_last=0", "keep_last"),
-        ("--n_kv_heads=3", "n_kv_heads=3"),
-        ("--seed=-1", "seed=-1"),
     ],
 )
 def test_values_that_cannot_be(flag, part):
@@ -124,8 +114,6 @@ def test_every_config_loads_and_a_baseline_differs_in_what_it_is_named_for_and_n
 def test_the_vocabulary_follows_the_data_unless_set():
     assert load_config([TINY]).model_config(257).vocab_size == 257
     assert load_config([TINY, "--vocab_size=300"]).model_config(257).vocab_size == 300
-    with pytest.raises(UserError, match="vocab_size"):
-        AbbIE(AbbIEConfig(vocab_size=0))
 
 
 def test_lists_of_iters():

@@ -106,16 +106,22 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def ranks(world: int, folder: Path, argv: list[str]) -> SimpleNamespace:
+def faulty(small: str, out: Path, fault="none", step=0, rank=0, flags=()) -> list[str]:
+    """The arguments of tests/faulty_train.py on the small config."""
+    marker = out.with_name(f"{out.name}.{fault}{step}")
+    return [fault, str(step), str(rank), str(marker), small, f"--out_dir={out}", *flags]
+
+
+def ranks(world: int, small: str, out: Path, *fault, **flags) -> SimpleNamespace:
     """Run tests/faulty_train.py as `world` gloo ranks, as torchrun would start them -> their exit statuses
     and what each has printed. They are forked from a process that has imported PyTorch and done no more."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["faulty_train"])
     os.environ["PYTHONPATH"] = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"  # where that process finds it
-    port, started = free_port(), []
+    port, folder, started = free_port(), out.parent, []
     try:
         for rank in range(world):
-            where = (rank, world, port, argv, folder)
+            where = (rank, world, port, faulty(small, out, *fault, **flags), folder)
             started.append(context.Process(target=faulty_train.as_rank, args=where))
             started[-1].start()
         for process in started:
@@ -126,12 +132,6 @@ def ranks(world: int, folder: Path, argv: list[str]) -> SimpleNamespace:
             process.kill()
     printed = {name: [(folder / f"{name}.{r}").read_text() for r in range(world)] for name in ("out", "err")}
     return SimpleNamespace(statuses=statuses, **printed)
-
-
-def faulty(small: str, out: Path, fault="none", step=0, rank=0, flags=()) -> list[str]:
-    """The arguments of tests/faulty_train.py on the small config."""
-    marker = out.with_name(f"{out.name}.{fault}{step}")
-    return [fault, str(step), str(rank), str(marker), small, f"--out_dir={out}", *flags]
 
 
 def torchrun(flags: list[str], argv: list[str], folder: Path):
@@ -145,7 +145,7 @@ def undisturbed(small, tmp_path_factory):
     """The run that nothing interrupts, as one process and as two: its folder for each."""
     out = tmp_path_factory.mktemp("undisturbed")
     for world in (1, 2):
-        done = ranks(world, out, faulty(small, out / str(world), "grads"))
+        done = ranks(world, small, out / str(world), "grads")
         assert done.statuses == [0] * world, done.err
     return {world: out / str(world) for world in (1, 2)}
 
@@ -205,7 +205,7 @@ def test_the_same_step_for_1_2_and_4_ranks_and_for_two_nodes(small, undisturbed,
     and validation loss. Gradients are averaged over ranks once a step, not with every micro-batch."""
     one_step = ["--max_steps=1", "--eval_every=1"]
     four, nodes = tmp_path / "4", tmp_path / "nodes"
-    assert ranks(4, tmp_path, faulty(small, four, "grads", flags=one_step)).statuses == [0] * 4
+    assert ranks(4, small, four, "grads", flags=one_step).statuses == [0] * 4
     argv = faulty(small, nodes, "grads", flags=one_step)
     flags = ["--nnodes=2", "--nproc_per_node=1", "--master_addr=127.0.0.1", f"--master_port={free_port()}"]
     for node in [torchrun([*flags, f"--node_rank={n}"], argv, tmp_path) for n in range(2)]:
@@ -234,7 +234,7 @@ def test_killed_again_and_again_it_ends_bit_for_bit_the_same(small, undisturbed,
     """SIGKILL between steps and in the middle of a save, then a rerun of the same command to the end."""
     out = tmp_path / "run"
     for fault, step, status in (("kill", 1, -9), ("kill_in_save", 3, -9), ("kill", 5, -9), ("none", 0, 0)):
-        assert ranks(1, tmp_path, faulty(small, out, fault, step)).statuses == [status]
+        assert ranks(1, small, out, fault, step).statuses == [status]
     assert digest(out) == digest(undisturbed[1])
     assert losses(out) == losses(undisturbed[1]) and len(losses(out)) == 8
     assert validation(out) == validation(undisturbed[1])
@@ -246,7 +246,7 @@ def test_two_ranks_signalled_then_crashed_and_restarted_by_torchrun_end_the_same
     """A signal to one rank saves and ends all. The same command goes on; torchrun restarts it when it
     crashes."""
     out = tmp_path / "run"
-    done = ranks(2, tmp_path, faulty(small, out, "term", 2, rank=1))
+    done = ranks(2, small, out, "term", 2, rank=1)
     assert done.statuses == [143, 143] and not any("Traceback" in err for err in done.err)
     assert "SIGTERM: step 3 is saved" in done.out[0]
     assert find_checkpoint(out).name == "step_00000003"
@@ -261,7 +261,7 @@ def test_two_ranks_signalled_then_crashed_and_restarted_by_torchrun_end_the_same
 def test_a_signal_during_a_save_waits_for_it(small, tmp_path, fault, status, saved):
     """SIGTERM in the middle of the save of step 4 is acted on after step 5; SIGINT between steps at once."""
     out = tmp_path / "run"
-    done = ranks(1, tmp_path, faulty(small, out, fault, 3, flags=["--keep_last=9"]))
+    done = ranks(1, small, out, fault, 3, flags=["--keep_last=9"])
     assert done.statuses == [status] and find_checkpoint(out).name == f"step_{saved:08d}"
     assert all(is_sound(path) for path in out.glob("step_*"))
 
@@ -357,7 +357,7 @@ def test_init_from_another_shape_is_refused_and_another_cut_is_not(here):
 def test_a_step_that_is_not_finite_on_one_rank_is_skipped_by_all(small, tmp_path):
     out = tmp_path / "run"
     flags = ["--max_steps=4", "--save_every=1", "--keep_last=9"]
-    assert ranks(2, tmp_path, faulty(small, out, "nan", 2, 1, flags)).statuses == [0, 0]
+    assert ranks(2, small, out, "nan", 2, 1, flags).statuses == [0, 0]
     records = [r for r in log(out) if "skipped" in r]
     assert [r["skipped"] for r in records] == [False, False, True, False] and records[2]["loss"] is None
     before, skipped, after = (weights(out, n) for n in (2, 3, 4))
@@ -452,14 +452,13 @@ def test_the_main_job_end_to_end(tmp_path):
         (["--resume=nowhere"], "nowhere"),
         (["--init_from=nowhere"], "nowhere"),
         (["--device=tpu"], "device=tpu cannot be used"),
-        (["--out_dir=small.py/run"], "Not a directory"),
+        (["--out_dir=/dev/null/run"], "Not a directory"),
         (["--micro_batch=3"], "micro_batch"),
     ],
 )
 def test_a_mistake_is_one_error_of_all_ranks_in_seconds(small, tmp_path, flags, part):
-    (tmp_path / "small.py").write_text(Path(small).read_text())
     began = time.perf_counter()
-    done = ranks(2, tmp_path, ["none", "0", "0", "-", "small.py", *flags])
+    done = ranks(2, small, tmp_path / "run", flags=flags)
     assert done.statuses == [2, 2] and time.perf_counter() - began < 30
     printed = "".join(done.err)
     assert printed.startswith("error: ") and part in printed and len(printed.splitlines()) <= 3
