@@ -1,9 +1,9 @@
 """Tokens/s of this machine, measured so that they can be believed. The last line of stdout is one JSON
 object.
 
-    python bench.py train config/abbie_tiny.py --iters 1,2,4,8                 # tokens/s, FLOPs, MFU, memory
-    python bench.py train config/abbie_tiny.py --side "iters=1 n_body_blocks=4"    # is looping free?
-    python bench.py decode config/abbie_tiny.py --iters 1,2,4,8 --batch 1,64 --draft_iters 1 --ckpt out/NAME
+    python bench.py train config/abbie_tiny.py --iters 1,2,4,8             # tokens/s, FLOPs, MFU, memory
+    python bench.py train config/abbie_tiny.py --side "iters=1 n_body_blocks=4"        # is looping free?
+    python bench.py decode config/abbie_tiny.py --iters 1,2,4,8 --batch 1,64 --draft_iters 1   # and bandwidth
 
 Any config key is a flag. The config is the first side of a comparison; each --side is the same config with
 changes. Every side has a process of its own, and they take turns: a round measures all of them, and the
@@ -20,6 +20,9 @@ import shlex
 import statistics
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -30,76 +33,57 @@ import train
 from checkpoint import load_model, write_json
 from config import ArgumentParser, Config, choose_device, cli, load_config, parse_list
 from data import Shards, read_meta
-from decode import Stats, stream
+from decode import KVCache, Stats, stream
 from model import AbbIE, UserError
 
 # ------------------------------------------------------------------------------------- sides that take turns
 
-
 START = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
 
 
-def serve(connection, side):
-    """The process of a side: send what it says of itself, then a round's measurements when asked."""
+def begin(side):
+    """In a process of its own: start a side -> what it says of itself."""
+    global running
     os.dup2(2, 1)  # stdout is for the result
-    try:
-        for item in side():
-            connection.send(item)
-            connection.recv()
-    except EOFError:  # the rounds are over
-        return
-    except UserError as error:
-        connection.send(error)
+    running = side()
+    return next(running)
+
+
+def go_on():
+    """In that process -> a round's measurements."""
+    return next(running)
 
 
 def in_turn(sides: list, rounds: int) -> tuple[list, list]:
     """Run each side (picklable, returns an iterator) in a process of its own -> what each says of itself, and
     for every round the list of what each measured."""
-    context, connections, processes = multiprocessing.get_context(START), [], []
+    context = multiprocessing.get_context(START)
     if START == "forkserver":
         context.set_forkserver_preload(["bench"])  # imports once, and starts nothing that a fork would break
-
-    def ask(connection):
+    with ExitStack() as stack:
+        processes = [stack.enter_context(ProcessPoolExecutor(1, context)) for _ in sides]
         try:
-            answer = connection.recv()
-        except (EOFError, ConnectionError):
+            facts = [process.submit(begin, side).result() for process, side in zip(processes, sides)]
+            measured = []
+            for i in range(rounds):
+                print(f"round {i + 1} of {rounds}", file=sys.stderr, flush=True)
+                measured.append([process.submit(go_on).result() for process in processes])
+        except (BrokenProcessPool, torch.OutOfMemoryError):
             raise UserError("a side's process died: out of memory?\ntry a smaller micro_batch") from None
-        if isinstance(answer, UserError):
-            raise answer
-        return answer
-
-    try:
-        facts, measured = [], []
-        for side in sides:
-            ours, theirs = context.Pipe()
-            processes.append(context.Process(target=serve, args=(theirs, side), daemon=True))
-            processes[-1].start()
-            theirs.close()
-            connections.append(ours)
-            facts.append(ask(ours))
-        for i in range(rounds):
-            print(f"round {i + 1} of {rounds}", file=sys.stderr, flush=True)
-            measured.append([])
-            for connection in connections:
-                connection.send(None)
-                measured[-1].append(ask(connection))
-    finally:
-        for connection in connections:
-            connection.close()
-        for process in processes:
-            process.join(10)
-            process.kill()
     return facts, measured
 
 
 def seconds(run, device: torch.device) -> float:
     """The time that run() takes, the device's work included."""
-    wait = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
-    wait()
-    began = time.perf_counter()
+
+    def now():
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+        return time.perf_counter()
+
+    began = now()
     run()
-    wait()
-    return time.perf_counter() - began
+    return now() - began
 
 
 def peak_memory(device: torch.device) -> int | None:
@@ -110,7 +94,16 @@ def peak_memory(device: torch.device) -> int | None:
         import resource
     except ImportError:  # Windows
         return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def fitting(run, *args):
+    """What run(*args) returns, None where it runs out of memory."""
+    try:
+        return run(*args)
+    except torch.OutOfMemoryError:
+        return None
 
 
 def machine(device: torch.device):
@@ -119,13 +112,17 @@ def machine(device: torch.device):
     n, size = (8192, 2**30) if device.type == "cuda" else (512, 2**27)  # bf16 can be very slow on a CPU
     source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
+
+    def best(run):
+        return min(seconds(run, device) for _ in range(5))
+
     yield {"matmul": f"{n} x {n} x {n}", "copy_bytes": size}
     while True:
-        best = {"bandwidth": 2 * size / min(seconds(lambda: target.copy_(source), device) for _ in range(5))}
-        for dtype in ("float32", "bfloat16"):
-            a = torch.randn(n, n, device=device).to(getattr(torch, dtype))
-            best[dtype] = 2 * n**3 / min(seconds(lambda a=a: a @ a, device) for _ in range(5))
-        yield best
+        can = {"bandwidth": 2 * size / best(lambda: target.copy_(source))}
+        for dtype in (torch.float32, torch.bfloat16):
+            a = torch.randn(n, n, device=device).to(dtype)
+            can[str(dtype)[6:]] = 2 * n**3 / best(lambda a=a: a @ a)
+        yield can
 
 
 def settings(config: Config) -> tuple[torch.device, torch.dtype]:
@@ -133,27 +130,6 @@ def settings(config: Config) -> tuple[torch.device, torch.dtype]:
     torch.manual_seed(config.seed)
     device = choose_device(config.device)
     return device, train.choose_dtype(config, device)
-
-
-def fitting(run):
-    """What run() returns, None where it runs out of memory."""
-    try:
-        return run()
-    except torch.OutOfMemoryError:
-        return None
-
-
-def profile(run, device: torch.device) -> dict[str, float]:
-    """The operators (on CUDA: kernels) that take most of the time of run(), and their shares of it."""
-    kinds = torch.profiler.ProfilerActivity
-    kinds = [kinds.CPU, kinds.CUDA] if device.type == "cuda" else [kinds.CPU]
-    with torch.profiler.profile(activities=kinds) as p:
-        seconds(run, device)
-    which = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
-    events = [event for event in p.key_averages() if event.device_type.name.lower() == device.type]
-    total = sum(getattr(event, which) for event in events)
-    shares = {event.key[:60]: round(getattr(event, which) / total, 3) for event in events if total}
-    return dict(sorted(shares.items(), key=lambda item: -item[1])[:8])
 
 
 def vocab_size(config: Config) -> int:
@@ -169,86 +145,72 @@ def train_side(config: Config, depths: list[int], steps: int):
     """Training steps on random tokens, as train.py does them: yields the side's facts, then tokens/s and peak
     memory at each of `depths`, over `steps` steps each. What runs out of memory has no figures."""
     device, dtype = settings(config)
-    shape = config.model_config(vocab_size(config))
-    model = AbbIE(shape).to(device).train()
+    model = AbbIE(config.model_config(vocab_size(config))).to(device).train()
     model.activation_checkpointing = config.activation_checkpointing
     compiled = train.compile_blocks(model, config, device)
     train.choose_attention(device, dtype, compiled)
-    facts = {"model": config.rule, "n_params": model.n_params(), "compiled": compiled}
-    flops = {iters: model.flops_per_token(iters) for iters in depths}
-    body = sum(p.numel() for p in model.body.parameters())
-    yield from measure_training(model, train.adamw(model, config), config, depths, steps, facts, flops, body)
+    cells = [{"iters": iters, "flops_per_token": model.flops_per_token(iters)} for iters in depths]
+    facts = {"model": config.rule, "n_params": model.n_params(), "compiled": compiled, "cells": cells}
+    yield from measure_training(model, train.adamw(model, config), config, steps, facts)
 
 
-def measure_training(model, optimizer, config: Config, depths, steps, facts: dict, flops: dict, body: int):
-    """What `train_side` yields, of any model(x, y, iters) -> (logits, loss). flops: per token at each of
-    depths; body: parameters that are read again in every iteration."""
+def measure_training(model, optimizer, config: Config, steps: int, facts: dict):
+    """What `train_side` yields, of any model(x, y, iters) -> (logits, loss)."""
     device, dtype = settings(config)
-    n_params, T = facts["n_params"], config.block_size
+    T, depths = config.block_size, [cell["iters"] for cell in facts["cells"]]
     sequences, micro_batch = train.divide_step(config, world=1)
     x, y = torch.randint(vocab_size(config), (2, micro_batch, T), device=device)
     batches = [(x, y)] * (sequences // micro_batch)
-    n_tokens = sequences * T
     autocast = partial(torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32)
 
-    def step(iters):
-        train.train_step(model, optimizer, batches, iters, 1.0, autocast)
+    def measure(iters, steps):
+        """None where memory does not suffice."""
 
-    def free():  # the other sides need memory too
-        optimizer.zero_grad(set_to_none=True)
+        def run():
+            for _ in range(steps):
+                train.train_step(model, optimizer, batches, iters, 1.0, autocast)
+
+        took = fitting(seconds, run, device)
+        peak = peak_memory(device)
+        optimizer.zero_grad(set_to_none=True)  # the other sides need memory too
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(device)
+        n_tokens = steps * config.tokens_per_step
+        return took and {"tokens_per_s": n_tokens / took, "peak_memory_bytes": peak}
 
     graphs = torch._dynamo.utils.counters["stats"]
-    first_step = seconds(lambda: fitting(lambda: step(depths[0])), device)
-    seen = graphs["unique_graphs"]
+    began = time.perf_counter()
+    measure(depths[0], 1)
+    compiling, seen = time.perf_counter() - began, graphs["unique_graphs"]
     for iters in depths:
-        fitting(lambda iters=iters: step(iters))
-        free()
-    cells = []
-    for iters in depths:
-        # Weights are read forward and backward, at every iteration; gradients are written and read; AdamW
-        # reads and writes weights and two moments. Activations come on top: this is a lower bound.
-        traffic = 4 * (len(batches) * 4 * (n_params + body * (iters - 1)) + 6 * n_params) / n_tokens
-        cells.append({"iters": iters, "flops_per_token": flops[iters], "bytes_per_token": traffic})
+        measure(iters, 1)
     yield {
-        **facts, "dtype": str(dtype)[6:],
-        "tokens_per_step": n_tokens, "micro_batch": micro_batch, "block_size": T,
-        "first_step_seconds": first_step, "graphs": seen, "recompilations": graphs["unique_graphs"] - seen,
-        "profile": fitting(lambda: profile(lambda: step(depths[0]), device)), "cells": cells,
-    }  # fmt: skip
-
-    def measure(iters):
-        took = seconds(lambda: [step(iters) for _ in range(steps)], device)
-        return {"tokens_per_s": steps * n_tokens / took, "peak_memory_bytes": peak_memory(device)}
-
+        **facts,
+        "dtype": str(dtype)[6:],
+        "tokens_per_step": config.tokens_per_step,
+        "micro_batch": micro_batch,
+        "block_size": T,
+        "first_step_seconds": compiling,
+        "recompilations": graphs["unique_graphs"] - seen,
+    }
     while True:
-        results = []
-        for iters in depths:
-            results.append(fitting(lambda iters=iters: measure(iters)))
-            free()
-        yield results
+        yield [measure(iters, steps) for iters in depths]
 
 
 # ----------------------------------------------------------------------------------------------- decoding
 
 
-def decode_side(
-    config: Config, ckpt: str, batches: list[int], depths: list[int], draft_iters: int, tokens: int
-):
+def decode_side(config: Config, ckpt: str, batches: list[int], depths: list[int], draft: int, tokens: int):
     """Greedy decoding after prompts of a quarter of the context: yields the side's facts, then tokens/s of
-    all rows together for every batch size and iters; at batch 1 also drafted at draft_iters. Weights and
-    cache have the run's precision, and plain steps are compiled where training would be. Bytes are those of
-    the weights, and of the cache at half of the tokens."""
+    all rows together for every batch size and iters; at batch 1 also drafted at `draft` iterations. Weights
+    and cache have the run's precision, and plain steps are compiled where training would be. Bytes are those
+    of the weights, and of the cache at half of the tokens."""
     device, dtype = settings(config)
     compiled = config.compile == "on" or config.compile == "auto" and device.type == "cuda"
-    if ckpt:
-        model = load_model(ckpt, device)
-    else:
-        model = AbbIE(config.model_config(vocab_size(config))).to(device)
-    model = model.to(dtype).eval()
+    model = load_model(ckpt) if ckpt else AbbIE(config.model_config(vocab_size(config)))
+    model = model.to(device, dtype).eval()
     shape = model.config
     prompt = shape.block_size // 4
     tokens = min(tokens, shape.block_size - prompt)
@@ -258,43 +220,34 @@ def decode_side(
     block = sum(p.numel() for p in model.body[0].parameters())
     cells = []
     for batch, iters in itertools.product(batches, depths):
-        flops = model.flops_per_token(iters, 2 * prompt + tokens, training=False)  # context: twice the mean
         blocks = shape.n_head_blocks + iters * shape.n_body_blocks + shape.n_tail_blocks
         weights = blocks * block + model.unembed.weight.numel()
         weights += iters * model.project.weight.numel() if shape.rule == "zero_pt" else 0
-        cached = 2 * shape.n_kv_heads * shape.attn_head_dim * blocks * (prompt + tokens // 2)
-        cell = {
-            "batch": batch,
-            "iters": iters,
-            "draft_iters": 0,
-            "flops_per_token": flops,
-            "bytes_per_token": dtype.itemsize * (weights / batch + cached),
-        }
-        cells.append(cell)
-        if batch == 1 and 0 < draft_iters < iters:
-            cells.append({**cell, "draft_iters": draft_iters, "bytes_per_token": None})
+        cache = KVCache(shape, max_iters=iters, device="meta", dtype=dtype)
+        traffic = dtype.itemsize * weights / batch + cache.bytes_per_token * (prompt + tokens // 2)
+        flops = model.flops_per_token(iters, 2 * prompt + tokens, training=False)  # context: twice the mean
+        cell = {"batch": batch, "iters": iters, "draft_iters": 0, "flops_per_token": flops}
+        cells.append({**cell, "bytes_per_token": traffic})
+        if batch == 1 and 0 < draft < iters:
+            cells.append({**cell, "draft_iters": draft})
 
     def measure(cell):
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        batch, draft, stats = cell["batch"], cell["draft_iters"], Stats()
-        run = stream(
-            model,
-            prompts[:batch],
-            tokens,
-            cell["iters"],
-            draft_iters=draft,
-            compiled=compiled and not draft,
-            stats=stats,
-        )
+        batch, iters, draft_iters = cell["batch"], cell["iters"], cell["draft_iters"]
+        stats = Stats()
+        how = {"draft_iters": draft_iters, "compiled": compiled and not draft_iters, "stats": stats}
+        run = stream(model, prompts[:batch], tokens, iters, **how)
         for _ in islice(run, batch):  # the first token of every row: the prompts are done
             pass
         took = seconds(lambda: [None for _ in run], device)
         found = {"tokens_per_s": (stats.tokens - batch) / took, "peak_memory_bytes": peak_memory(device)}
         return {**found, "accepted": stats.accepted / stats.drafted} if stats.drafted else found
 
-    for cell in cells:
-        fitting(lambda cell=cell: measure(cell))  # compiles
+    def measure_all():
+        return [fitting(measure, cell) for cell in cells]
+
+    measure_all()  # compiles
     yield {
         "ckpt": ckpt or None,
         "n_params": model.n_params(),
@@ -305,7 +258,7 @@ def decode_side(
         "cells": cells,
     }
     while True:
-        yield [fitting(lambda cell=cell: measure(cell)) for cell in cells]
+        yield measure_all()
 
 
 # ------------------------------------------------------------------------------------------------ the result
@@ -315,65 +268,66 @@ def compare(names: list[str], sides: list, device: torch.device, rounds: int) ->
     """Measure the sides in turn -> the result: what the machine can do, the sides, and a cell per iters (and
     batch) with medians, their share of the machine, and the ratio to the first cell."""
     facts, measured = in_turn([partial(machine, device), *sides], rounds)
-    can = {key: statistics.median(m[0][key] for m in measured) for key in measured[0][0]}
+    about, *facts = facts
+    of_machine, *of_sides = zip(*measured)  # what each has measured, round by round
+    can = {key: statistics.median(found[key] for found in of_machine) for key in of_machine[0]}
     versions = train.versions(device)
-    peak = next((peak for name, peak in train.PEAK_FLOPS.items() if name in versions["device"]), None)
-    cells, first = [], None
-    for s, (name, fact) in enumerate(zip(names, facts[1:]), start=1):
-        for c, cell in enumerate(fact.pop("cells")):
-            found = [m[s][c] for m in measured]
-            cells.append(cell := {"side": name, **cell})
+    can["peak_flops"] = train.peak_flops(versions["device"])
+    cells = []
+    for name, fact, of_side in zip(names, facts, of_sides):
+        for cell, found in zip(fact.pop("cells"), zip(*of_side)):
             if None in found:
-                cell["error"] = "out of memory"
-                continue
-            for key in found[0]:
-                cell[key] = statistics.median(f[key] for f in found) if found[0][key] is not None else None
-            cell["tokens_per_s_rounds"] = rates = [f["tokens_per_s"] for f in found]
-            flops = cell["tokens_per_s"] * cell["flops_per_token"]
-            vendor = peak and fact["dtype"] == "bfloat16"
-            cell |= {
-                "flops_per_s": flops,
-                "mfu": flops / (peak if vendor else can[fact["dtype"]]),
-                "mfu_of": "data sheet" if vendor else "measured matmul",
-            }
-            if cell["bytes_per_token"]:
-                cell["bandwidth_share"] = cell["tokens_per_s"] * cell["bytes_per_token"] / can["bandwidth"]
-            first = first or cell
-            ratio = statistics.median(a / b for a, b in zip(rates, first["tokens_per_s_rounds"]))
-            cell |= {
-                "tokens_per_s_to_first": ratio,
-                "flops_per_s_to_first": ratio * cell["flops_per_token"] / first["flops_per_token"],
-            }
+                result = {"error": "out of memory"}
+            else:
+                result = summary(cell, found, fact["dtype"], can)
+            cells.append({"side": name, **cell, **result})
+    complete = [cell for cell in cells if "error" not in cell]
+    for cell in complete:
+        pairs = zip(cell["tokens_per_s_rounds"], complete[0]["tokens_per_s_rounds"])
+        cell["tokens_per_s_to_first"] = statistics.median(a / b for a, b in pairs)
     return {
-        "machine": {**facts[0], **can, "peak_flops": peak},
+        "machine": {**about, **can},
         "versions": versions,
         "rounds": rounds,
-        "sides": dict(zip(names, facts[1:])),
+        "sides": dict(zip(names, facts)),
         "cells": cells,
     }
 
 
+def summary(cell: dict, found: tuple[dict], dtype: str, can: dict) -> dict:
+    """Of what one cell measured in every round: medians, and their share of what the machine can do."""
+    rates = [f["tokens_per_s"] for f in found]
+    rate = statistics.median(rates)
+    peak, source = can[dtype], "measured matmul"
+    if can["peak_flops"] and dtype == "bfloat16":
+        peak, source = can["peak_flops"], "data sheet"
+    result = {
+        **found[-1],
+        "tokens_per_s": rate,
+        "tokens_per_s_rounds": rates,
+        "mfu": rate * cell["flops_per_token"] / peak,
+        "mfu_of": source,
+    }
+    if "bytes_per_token" in cell:
+        result["bandwidth_share"] = rate * cell["bytes_per_token"] / can["bandwidth"]
+    return result
+
+
 def show(result: dict):
     """A line per cell."""
-    can = result["machine"]
-    print(
-        f"{result['versions']['device']}: matmul {can['float32'] / 1e9:,.0f} GFLOP/s fp32, "
-        f"{can['bfloat16'] / 1e9:,.0f} bf16; copy {can['bandwidth'] / 1e9:.1f} GB/s"
-    )
+    can, device = result["machine"], result["versions"]["device"]
+    fp32, bf16, copy = (can[key] / 1e9 for key in ("float32", "bfloat16", "bandwidth"))
+    print(f"{device}: matmul {fp32:,.0f} GFLOP/s fp32, {bf16:,.0f} bf16; copy {copy:.1f} GB/s")
     for cell in result["cells"]:
         what = " ".join(f"{key}={cell[key]}" for key in ("batch", "iters", "draft_iters") if cell.get(key))
         if "error" in cell:
             print(f"{what:28s} {cell['error']} | {cell['side']}")
             continue
-        share = f"{cell['bandwidth_share']:6.1%}" if "bandwidth_share" in cell else "     -"
-        memory = (cell["peak_memory_bytes"] or 0) / 2**30
-        print(
-            f"{what:28s} {cell['tokens_per_s']:11,.0f} tok/s  {cell['mfu']:6.1%} mfu  {share} bandwidth  "
-            f"{cell['tokens_per_s_to_first']:6.3f} x  {memory:6.2f} GiB | {cell['side']}"
-        )
-    for name, side in result["sides"].items():
-        if side.get("profile"):
-            print(f"{name}: " + ", ".join(f"{op} {share:.0%}" for op, share in side["profile"].items()))
+        line = f"{what:28s} {cell['tokens_per_s']:11,.0f} tok/s  {cell['tokens_per_s_to_first']:6.3f} x  "
+        line += f"{cell['mfu']:6.1%} mfu  {(cell['peak_memory_bytes'] or 0) / 2**30:6.2f} GiB  "
+        if "bandwidth_share" in cell:
+            line += f"{cell['bandwidth_share']:6.1%} bandwidth  "
+        print(f"{line}| {cell['side']}")
 
 
 # ------------------------------------------------------------------------------------------------- commands

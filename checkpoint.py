@@ -54,8 +54,17 @@ def write_json(path: Path, value):
 
 def save_checkpoint(run: Path, step: int, model: dict, train: dict, config: dict) -> Path:
     """Write run/step_NNNNNNNN. Raises UserError where the disk fails; earlier checkpoints are left alone."""
+    folder, temporary = run / f"step_{step:08d}", run / f".step_{step:08d}.tmp"
     try:
-        return write_checkpoint(run, step, model, train, config)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        write_synced(temporary / "model.pt", lambda file: torch.save(model, file))
+        write_synced(temporary / "train.pt", lambda file: torch.save(train, file))
+        write_json(temporary / "config.json", config)
+        write_json(temporary / "manifest.json", {name: sha256(temporary / name) for name in FILES})
+        shutil.rmtree(folder, ignore_errors=True)  # a damaged one: a sound one is never written again
+        os.rename(temporary, folder)
+        sync_folder(run)
     except (OSError, RuntimeError) as error:  # torch.save covers a failed write with a RuntimeError
         while error.__context__ is not None:
             error = error.__context__
@@ -63,23 +72,6 @@ def save_checkpoint(run: Path, step: int, model: dict, train: dict, config: dict
             f"{run}: step {step} could not be saved ({error}); earlier ones are untouched\n"
             "make room, then run the same command again"
         ) from None
-
-
-def write_checkpoint(run: Path, step: int, model: dict, train: dict, config: dict) -> Path:
-    folder, temporary = run / f"step_{step:08d}", run / f".step_{step:08d}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    write_synced(temporary / "model.pt", lambda file: torch.save(model, file))
-    write_synced(temporary / "train.pt", lambda file: torch.save(train, file))
-    write_synced(temporary / "config.json", lambda file: file.write(json.dumps(config, indent=2).encode()))
-    manifest = {name: sha256(temporary / name) for name in FILES}
-    write_synced(
-        temporary / "manifest.json", lambda file: file.write(json.dumps(manifest, indent=2).encode())
-    )
-    sync_folder(temporary)
-    shutil.rmtree(folder, ignore_errors=True)  # a damaged one: a sound one is never written again
-    os.rename(temporary, folder)
-    sync_folder(run)
     return folder
 
 
@@ -117,14 +109,13 @@ def find_checkpoint(path: str | Path | None = None, names=TO_RUN) -> Path:
             return folder
         if steps:
             print(f"{folder} is damaged: passed over", file=sys.stderr)
-    if steps or (path / "manifest.json").exists():
-        raise UserError(
-            f"{path}: no checkpoint here is sound (its files and manifest.json disagree)\n"
-            "use an older one, or train again"
-        )
-    raise UserError(
+    check(
+        bool(steps) or (path / "manifest.json").exists(),
         f"{path} is no checkpoint: it needs {', '.join(FILES)} and manifest.json\n"
-        "give a run folder such as out/abbie_tiny, or one step_* folder in it"
+        "give a run folder such as out/abbie_tiny, or one step_* folder in it",
+    )
+    raise UserError(
+        f"{path}: no checkpoint here is sound (its files and manifest.json disagree)\ntrain again"
     )
 
 

@@ -21,7 +21,6 @@ import hashlib
 import itertools
 import json
 import math
-import os
 import platform
 import shutil
 import signal
@@ -93,13 +92,6 @@ def share_of(windows: np.ndarray, rank: int, world: int, micro_batch: int) -> np
     return windows.reshape(-1, world, micro_batch)[:, rank]
 
 
-def to_device(batch: tuple[Tensor, Tensor], device: torch.device) -> tuple[Tensor, ...]:
-    """On CUDA through pinned memory, so that the copy does not wait for what the device is doing."""
-    if device.type == "cuda":
-        return tuple(t.pin_memory().to(device, non_blocking=True) for t in batch)
-    return tuple(t.to(device) for t in batch)
-
-
 def train_step(net, optimizer, batches: list[tuple[Tensor, Tensor]], iters: int, grad_clip: float, autocast):
     """One optimizer step of a model or its DDP, over this process's micro-batches of (x, y) -> the loss and
     the gradient's norm over all processes. A step of which either is not finite leaves the weights as they
@@ -164,10 +156,8 @@ def adamw(model: AbbIE, config: Config) -> torch.optim.AdamW:
     """Matrices are decayed, norms are not."""
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
-    groups = [
-        {"params": matrices, "weight_decay": config.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
+    decay = config.weight_decay
+    groups = [{"params": matrices, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), fused=True)
 
 
@@ -256,12 +246,13 @@ def divide_step(config: Config, world: int) -> tuple[int, int]:
 def prepare_run(config: Config, world: int) -> Path | None:
     """What one process checks and does for all -> the checkpoint to continue from, or None."""
     divide_step(config, world)
-    if config.data == "data/stdlib" and not Path(config.data, "meta.json").exists():
+    data, out_dir = Path(config.data), Path(config.out_dir)
+    if config.data == "data/stdlib" and not (data / "meta.json").exists():
         prepare_data.main(["stdlib"])  # the embedded corpus makes itself, every other one is made by hand
     for split in ("train", "val"):
-        Shards(config.data, split, config.block_size)  # verifies its hashes and remembers that it has
-    resume_from = find_resume(config, Path(config.out_dir))
-    Path(config.out_dir).mkdir(parents=True, exist_ok=True)
+        Shards(data, split, config.block_size)  # verifies its hashes and remembers that it has
+    resume_from = find_resume(config, out_dir)
+    out_dir.mkdir(parents=True, exist_ok=True)
     return resume_from
 
 
@@ -270,19 +261,19 @@ def prepare_run(config: Config, world: int) -> Path | None:
 
 def open_log(path: Path, header: dict, start: int, rank: int):
     """log.jsonl of the run: a header for every start, then a line per step and per evaluation. A resumed run
-    first drops the lines of what it will do again, so that every step stands there once. Returns
-    write(record), which does nothing on other ranks than 0."""
+    first cuts off what it will do again, so that every step stands there once. Returns write(record), which
+    does nothing on other ranks than 0."""
     if rank:
         return lambda record: None
-    kept = []
-    for line in path.read_text().splitlines() if path.exists() and start else []:
-        with contextlib.suppress(ValueError):  # a line cut short by a kill
-            if json.loads(line).get("step", -1) < start:
-                kept.append(line + "\n")
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept))
-    os.replace(temporary, path)
+    kept = 0
+    if start and path.exists():
+        with open(path, "rb") as old, contextlib.suppress(ValueError):  # a line cut short by a kill
+            for line in old:
+                if json.loads(line).get("step", -1) >= start:
+                    break
+                kept += len(line)
     file = open(path, "a", buffering=1)
+    file.truncate(kept)
 
     def write(record: dict):
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
@@ -305,8 +296,12 @@ def describe(record: dict) -> str:
 
 
 def versions(device: torch.device) -> dict:
-    """What a reader of a log wants to know of where it ran."""
-    name, commit = cpu_name(), None
+    """What a reader of a log wants to know of where it ran; of a CPU also the instruction set, since the
+    fastest way to compute depends on it."""
+    name, cpu, commit = platform.machine(), Path("/proc/cpuinfo"), None
+    if cpu.exists():
+        name = cpu.read_text().partition("model name\t: ")[2].partition("\n")[0] or name
+    name += f", {torch.backends.cpu.get_cpu_capability()}"
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     if shutil.which("git"):
@@ -318,12 +313,8 @@ def versions(device: torch.device) -> dict:
     }  # fmt: skip
 
 
-def cpu_name() -> str:
-    """Model and instruction set, since the fastest way to compute depends on both."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    models = [line.split(": ", 1)[1] for line in lines if line.startswith("model name")]
-    return f"{models[0] if models else platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
+def peak_flops(device_name: str) -> float | None:
+    return next((peak for name, peak in PEAK_FLOPS.items() if name in device_name), None)
 
 
 # ---------------------------------------------------------------------------------------------------- the run
@@ -366,8 +357,9 @@ def main(argv: list[str], model_class=AbbIE):
     config = together(lambda: load_config(argv))
     try:
         status = run(config, rank, world, model_class)
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
+    except RuntimeError as error:
+        signs = ("out of memory", "not enough memory", "can't allocate memory")  # of CUDA, of CPUs
+        if not any(sign in str(error).lower() for sign in signs):
             raise
         half = max(1, config.micro_batch // 2)
         raise UserError(
@@ -380,13 +372,6 @@ def main(argv: list[str], model_class=AbbIE):
         sys.exit(status)
 
 
-def is_out_of_memory(error: Exception) -> bool:
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    signs = ("out of memory", "not enough memory", "can't allocate memory")  # of the CPU's allocators
-    return any(sign in str(error).lower() for sign in signs)
-
-
 def run(config: Config, rank: int, world: int, model_class=AbbIE) -> int:
     """Train, evaluate, save. Returns the exit status: 0, or 128 + the signal that ended the run early."""
     print(show(dataclasses.asdict(config)))
@@ -396,8 +381,8 @@ def run(config: Config, rank: int, world: int, model_class=AbbIE) -> int:
     sequences, micro_batch = divide_step(config, world)
 
     # The data, the model, fresh or from a checkpoint, and its optimizer.
-    shards = together(lambda: Shards(config.data, "train", T, verify=False))
-    val_shards = together(lambda: Shards(config.data, "val", T, verify=False))
+    splits = ("train", "val")
+    shards, val_shards = together(lambda: [Shards(config.data, s, T, verify=False) for s in splits])
     order = functools.lru_cache(maxsize=1)(lambda epoch: shards.window_order(config.seed, epoch))
     if resume_from is None:
         model = together(lambda: new_model(config, shards, model_class))
@@ -424,11 +409,7 @@ def run(config: Config, rank: int, world: int, model_class=AbbIE) -> int:
 
     # What runs, for the terminal, the log and the checkpoints.
     run_config = {**dataclasses.asdict(config), **dataclasses.asdict(model.config), **identity(shards)}
-    facts = versions(device) | {
-        "dtype": str(dtype).removeprefix("torch."),
-        "compiled": compiled,
-        "world": world,
-    }
+    facts = {**versions(device), "dtype": str(dtype)[6:], "compiled": compiled, "world": world}
     facts |= {"n_params": model.n_params(), "max_steps": max_steps}
     print(show(facts))
     accumulation, epochs = sequences // micro_batch // world, max_steps * sequences / shards.n_windows
@@ -437,7 +418,7 @@ def run(config: Config, rank: int, world: int, model_class=AbbIE) -> int:
     if resume_from:
         print(f"from step {start} of {resume_from}")
     log = open_log(out_dir / "log.jsonl", {"config": run_config, **facts}, start, rank)
-    peak = next((peak for name, peak in PEAK_FLOPS.items() if name in facts["device"]), None)
+    peak = peak_flops(facts["device"])
 
     def evaluate(iters: list[int], tokens: int) -> dict[int, float]:
         options = {"batch_size": micro_batch, "rank": rank, "world": world, "autocast": autocast}
@@ -449,7 +430,7 @@ def run(config: Config, rank: int, world: int, model_class=AbbIE) -> int:
         prune(out_dir, config.keep_last, newest)
 
     stop, saved_at, started = 0, start if resume_from else None, time.perf_counter()
-    hidden = rank > 0 or not sys.stderr.isatty()
+    hidden = True if rank > 0 else None  # None: where stderr is no terminal
     bar = tqdm(total=max_steps, initial=start, disable=hidden, dynamic_ncols=True)
     with noticed_signals() as asked:
         for step in range(start, max_steps + 1):  # once more than there are steps: to evaluate and save
@@ -471,7 +452,8 @@ def run(config: Config, rank: int, world: int, model_class=AbbIE) -> int:
             iters = draw_iters(model.config.iters, config.seed, step)
             windows = windows_at(shards.n_windows, order, step * sequences, sequences)
             chosen = share_of(windows, rank, world, micro_batch)
-            batches = [to_device(shards.batch(numbers), device) for numbers in chosen]
+            batches = [shards.batch(numbers) for numbers in chosen]
+            batches = [(x.to(device), y.to(device)) for x, y in batches]
             loss, norm = train_step(net, optimizer, batches, iters, config.grad_clip, autocast)
             finite = math.isfinite(loss) and math.isfinite(norm)
             skipped = 0 if finite else skipped + 1
@@ -496,10 +478,9 @@ def run(config: Config, rank: int, world: int, model_class=AbbIE) -> int:
                 tqdm.write(f"step {step:>6d} | {describe(record)}")
     bar.close()
 
-    diverged = (
-        f"{skipped} steps in a row had no finite loss and gradient; the weights from before are saved in "
-    )
-    on_rank_0(lambda: check(stop != DIVERGED, f"{diverged}{out_dir}\ntry a lower lr, then run again"))
+    diverged = f"{skipped} steps in a row had no finite loss and gradient"
+    advice = f"the weights from before are saved in {out_dir}: try a lower lr, then run again"
+    on_rank_0(lambda: check(stop != DIVERGED, f"{diverged}\n{advice}"))
     if stop:
         print(f"{signal.Signals(stop).name}: step {step} is saved; the same command continues from there")
         return 128 + stop
@@ -523,10 +504,8 @@ def show_off(model: AbbIE, config: Config, shards: Shards):
         prompt = "def " if shards.tokenizer == "bytes" else "The "
         options = {"temperature": 0.8, "top_k": 50, "seed": config.seed, "stop_token": tokenizer.eot_token}
         ids = generate(model, [tokenizer.encode_ordinary(prompt)], 200, **options)[0]
-    print(
-        f"\na sample at iters {model.config.mean_iters} (python sample.py makes more):\n"
-        f"{prompt}{tokenizer.decode(ids)}"
-    )
+    print(f"\na sample at iters {model.config.mean_iters} (python sample.py makes more):")
+    print(prompt + tokenizer.decode(ids))
 
 
 if __name__ == "__main__":

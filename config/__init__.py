@@ -15,6 +15,7 @@ import json
 import os
 import runpy
 import sys
+import textwrap
 import types
 import typing
 from dataclasses import dataclass
@@ -35,9 +36,7 @@ class Config(AbbIEConfig):
     out_dir: str = key("", "folder of checkpoints and log (empty: out/ and the config file's name)")
     seed: int = key(1, "seed of the initial weights, the data order and the iteration schedule", least=0)
     device: str = key("auto", "auto, cpu, cuda or mps")
-    dtype: str = key(
-        "auto", "of the matrix products; weights stay float32", choices=("auto", "float32", "bfloat16")
-    )
+    dtype: str = key("auto", "of matrix products, not of weights", choices=("auto", "float32", "bfloat16"))
     compile: str = key("auto", "torch.compile of the blocks", choices=("auto", "on", "off"))
     tokens_per_step: int = key(2**19, "batch size in tokens, whatever the number of processes", least=1)
     micro_batch: int = key(16, "sequences that one process takes through the model at a time", least=1)
@@ -46,9 +45,7 @@ class Config(AbbIEConfig):
     lr: float = key(6e-4, "learning rate after the warmup", least=0)
     min_lr: float = key(0.0, "learning rate at the end of the decay", least=0)
     warmup_steps: int = key(-1, "steps of linear warmup (-1: 1 % of the run)", least=-1)
-    decay_frac: float = key(
-        0.2, "last part of the run, in which lr falls linearly to min_lr", least=0, most=1
-    )
+    decay_frac: float = key(0.2, "last part of the run, where lr falls linearly to min_lr", least=0, most=1)
     weight_decay: float = key(0.1, "decoupled weight decay of the matrices (norms have none)", least=0)
     grad_clip: float = key(1.0, "largest norm of the gradient (0: no clipping)", least=0)
     beta1: float = key(0.9, "AdamW's decay of the first moment", least=0, most=1)
@@ -61,9 +58,7 @@ class Config(AbbIEConfig):
     resume: str = key("auto", "auto: continue the run in out_dir; never: start afresh; or a checkpoint")
     init_from: str = key("", "checkpoint, or hf:FOLDER, whose weights the run starts from")
     force: bool = key(False, "resume although data, tokenizer or shape differ")
-    max_skips: int = key(
-        10, "steps in a row without a finite loss and gradient before the run stops", least=1
-    )
+    max_skips: int = key(10, "steps without a finite loss or gradient that stop a run, in a row", least=1)
     activation_checkpointing: bool = key(False, "recompute iterations in the backward pass, to save memory")
 
     def __post_init__(self):
@@ -98,32 +93,24 @@ def nearest(name: str, names) -> str:
 # ---------------------------------------------------------------------------------- config file and flags
 
 
-def kinds_of(hint) -> tuple:
-    """int | None -> (int, NoneType), int -> (int,)."""
-    return typing.get_args(hint) or (hint,)
+WORDS = {bool: {"true": True, "1": True, "false": False, "0": False}, types.NoneType: {"none": None}}
 
 
-def describe(kinds: tuple) -> str:
-    return " or ".join(kind.__name__.replace("NoneType", "None") for kind in kinds)
-
-
-def from_text(kinds: tuple, text: str):
-    """A flag's text as the first of the key's types that it fits. Raises ValueError where it fits none."""
-    for one in kinds:
+def from_text(hint, text: str):
+    """A flag's text as the first type of `hint` (int, int | None, ...) that it fits, or as it is."""
+    for one in typing.get_args(hint) or (hint,):
         try:
-            if one is bool:
-                return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
-            if one is types.NoneType:
-                return {"none": None}[text.lower()]
+            if one in WORDS:
+                return WORDS[one][text.lower()]
             return json.loads(text) if one is dict else one(text)
         except (ValueError, KeyError):
             continue
-    raise ValueError(text)
+    return text
 
 
 def load_config(argv: list[str]) -> Config:
     """CONFIG.py [--key=value | --key value ...] -> Config. Raises UserError for what is wrong in either."""
-    kinds = {name: kinds_of(hint) for name, hint in typing.get_type_hints(Config).items()}
+    hints = typing.get_type_hints(Config)
     parser = ArgumentParser(prog="train.py", description=__doc__)
     parser.add_argument("file", metavar="CONFIG.py", type=Path, help="such as config/abbie_tiny.py")
     for f in dataclasses.fields(Config):
@@ -132,18 +119,18 @@ def load_config(argv: list[str]) -> Config:
         parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, metavar="", help=text)
     flags = vars(parser.parse_args(argv))
     path = flags.pop("file")
-    values = {"out_dir": f"out/{path.stem}"}
-    for name, value in read_config_file(path).items():
-        check(name in kinds, f"{path}: unknown key {name}{nearest(name, kinds)}")
-        if type(value) is int and kinds[name] == (float,):
-            value = float(value)
-        check(type(value) in kinds[name], f"{path}: {name}={value!r} is not {describe(kinds[name])}")
-        values[name] = value
-    for name, text in flags.items():
-        try:
-            values[name] = from_text(kinds[name], text)
-        except ValueError:
-            raise UserError(f"--{name}={text} is not {describe(kinds[name])}") from None
+    values = {"out_dir": f"out/{path.stem}", **read_config_file(path)}
+    for name in values:
+        check(name in hints, f"{path}: unknown key {name}{nearest(name, hints)}")
+    values |= {name: from_text(hints[name], text) for name, text in flags.items()}
+    for name, value in values.items():
+        hint = hints[name]
+        if type(value) is int and hint is float:
+            values[name] = value = float(value)
+        place = f"--{name}={value}" if name in flags else f"{path}: {name}={value!r}"
+        if not isinstance(value, hint):
+            kind = hint.__name__ if isinstance(hint, type) else hint
+            raise UserError(f"{place} is not {kind}")
     return Config(**values)
 
 
@@ -164,13 +151,7 @@ def read_config_file(path: Path) -> dict:
 
 def show(values: dict) -> str:
     """key=value, a few a line."""
-    lines = [""]
-    for name, value in values.items():
-        item = f"{name}={value}  "
-        if len(lines[-1]) + len(item) > 110:
-            lines.append("")
-        lines[-1] += item
-    return "\n".join(line.rstrip() for line in lines)
+    return textwrap.fill("  ".join(f"{name}={value}" for name, value in values.items()), 110)
 
 
 # --------------------------------------------------------------------------------- how every script starts
@@ -192,19 +173,16 @@ class ArgumentParser(argparse.ArgumentParser):
 def cli(main):
     """Run main(argv) as a script: an error that the user can mend ends in three lines at most, status 2."""
     try:
-        main(sys.argv[1:])
+        return main(sys.argv[1:])
     except UserError as error:
-        fail("\n".join(str(error).splitlines()[:3]))
+        message = "\n".join(str(error).splitlines()[:3])
     except BrokenPipeError:  # the reader of our output has left, as in `python sample.py | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except OSError as error:
-        fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
+        message = f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
     except KeyboardInterrupt:
         sys.exit(130)
-
-
-def fail(message: str):
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
 

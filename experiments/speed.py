@@ -77,7 +77,8 @@ def nanogpt_side(config: Config, path: str, steps: int):
     flops = 6 * (12 * L * D * D + D * vocab_size) + 6 * L * D * config.block_size
     net = OnlyLoss(torch.compile(model) if compiled else model)
     facts = {"model": "nanoGPT", "n_params": n_params, "compiled": compiled}
-    yield from bench.measure_training(net, optimizer, config, [1], steps, facts, {1: flops}, body=0)
+    facts["cells"] = [{"iters": 1, "flops_per_token": flops}]
+    yield from bench.measure_training(net, optimizer, config, steps, facts)
 
 
 def train_nanogpt(config: Config, path: str, max_steps: int, val: Shards) -> dict:

@@ -1,12 +1,11 @@
 """train.py with one fault injected: `python faulty_train.py FAULT STEP RANK MARKER CONFIG [--key=value ...]`.
 
 FAULT happens at the beginning of STEP on RANK, once: MARKER is a file that is made when it has.
-  none      nothing happens                      crash     it raises
-  kill      the process dies (SIGKILL)           kill_in_save   the same, in the middle of the next save
-  term      it is sent SIGTERM                   term_in_save   the same, in the middle of the next save
-  int       it is sent SIGINT                    nan       its loss is not a number
-  grads     its gradients are written to MARKER before use
-  count     they, too, and how often gradients were averaged until then
+  none              nothing happens
+  crash             it raises
+  kill, term, int   it is sent SIGKILL, SIGTERM, SIGINT; kill_in_save, ...: in the middle of the next save
+  nan               its loss is not a number
+  grads             its gradients are written to MARKER, and how often they have been averaged over ranks
 """
 
 import os
@@ -23,77 +22,67 @@ import model  # noqa: E402
 import train  # noqa: E402
 from config import cli  # noqa: E402
 
+SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "int": signal.SIGINT}
 
-class Fault:
-    """Stands in for what train.py calls, and strikes there."""
 
-    def __init__(self, name: str, step: str, rank: str, marker: str):
-        self.name, self.step, self.marker = name, int(step), Path(marker)
-        self.here = int(os.environ.get("RANK", 0)) == int(rank)
-        self.now, self.reductions = -1, 0
-        self.draw_iters, self.rename = train.draw_iters, os.rename
-        self.forward, self.adam_step = model.AbbIE.forward, torch.optim.AdamW.step
+def inject(fault: str, fault_step: str, fault_rank: str, marker: str):
+    """Wrap what train.py calls in functions that strike there."""
+    here, now, reductions = os.environ.get("RANK", "0") == fault_rank, None, 0
+    draw_iters, rename = train.draw_iters, os.rename
+    forward, adam_step = model.AbbIE.forward, torch.optim.AdamW.step
 
-    def inject(self):
-        train.draw_iters, os.rename = self.draw_iters_faulty, self.rename_faulty
-        model.AbbIE.forward = lambda net, *args: self.forward_faulty(net, *args)
-        torch.optim.AdamW.step = lambda optimizer: self.adam_step_watched(optimizer)
-        if self.name == "count":
-            train.DistributedDataParallel = self.counted_ddp()
-
-    def due(self, *names) -> bool:
-        if self.name not in names or not self.here or self.now != self.step or self.marker.exists():
+    def due(name: str) -> bool:
+        if fault != name or not here or now != int(fault_step) or Path(marker).exists():
             return False
-        self.marker.touch()
+        Path(marker).touch()
         return True
 
-    def draw_iters_faulty(self, spec, seed, step):
-        self.now = step
-        if self.due("kill"):
-            os.kill(os.getpid(), signal.SIGKILL)
-        if self.due("crash"):
+    def send_signal(place: str = ""):
+        for name, number in SIGNALS.items():
+            if due(name + place):
+                os.kill(os.getpid(), number)
+
+    def at_the_beginning(spec, seed, step):
+        nonlocal now
+        now = step
+        send_signal()
+        if due("crash"):
             raise RuntimeError("injected")
-        if self.due("term"):
-            os.kill(os.getpid(), signal.SIGTERM)
-        if self.due("int"):
-            os.kill(os.getpid(), signal.SIGINT)
-        return self.draw_iters(spec, seed, step)
+        return draw_iters(spec, seed, step)
 
-    def rename_faulty(self, old, new):
-        if self.due("term_in_save"):
-            os.kill(os.getpid(), signal.SIGTERM)
-        if self.due("kill_in_save"):
-            os.kill(os.getpid(), signal.SIGKILL)
-        self.rename(old, new)
+    def in_a_save(old, new):
+        send_signal("_in_save")
+        rename(old, new)
 
-    def forward_faulty(self, net, idx, targets=None, iters=None):
-        logits, loss = self.forward(net, idx, targets, iters)
-        if torch.is_grad_enabled() and self.due("nan"):
+    def in_the_forward_pass(net, idx, targets=None, iters=None):
+        logits, loss = forward(net, idx, targets, iters)
+        if torch.is_grad_enabled() and due("nan"):
             loss = loss * float("nan")
         return logits, loss
 
-    def adam_step_watched(self, optimizer):
-        if self.due("grads", "count"):
+    def before_the_update(optimizer):
+        if due("grads"):
             grads = [p.grad.clone() for group in optimizer.param_groups for p in group["params"]]
-            torch.save({"grads": grads, "reductions": self.reductions}, self.marker)
-        return self.adam_step(optimizer)
+            torch.save({"grads": grads, "reductions": reductions}, marker)
+        return adam_step(optimizer)
 
-    def counted_ddp(self):
-        class CountedDDP(train.DistributedDataParallel):
-            def __init__(ddp, *args, **kwargs):
-                super().__init__(*args, **kwargs)
-                ddp.register_comm_hook(None, self.count_and_reduce)
-
-        return CountedDDP
-
-    def count_and_reduce(self, group, bucket):
-        self.reductions += 1
+    def count_and_reduce(group, bucket):
+        nonlocal reductions
+        reductions += 1
         return allreduce_hook(group, bucket)
+
+    class CountedDDP(train.DistributedDataParallel):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.register_comm_hook(None, count_and_reduce)
+
+    train.draw_iters, os.rename, train.DistributedDataParallel = at_the_beginning, in_a_save, CountedDDP
+    model.AbbIE.forward, torch.optim.AdamW.step = in_the_forward_pass, before_the_update
+    train.show_off = lambda *args: None  # the tasks and the sample at the end have tests of their own
 
 
 def main(argv: list[str]):
-    Fault(*argv[:4]).inject()
-    train.show_off = lambda *args: None  # the tasks and the sample at the end have tests of their own
+    inject(*argv[:4])
     train.main(argv[4:])
 
 

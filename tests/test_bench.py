@@ -1,8 +1,8 @@
 """bench.py: figures that can be checked by hand, sides that take turns, the training step of train.py."""
 
 import json
+import os
 import statistics
-import sys
 
 import pytest
 import torch
@@ -38,10 +38,8 @@ def test_training_is_measured_for_every_side_and_iters(capfd, tmp_path):
     assert json.loads(out.read_text()) == result
     cells, sides, can = result["cells"], result["sides"], result["machine"]
     names = ["as given", "iters=1 n_body_blocks=2"]
-    assert [(cell["side"], cell["iters"]) for cell in cells] == [
-        *((names[0], r) for r in (1, 2, 4)),
-        (names[1], 1),
-    ]
+    assert [cell["side"] for cell in cells] == [names[0]] * 3 + [names[1]]
+    assert [cell["iters"] for cell in cells] == [1, 2, 4, 1]
 
     # FLOPs count the Body r times, so r = 2 of one Body block costs what two Body blocks cost.
     model = AbbIE(load_config(TOY).model_config(300))
@@ -49,18 +47,11 @@ def test_training_is_measured_for_every_side_and_iters(capfd, tmp_path):
     assert cells[1]["flops_per_token"] == cells[3]["flops_per_token"]
     assert sides[names[0]]["n_params"] == model.n_params() < sides[names[1]]["n_params"]
 
-    shares = list(sides[names[0]]["profile"].values())
-    assert shares == sorted(shares, reverse=True) and 0.2 < sum(shares) < 1.01
-    assert any("mm" in op or "linear" in op for op in sides[names[0]]["profile"])
-
     for cell in cells:
         rates = cell["tokens_per_s_rounds"]
         assert len(rates) == 3 and cell["tokens_per_s"] == statistics.median(rates) > 0
-        assert cell["flops_per_s"] == cell["tokens_per_s"] * cell["flops_per_token"]
-        assert cell["mfu"] == pytest.approx(cell["flops_per_s"] / can["float32"])
+        assert cell["mfu"] == pytest.approx(cell["tokens_per_s"] * cell["flops_per_token"] / can["float32"])
         assert cell["mfu_of"] == "measured matmul", "no data sheet for this CPU"
-        moved = cell["tokens_per_s"] * cell["bytes_per_token"]
-        assert cell["bandwidth_share"] == pytest.approx(moved / can["bandwidth"])
         paired = [a / b for a, b in zip(rates, cells[0]["tokens_per_s_rounds"])]
         assert cell["tokens_per_s_to_first"] == pytest.approx(statistics.median(paired))
         assert cell["peak_memory_bytes"] > 2**26, "a process with PyTorch"
@@ -96,16 +87,18 @@ def test_bytes_of_a_decoded_token(batch, iters):
 
 def test_decoding_is_measured_with_and_without_drafts(capfd):
     options = ["--rounds=2", "--iters=1,2", "--batch=1,3", "--draft_iters=1", "--new_tokens=8"]
-    cells = run(capfd, "decode", *TOY, *options)["cells"]
+    result = run(capfd, "decode", *TOY, *options)
+    cells = result["cells"]
     what = [(cell["batch"], cell["iters"], cell["draft_iters"]) for cell in cells]
     assert what == [(1, 1, 0), (1, 2, 0), (1, 2, 1), (3, 1, 0), (3, 2, 0)]
-    assert all(cell["tokens_per_s"] > 0 for cell in cells)
+    moved = cells[1]["tokens_per_s"] * cells[1]["bytes_per_token"]
+    assert cells[1]["bandwidth_share"] == pytest.approx(moved / result["machine"]["bandwidth"])
     assert 0 <= cells[2]["accepted"] <= 1 and "accepted" not in cells[1]
 
 
 def dies():
     yield "alive"
-    sys.exit(1)
+    os._exit(1)
 
 
 def test_a_side_that_fails_ends_in_a_short_error():

@@ -2,13 +2,14 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from common import ROOT
 
 from config import Config, load_config, parse_list
-from model import AbbIE, AbbIEConfig, UserError
+from model import AbbIE, UserError
 
 TINY = str(ROOT / "config" / "abbie_tiny.py")
 
@@ -20,8 +21,8 @@ def refused(*argv) -> str:
     return str(error.value)
 
 
-def keys(name: str) -> dict:
-    return vars(load_config([str(ROOT / "config" / f"{name}.py")]))
+def named(name: str) -> Config:
+    return load_config([str(ROOT / "config" / f"{name}.py")])
 
 
 def test_a_flag_beats_the_file_which_beats_the_default(tmp_path):
@@ -52,24 +53,14 @@ def test_both_spellings_of_a_flag_and_every_type():
         ("--max_steps=1.5", "--max_steps=1.5 is not int"),
         ("--max_steps", "--max_steps: expected one argument"),
         ("--force=maybe", "--force=maybe is not bool"),
-        ("--n_embd=127", "n_embd=127"),
         ("--rule=abie_d", "rule='abie_d' is none of abbie_d"),
-        ("--rule=abbie_d_literal --iters=49", "48"),
-        ("--iters=0", "iters=0"),
-        ("--iters=129", "iters=129"),
-        ("--iters=3-1", "3-1"),
-        ("--iters=poisson:x", "poisson:x"),
         ("--iters=2.5", "2.5"),
         ("--micro_batch=0", "micro_batch=0 must be at least 1"),
         ("--tokens_per_step=77", "tokens_per_step=77"),
         ("--eval_iters=1,x", "eval_iters"),
         ("--dtype=float16", "float16"),
-        ("--compile=yes", "compile"),
         ("--decay_frac=2", "decay_frac=2.0 must be at most 1"),
         ("--lr=nan", "lr=nan"),
-        ("--keep_last=0", "keep_last"),
-        ("--n_kv_heads=3", "n_kv_heads=3"),
-        ("--seed=-1", "seed=-1"),
     ],
 )
 def test_values_that_cannot_be(flag, part):
@@ -105,33 +96,24 @@ def test_the_help_lists_every_key_with_its_default():
     [("abbie_350m", 359_842_816), ("abbie_200m", 201_077_632), ("abbie_124m", 123_587_328)],
 )
 def test_the_sizes_that_the_configs_promise(name, parameters):
-    config = load_config([str(ROOT / "config" / f"{name}.py")])
+    config = named(name)
     with torch.device("meta"):
         assert AbbIE(config.model_config(50257)).n_params() == parameters
     assert config.tokens_per_step == 2**19 and config.block_size == 1024 and config.data == "data/c4"
 
 
-def test_the_baselines_differ_in_what_they_are_named_for_and_nothing_else():
-    base = keys("abbie_350m")
-    for name, changed in (
-        ("std_350m", {"iters": 1}),
-        ("abbie_c_350m", {"rule": "abbie_c"}),
-        ("zero_pt_350m", {"rule": "zero_pt"}),
-        ("recall_350m", {"rule": "recall"}),
-    ):
-        assert keys(name) == {**base, **changed, "out_dir": f"out/{name}"}
-
-
-def test_every_config_loads():
-    for path in (ROOT / "config").glob("[!_]*.py"):
-        load_config([str(path)])
+@pytest.mark.parametrize("path", sorted((ROOT / "config").glob("[!_]*.py")), ids=lambda path: path.stem)
+def test_every_config_loads_and_a_baseline_differs_in_what_it_is_named_for_and_nothing_else(path):
+    config, (name, _, size) = named(path.stem), path.stem.rpartition("_")
+    baselines = {"std": {"iters": 1}, **{rule: {"rule": rule} for rule in ("abbie_c", "zero_pt", "recall")}}
+    if name in baselines:
+        base = named(f"abbie_{size}")
+        assert config == replace(base, **baselines[name], out_dir=f"out/{path.stem}")
 
 
 def test_the_vocabulary_follows_the_data_unless_set():
     assert load_config([TINY]).model_config(257).vocab_size == 257
     assert load_config([TINY, "--vocab_size=300"]).model_config(257).vocab_size == 300
-    with pytest.raises(UserError, match="vocab_size"):
-        AbbIE(AbbIEConfig(vocab_size=0))
 
 
 def test_lists_of_iters():
