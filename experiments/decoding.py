@@ -252,7 +252,7 @@ def main(argv: list[str]):
             "threads": torch.get_num_threads(),
             "load_average": os.getloadavg()[0],
             "torch": torch.__version__,
-            "device": train.cpu_name(),
+            "device": train.versions(torch.device("cpu"))["device"],
             **MEASURES[part](args),
         }
         print(json.dumps(record), flush=True)
