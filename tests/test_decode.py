@@ -9,7 +9,7 @@ import torch
 from common import make, tokens
 
 import decode
-from decode import KVCache, Stats, distribution, draw, generate, step, stream
+from decode import Chunk, KVCache, Stats, distribution, draw, generate, step, stream
 from model import RULES, UserError
 
 S = 16  # context of most models here
@@ -61,7 +61,7 @@ def test_cached_decoding_equals_uncached_in_a_ragged_batch_past_the_context(rule
 def test_logits_of_a_step_equal_those_without_a_cache(rule):
     model, idx = make(rule=rule), torch.randint(97, (2, 12), generator=torch.Generator().manual_seed(1))
     for iters in (1, 2, 3, 8):
-        whole, cache = model(idx, iters=iters)[0], KVCache(model.config, 2, iters)
+        whole, cache = model(idx, iters=iters)[0], KVCache(model, 2, iters)
         close = dict(atol=1e-4, rtol=1e-5)
         torch.testing.assert_close(step(model, idx[:, :5], cache, iters), whole[:, 4], **close)
         torch.testing.assert_close(step(model, idx[:, 5:6], cache, iters), whole[:, 5], **close)
@@ -112,12 +112,12 @@ def test_bfloat16_draws_tokens_that_are_likely_in_float32():
         assert len(new) == 40 and (p[range(40), new] > 0).all()
 
 
-def test_cache_memory():
-    config = make(rule="abbie_d").config  # blocks 1 + 2 + 1, 2 KV heads of 8 channels
-    per_slot = 2 * 2 * 8 * 4
-    assert KVCache(config, max_iters=8).bytes_per_token == (2 + 2 * 8) * per_slot
-    assert KVCache(config, max_iters=8, looks=True).bytes_per_token == (1 + 3 * 8) * per_slot
-    assert KVCache(config, max_iters=8, mode="last", looks=True).bytes_per_token == (2 + 2) * per_slot
+@pytest.mark.parametrize(
+    "mode, looks, slots", [("full", False, 2 + 2 * 8), ("full", True, 1 + 3 * 8), ("last", True, 2 + 2)]
+)
+def test_slots_of_a_cache_of_1_2_1_blocks(mode, looks, slots):
+    cache = KVCache(make(), 3, 8, mode, looks)
+    assert cache.keys.shape == cache.values.shape == (slots, 3, 2, 32, 8)
 
 
 # ------------------------------------------------------------------------------------------------- early exit
@@ -164,7 +164,7 @@ class Whole:
 def test_iterations_may_change_from_one_token_to_the_next(rule):
     model, ids = make(rule=rule), list(range(10, 22))
     depths = [5, 5, 5, 1, 3, 5, 2, 2, 4, 1, 1, 5]
-    cache, got = KVCache(model.config, 1, max_iters=5), []
+    cache, got = KVCache(model, 1, max_iters=5), []
     step(model, torch.tensor([ids[:3]]), cache, 5)
     for token, iters in zip(ids[3:], depths[3:]):
         got.append(step(model, torch.tensor([[token]]), cache, iters)[0])
@@ -188,10 +188,10 @@ def settling_model(rule):
 def read(model, idx, early_exit, chunks, mode="full"):
     """Read idx (B, T) with early exit in chunks of so many tokens -> logits after each, and the depths of all
     tokens, (B, T)."""
-    cache = KVCache(model.config, len(idx), 8, mode, looks=early_exit.startswith("kl"))
+    cache = KVCache(model, len(idx), 8, mode, looks=early_exit.startswith("kl"))
     rule, logits, depths, start = decode.parse_exit(early_exit), [], [], 0
     for T in chunks:
-        kv = cache.chunk(cache.lengths, T)
+        kv = Chunk(cache, T)
         part = idx[:, start : start + T]
         z, depth = decode.adaptive_states(model, part, kv, 8, rule, torch.ones(part.shape, dtype=torch.bool))
         logits.append(model.logits(z))
@@ -287,7 +287,7 @@ class Appending:
 @pytest.mark.parametrize("rule", RULES)
 def test_mode_last_keeps_the_last_iteration_of_an_exact_prompt(rule):
     model, idx, iters = make(rule=rule), torch.arange(10, 22)[None], 4
-    cache, ref = KVCache(model.config, 1, iters, mode="last"), Appending()
+    cache, ref = KVCache(model, 1, iters, mode="last"), Appending()
     ref.causal = True
     for start, end in ((0, 5), *((t, t + 1) for t in range(5, 12))):
         got = step(model, idx[:, start:end], cache, iters)
@@ -451,7 +451,7 @@ def test_bad_calls_are_refused():
             generate(model, prompts, 5)
     with pytest.raises(UserError, match="max_new_tokens"):
         generate(model, [[1]], 0)
-    cache = KVCache(model.config, 1, max_iters=2)
+    cache = KVCache(model, 1, max_iters=2)
     with pytest.raises(UserError, match="made for 2 iterations"):
         step(model, torch.tensor([[1]]), cache, 3)
     with pytest.raises(UserError, match="do not fit"):

@@ -17,7 +17,7 @@ from common import ROOT, make, save
 
 import eval_icl
 from data import EVAL_SETS, Shards, documents, get_tokenizer
-from decode import KVCache, adaptive_states, parse_exit, resolve_exit
+from decode import Chunk, KVCache, adaptive_states, parse_exit, resolve_exit
 from eval_icl import (
     BUILT_IN,
     TASKS,
@@ -209,10 +209,11 @@ def test_scores_equal_one_request_at_a_time(rule, batch_size, icl, tokenizer):
 @torch.no_grad()
 def adaptively_by_hand(model, context, continuation, exit, iters) -> tuple[float, list[int]]:
     """A request read token by token with the full cache -> log-likelihood, iterations of the tokens read."""
-    cache, depths, total = KVCache(model.config, 1, iters, looks=exit.startswith("kl")), [], 0.0
+    cache, depths, total = KVCache(model, 1, iters, looks=exit.startswith("kl")), [], 0.0
     idx, rule = [*context, *continuation], parse_exit(exit)
     for t, token in enumerate(idx[:-1]):
-        kv = cache.chunk([t], 1)
+        cache.lengths = [t]
+        kv = Chunk(cache, 1)
         one = torch.tensor([[token]])
         z, depth = adaptive_states(model, one, kv, iters, rule, torch.ones(1, 1, dtype=torch.bool))
         depths.append(depth.item())

@@ -22,7 +22,7 @@ from sample import Text
 
 def speak(ids, stops=()):
     text = Text(get_tokenizer("bytes"), list(stops))
-    return [text.add(i) for i in ids] + [text.end()], text.stopped
+    return [text.add(i) for i in ids] + [text.add(None)], text.stopped
 
 
 def test_characters_that_span_tokens_come_whole():
@@ -158,7 +158,7 @@ def test_an_error_is_short(folder):
         (["--prompt=a", "--iters=two"], "invalid int value"),
         (["--prompt=a", "--ckpt=strange"], "unknown tokenizer 'nonsense'"),
         (["--prompt=a", "--ckpt=prompt.txt"], "is no checkpoint"),
-        (["--prompt=a", "--prompt_file=prompt.txt"], "exclude each other"),
+        (["--prompt=a", "--prompt_file=prompt.txt"], "not allowed with"),
         (["--prompt_file=latin.txt"], "no UTF-8"),
         (["--prompt=a", "--draft_iters=2"], "draft_iters=2 must be below iters=2"),
         (["--prompt=a", "--draft_iters=1", "--cache=last"], "drafting needs cache=full"),
