@@ -72,8 +72,8 @@ class Chunk:
 
     def __init__(self, cache: KVCache, T: int, rows=None, starts=None, positions=None, mask=None):
         self.cache, device, static = cache, cache.keys.device, starts is not None
-        n_rows = cache.keys.shape[1]
-        rows = list(range(n_rows)) if rows is None else rows
+        all_rows = list(range(cache.keys.shape[1]))
+        rows = all_rows if rows is None else rows
         lengths = [] if static else [cache.lengths[b] for b in rows]
         self.end = cache.length if static else max(lengths) + T
         check(self.end <= cache.length, f"{self.end} tokens do not fit into a context of {cache.length}")
@@ -82,7 +82,7 @@ class Chunk:
         self.places = starts[:, None] + torch.arange(T, device=device)  # (B, T)
         self.positions = self.places if positions is None else positions
         # Rows of equal length are written and read as slices; others through their indices, under a mask.
-        self.together = len(rows) == n_rows and len(set(lengths)) == 1
+        self.together = rows == all_rows and len(set(lengths)) == 1
         self.where = (self.rows[:, None], slice(None), self.places)  # of (B, K, S, E)
         if self.together:
             self.where = (slice(None), slice(None), slice(lengths[0], self.end))
@@ -239,9 +239,7 @@ def adaptive_states(model: AbbIE, idx: Tensor, kv: Chunk, iters: int, rule, live
 
 
 @torch.no_grad()
-def step(
-    model: AbbIE, idx: Tensor, cache: KVCache, iters=None, n_new=None, rows=None, rule=None, stats=None
-) -> Tensor:
+def step(model, idx: Tensor, cache: KVCache, iters=None, n_new=None, rows=None, rule=None, stats=None):
     """Append idx (B, T) to `rows` of a cache (default: all) -> logits (B, V) after each row's last new token.
     Rows may be padded on the right: the list n_new (default: T each) says how many tokens of each count. With
     a rule of early exit, every token runs as many iterations as it needs, at most iters, and `stats` gets how
@@ -473,9 +471,7 @@ def stream_rows(cache, prompts, max_new_tokens, next_step, sample, rngs, done, d
 # --------------------------------------------------------------------------------------------------- drafting
 
 
-def draft_and_verify(
-    model, cache, token, room, rng, *, iters, draft_iters, draft_tokens, sample, stats
-) -> list[int]:
+def draft_and_verify(model, cache, token, room, rng, *, iters, draft_iters, draft_tokens, sample, stats):
     """Self-speculative decoding (LayerSkip, arXiv 2404.16710): after `token`, draft some at few iterations,
     then take all of them on to `iters` in one pass -> those that decoding at `iters` could have drawn
     (speculative sampling, arXiv 2302.01318, and 2211.17192) and one more, at most `room` in all. The first
