@@ -46,10 +46,9 @@ class KVCache:
     `store`, gets all that there are, (B, K, S, E) each, and lets queries see them by `mask`, (B, 1, T, S) of
     True where a query sees a key, or None, and `causal`."""
 
-    def __init__(self, model: AbbIE, batch_size=1, max_iters=None, mode="full", looks=False, length=None):
+    def __init__(self, model: AbbIE, batch_size=1, iters=None, mode="full", looks=False, length=None):
         config, weight = model.config, model.embed.weight
-        self.mode, self.max_iters = mode, max_iters or config.mean_iters
-        self.length = length or config.block_size
+        self.mode, self.iters, self.length = mode, model.check_iters(iters), length or config.block_size
         # Slots run: Head, Tail, Body of iteration 0; Body of iteration 1; ... With looks: Head; Tail and Body
         # of iteration 0; Tail and Body of iteration 1; ...
         self.first = {"head": 0, "tail": config.n_head_blocks}
@@ -57,7 +56,7 @@ class KVCache:
         self.n_once = self.first["tail" if looks else "body"]
         n_repeated = config.n_blocks - self.n_once
         self.stride = n_repeated if mode == "full" else 0  # slots from an iteration to the next
-        n_slots = 0 if mode == "none" else config.n_blocks + self.stride * (self.max_iters - 1)
+        n_slots = 0 if mode == "none" else config.n_blocks + self.stride * (self.iters - 1)
         shape = (n_slots, batch_size, config.n_kv_heads, self.length, config.attn_head_dim)
         self.keys, self.values = (weight.new_zeros(shape) for _ in range(2))
         self.lengths = [0] * batch_size
@@ -139,10 +138,10 @@ class Chunk:
         """Let these tokens' last keys and values stand for the iterations that they did not run, which other
         tokens may read."""
         cache = self.cache
-        if cache.mode != "full" or iters == cache.max_iters:
+        if cache.mode != "full" or iters == cache.iters:
             return
         for table in (cache.keys, cache.values):
-            slots = table[cache.n_once :].unflatten(0, (cache.max_iters, -1))  # (iters, blocks, B, K, S, E)
+            slots = table[cache.n_once :].unflatten(0, (cache.iters, -1))  # (iters, blocks, B, K, S, E)
             last = slots[(slice(iters - 1, iters), slice(None), *self.where)]
             slots[(slice(iters, None), slice(None), *self.where)] = last
 
@@ -195,7 +194,7 @@ def resolve_exit(model: AbbIE, text: str, iters: int) -> str:
 
 
 @torch.no_grad()
-def adaptive_states(model: AbbIE, idx: Tensor, kv: Chunk, iters: int, rule, live: Tensor):
+def adaptive_states(model: AbbIE, idx: Tensor, kv: Chunk, rule, live: Tensor):
     """idx (B, T), of which live (B, T) are no padding -> the states that are unembedded, (B, T, D), and the
     iterations that each token ran, (B, T). Iteration k works on the tokens that have not settled yet; those
     that have leave the Body, and their last keys and values stand for the iterations that they skip. Whether
@@ -205,7 +204,7 @@ def adaptive_states(model: AbbIE, idx: Tensor, kv: Chunk, iters: int, rule, live
       costs a Tail and an unembedding);
     - "u": what the Tail reads by less than this share of its norm (costs nothing).
     The raw state of abbie_d never settles: it halves its distance, and u quarters it, whatever the token."""
-    kind, threshold = rule
+    (kind, threshold), iters = rule, kv.cache.iters
     h = model.run_head(idx, kv.rope(model), kv)
     x, z, before = model.start(h).clone(), torch.zeros_like(h), None
     live, depths = live.clone(), torch.zeros_like(idx)
@@ -239,22 +238,20 @@ def adaptive_states(model: AbbIE, idx: Tensor, kv: Chunk, iters: int, rule, live
 
 
 @torch.no_grad()
-def step(model, idx: Tensor, cache: KVCache, iters=None, n_new=None, rows=None, rule=None, stats=None):
+def step(model: AbbIE, idx: Tensor, cache: KVCache, n_new=None, rows=None, rule=None, stats=None) -> Tensor:
     """Append idx (B, T) to `rows` of a cache (default: all) -> logits (B, V) after each row's last new token.
     Rows may be padded on the right: the list n_new (default: T each) says how many tokens of each count. With
-    a rule of early exit, every token runs as many iterations as it needs, at most iters, and `stats` gets how
-    many these were."""
-    (B, T), device, most = idx.shape, idx.device, cache.max_iters
-    iters, n_new, rows = model.check_iters(iters), n_new or [T] * B, rows or list(range(B))
-    check(iters <= most, f"iters={iters}, but the cache was made for {most} iterations")
+    a rule of early exit, every token runs as many iterations as it needs, at most the cache's, and `stats`
+    gets how many these were."""
+    (B, T), device = idx.shape, idx.device
+    n_new, rows = n_new or [T] * B, rows or list(range(B))
     kv, lengths = Chunk(cache, T, rows), torch.tensor(n_new, device=device)
     if rule:
         live = torch.arange(T, device=device) < lengths[:, None]
-        z, depths = adaptive_states(model, idx, kv, iters, rule, live)
+        z, depths = adaptive_states(model, idx, kv, rule, live)
         stats.iters.update(depths[live].tolist())
     else:
-        [z] = model.states_at(idx, [iters], kv.rope(model), kv)
-        kv.fill_deeper(iters)
+        [z] = model.states_at(idx, [cache.iters], kv.rope(model), kv)
     for b, n in zip(rows, n_new):
         cache.lengths[b] += n
     return model.logits(z[torch.arange(B, device=device), lengths - 1])
@@ -282,7 +279,7 @@ def static_step(model: AbbIE, batch_size: int, iters: int, cache_mode: str, **ho
 
     def compiled_step(idx, n_new, rows):
         if max(n_new) > 1:
-            return step(model, idx, cache, iters, n_new, rows)
+            return step(model, idx, cache, n_new, rows)
         whole = torch.zeros(batch_size, 1, dtype=idx.dtype, device=idx.device)
         whole[rows] = idx
         starts = torch.tensor([min(n, S - 1) for n in cache.lengths], device=idx.device)
@@ -408,7 +405,7 @@ def stream(
     else:
         looks, batch_size = early_exit.startswith("kl"), 1 if draft_iters else len(prompts)
         cache = KVCache(model, batch_size, iters, cache_mode, looks)
-        next_step = partial(step, model, cache=cache, iters=iters, rule=rule, stats=stats)
+        next_step = partial(step, model, cache=cache, rule=rule, stats=stats)
     draft = None
     if draft_iters:
         how = {"iters": iters, "draft_iters": draft_iters, "draft_tokens": draft_tokens}

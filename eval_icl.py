@@ -79,8 +79,8 @@ def read(model: AbbIE, idx: Tensor, iters: list[int | str], live=None, **tree):
     for r, z in zip(depths, model.states_at(idx, depths, rope, kv)):
         yield z, r * live
     for exit in iters[len(depths) :]:
-        kv = Chunk(KVCache(model, B, 1, "last", length=T), T, **tree)
-        yield adaptive_states(model, idx, kv, depths[-1], parse_exit(exit), live)
+        kv = Chunk(KVCache(model, B, depths[-1], "last", length=T), T, **tree)
+        yield adaptive_states(model, idx, kv, parse_exit(exit), live)
 
 
 def score_tokens(model: AbbIE, z: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:

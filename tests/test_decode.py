@@ -78,12 +78,12 @@ def test_logits_of_a_step_equal_those_without_a_cache(rule):
     model, idx = make(rule=rule), tokens(2, 12)
     for iters in (1, 2, 3, 8):
         whole, cache = model(idx, iters=iters)[0], KVCache(model, 2, iters)
-        assert_close(step(model, idx[:, :5], cache, iters), whole[:, 4])
-        assert_close(step(model, idx[:, 5:6], cache, iters), whole[:, 5])
-        assert_close(step(model, idx[:, 6:9], cache, iters), whole[:, 8])  # several
-        assert_close(step(model, idx[1:, 9:10], cache, iters, rows=[1]), whole[1:, 9])
+        assert_close(step(model, idx[:, :5], cache), whole[:, 4])
+        assert_close(step(model, idx[:, 5:6], cache), whole[:, 5])
+        assert_close(step(model, idx[:, 6:9], cache), whole[:, 8])  # several
+        assert_close(step(model, idx[1:, 9:10], cache, rows=[1]), whole[1:, 9])
         ragged = torch.stack([idx[0, 9:12], torch.cat([idx[1, 10:], idx[1, :1]])])  # the second is padded
-        assert_close(step(model, ragged, cache, iters, [3, 2]), whole[:, 11])
+        assert_close(step(model, ragged, cache, [3, 2]), whole[:, 11])
 
 
 ALONE = [{}, {"temperature": 1.0, "top_k": 20, "top_p": 0.9}]
@@ -189,17 +189,6 @@ class Whole:
         return model.logits(z if self.looks else model.run_tail(u, rope, self))[0]
 
 
-@pytest.mark.parametrize("rule", RULES)
-def test_iterations_may_change_from_one_token_to_the_next(rule):
-    model, ids = make(rule=rule), list(range(10, 22))
-    depths = [5, 5, 5, 1, 3, 5, 2, 2, 4, 1, 1, 5]
-    cache, got = KVCache(model, 1, max_iters=5), []
-    step(model, torch.tensor([ids[:3]]), cache, 5)
-    for token, iters in zip(ids[3:], depths[3:]):
-        got.append(step(model, torch.tensor([[token]]), cache, iters)[0])
-    assert_close(torch.stack(got), Whole(depths).logits(model, ids)[3:])
-
-
 def read(model, idx, early_exit, chunks, mode="full"):
     """Read idx (B, T) with early exit in chunks of so many tokens -> logits after each, and the depths of all
     tokens, (B, T)."""
@@ -208,7 +197,7 @@ def read(model, idx, early_exit, chunks, mode="full"):
     for T in chunks:
         kv = Chunk(cache, T)
         part = idx[:, start : start + T]
-        z, depth = decode.adaptive_states(model, part, kv, 8, rule, torch.ones(part.shape, dtype=torch.bool))
+        z, depth = decode.adaptive_states(model, part, kv, rule, torch.ones_like(part).bool())
         logits.append(model.logits(z))
         depths.append(depth)
         cache.lengths, start = [start + T] * len(idx), start + T
@@ -286,7 +275,7 @@ def test_mode_last_keeps_the_last_iteration_of_an_exact_prompt(rule):
     model, idx, iters = make(rule=rule), torch.arange(10, 22)[None], 4
     cache, ref = KVCache(model, 1, iters, mode="last"), Appending()
     for start, end in ((0, 5), *((t, t + 1) for t in range(5, 12))):
-        got = step(model, idx[:, start:end], cache, iters)
+        got = step(model, idx[:, start:end], cache)
         rope = tuple(table[start:end] for table in model.rope_on(idx.device))
         ref.causal = start == 0
         with torch.no_grad():
@@ -432,8 +421,5 @@ def test_bad_calls_are_refused(prompts, n, message):
 
 def test_what_does_not_fit_into_a_cache_is_refused():
     model = make()
-    cache = KVCache(model, 1, max_iters=2)
-    with pytest.raises(UserError, match="made for 2 iterations"):
-        step(model, torch.tensor([[1]]), cache, 3)
     with pytest.raises(UserError, match="do not fit"):
-        step(model, torch.ones(1, 33, dtype=torch.int64), cache, 2)
+        step(model, torch.ones(1, 33, dtype=torch.int64), KVCache(model))

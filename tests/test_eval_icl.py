@@ -9,6 +9,7 @@ import random
 import socket
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from common import ROOT, make, save
 
 import eval_icl
 from data import EVAL_SETS, Shards, documents, get_tokenizer
-from decode import Chunk, KVCache, adaptive_states, parse_exit, resolve_exit
+from decode import KVCache, Stats, parse_exit, resolve_exit, step
 from eval_icl import BUILT_IN, TASKS, Example, encode_requests, load_tasks, main, run_tasks, score
 from model import AbbIE, UserError
 
@@ -190,33 +191,29 @@ def test_scores_equal_one_request_at_a_time(rule, batch_size, icl, tokenizer):
 
 
 @torch.no_grad()
-def adaptively_by_hand(model, context, continuation, exit, iters) -> tuple[float, list[int]]:
-    """A request read token by token with the full cache -> log-likelihood, iterations of the tokens read."""
-    cache, depths, total = KVCache(model, 1, iters, looks=exit.startswith("kl")), [], 0.0
-    idx, rule = [*context, *continuation], parse_exit(exit)
+def adaptively_by_hand(model, context, continuation, exit, iters) -> tuple[float, Counter]:
+    """A request read token by token with the full cache -> log-likelihood, and how many tokens ran so many
+    iterations."""
+    cache, stats, total = KVCache(model, 1, iters, looks=exit.startswith("kl")), Stats(), 0.0
+    idx = [*context, *continuation]
     for t, token in enumerate(idx[:-1]):
-        cache.lengths = [t]
-        kv = Chunk(cache, 1)
-        one = torch.tensor([[token]])
-        z, depth = adaptive_states(model, one, kv, iters, rule, torch.ones(1, 1, dtype=torch.bool))
-        depths.append(depth.item())
+        logits = step(model, torch.tensor([[token]]), cache, rule=parse_exit(exit), stats=stats)
         if t + 1 >= len(context):
-            total += model.logits(z)[0, 0].log_softmax(-1)[idx[t + 1]].item()
-    return total, depths
+            total += logits[0].log_softmax(-1)[idx[t + 1]].item()
+    return total, stats.iters
 
 
 @pytest.mark.parametrize("exit", ["kl:3e-3", "u:3e-2"])
 def test_adaptive_scores_equal_token_by_token_reading(exit, icl, tokenizer):
     model = make(**SHAPE, rule="abbie_d")
     pairs = pairs_of(icl, tokenizer, "hellaswag")[:4] + pairs_of(icl, tokenizer, "arc_easy")[:6]
-    scores, _, _, mean_iters = score(model, pairs, [1, 6, exit], batch_size=5)
-    assert np.allclose(scores[:, :2], score(model, pairs, [1, 6])[0], atol=1e-5) and mean_iters[:2] == [1, 6]
+    scores, *_ = score(model, pairs, [1, 6, exit], batch_size=5)
+    assert np.allclose(scores[:, :2], score(model, pairs, [1, 6])[0], atol=1e-5)
     found = [adaptively_by_hand(model, *pair, exit, 6) for pair in pairs]
     assert np.abs(scores[:, 2] - [nats for nats, _ in found]).max() < 1e-3
-    depths = {depth for _, depths in found for depth in depths}
-    assert len(depths) > 1 and min(depths) < mean_iters[2] < max(depths)
-    alone = [pair for pair in pairs if len(pair[0]) == len(pairs[0][0])][:1]  # nothing is shared
-    assert score(model, alone, [6, exit])[3][1] == pytest.approx(np.mean(found[0][1]))
+    assert len(set().union(*(ran for _, ran in found))) > 1
+    mean_iters = np.mean(list(found[0][1].elements()))
+    assert score(model, pairs[:1], [6, exit])[3] == [6, pytest.approx(mean_iters)]
 
 
 def test_perplexity_at_adaptive_depth(model, corpus):
@@ -232,9 +229,8 @@ def test_a_threshold_for_the_wanted_mean(corpus):
     model = make(**SHAPE, rule="abbie_d")
     model.meta = {"data": str(corpus)}
     exit = resolve_exit(model, "mean:3.2", 8)
-    assert eval_icl.perplexity(model, shards, [8, exit])["iters"][exit]["mean_iters"] == pytest.approx(
-        3.2, abs=0.2
-    )
+    found = eval_icl.perplexity(model, shards, [8, exit])["iters"][exit]
+    assert found["mean_iters"] == pytest.approx(3.2, abs=0.2)
     assert resolve_exit(model, "kl:1e-2", 8) == "kl:1e-2"
     with pytest.raises(UserError, match="between 2 and iters=8"):
         resolve_exit(model, "mean:9", 8)
@@ -378,10 +374,7 @@ def start(command: list[str], **env) -> subprocess.Popen:
 def test_command_writes_the_same_on_any_number_of_processes(ckpt, icl, tmp_path, capsys):
     args = [f"--ckpt={ckpt}", "--iters=2,1,4", "--tasks=arc_easy,lambada_openai,cloze", "--ppl", "--limit=6",
             f"--data_dir={icl}", "--batch_size=2", "--bootstrap_iters=200", "--exit=kl:1e-2"]  # fmt: skip
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     main([*args, f"--out={tmp_path}/1.json", f"--log_samples={tmp_path}/1.jsonl"])
-    torch.set_num_threads(threads)
     table = capsys.readouterr().out
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "eval_icl.py"]
     two = start([*torchrun, *args, f"--out={tmp_path}/2.json", f"--log_samples={tmp_path}/2.jsonl"])
