@@ -41,49 +41,42 @@ def ckpt(model, corpus, tmp_path_factory) -> Path:
     return save(tmp_path_factory.mktemp("run"), 1, model, data=str(corpus))
 
 
+OX = "The ox met the bee and the"
+
+
+def choices(key: str, *texts: str, labels: str = "ABCDE") -> dict:
+    return {"answerKey": key, "choices": {"text": list(texts), "label": list(labels[: len(texts)])}}
+
+
 SCIQ = {"question": "What flies?", "correct_answer": "bee"}
 SCIQ |= {"distractor1": "ox", "distractor2": "cat", "distractor3": "cow"}
-ENDINGS = ["[step] sleeps.", "eats [x] a  stone.", "waits 4 days.", " hums "]
+BEE = {"activity_label": "Bee", "ctx_a": "A bee flies [title] home.", "ctx_b": "THE Bee"}
+BEE["endings"] = ["[step] sleeps.", "eats [x] a  stone.", "waits 4 days.", " hums "]
+MADE = ["iron", "honey", "noise"]
 ROWS = {
-    "hellaswag": [
-        {"activity_label": "Bee", "ctx_a": "A bee flies [title] home.", "ctx_b": "THE Bee",
-         "endings": ENDINGS, "label": str(i % 4)}
-        for i in range(5)
-    ],
+    "hellaswag": [{**BEE, "label": str(i % 4)} for i in range(5)],
     "lambada_openai": [{"text": f"It rained for {i} days and then it\nrained some more"} for i in range(5)],
     "arc_easy": [
-        {"question": f"What do bees make {i}?", "answerKey": "2",
-         "choices": {"text": ["iron", "honey", "noise"][: 2 + i % 2], "label": list("123")[: 2 + i % 2]}}
+        {"question": f"What do bees make {i}?", **choices("2", *MADE[: 2 + i % 2], labels="123")}
         for i in range(7)
     ],
     "arc_challenge": [
-        {"question": "Where do bees live?", "answerKey": "C",
-         "choices": {"text": ["sea", "moon", "hive", "fire", "ice"], "label": list("ABCDE")}}
+        {"question": "Where do bees live?", **choices("C", "sea", "moon", "hive", "fire", "ice")}
     ],
-    "commonsense_qa": [
-        {"question": " Who flies? ", "answerKey": "A",
-         "choices": {"text": ["bee", "ox", "cat", "dog", "cow"], "label": list("ABCDE")}}
-    ],
+    "commonsense_qa": [{"question": " Who flies? ", **choices("A", "bee", "ox", "cat", "dog", "cow")}],
     "piqa": [
         {"goal": "Find honey", "sol1": "ask a bee", "sol2": "ask an ox", "label": i % 2} for i in range(4)
     ],
-    "openbookqa": [
-        {"question_stem": "Bees make", "answerKey": " A",
-         "choices": {"text": ["honey", "wool", "milk", "tin"], "label": list("ABCD")}}
-    ],
+    "openbookqa": [{"question_stem": "Bees make", **choices(" A", "honey", "wool", "milk", "tin")}],
     "sciq": [{"support": "  Bees fly.", **SCIQ}, {"support": "", **SCIQ}],
-    "winogrande": [
-        {"sentence": "The ox met the bee and the _ flew away.", "option1": "ox", "option2": "bee",
-         "answer": "2"}
-    ],
-}  # fmt: skip
+    "winogrande": [{"sentence": f"{OX} _ flew away.", "option1": "ox", "option2": "bee", "answer": "2"}],
+}
 
 
 def asked(context: str, *continuations: str) -> list[tuple[str, str]]:
     return [(context, continuation) for continuation in continuations]
 
 
-OX = "The ox met the bee and the"
 # The requests that the harness makes of each task's last row, and the number of the right one.
 REQUESTS = {
     "hellaswag": (
@@ -203,7 +196,7 @@ def adaptively_by_hand(model, context, continuation, exit, iters) -> tuple[float
     return total, stats.iters
 
 
-@pytest.mark.parametrize("exit", ["kl:3e-3", "u:3e-2"])
+@pytest.mark.parametrize("exit", ["kl:3e-3", "u:5e-2"])
 def test_adaptive_scores_equal_token_by_token_reading(exit, icl, tokenizer):
     model = make(**SHAPE, rule="abbie_d")
     pairs = pairs_of(icl, tokenizer, "hellaswag")[:4] + pairs_of(icl, tokenizer, "arc_easy")[:6]
