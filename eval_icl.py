@@ -121,8 +121,9 @@ def window_losses(
     n = min(n_windows or shards.n_windows, shards.n_windows)
     chosen = np.arange(n) * shards.n_windows // n
     losses, ran = (torch.zeros(n, len(iters), dtype=torch.float64) for _ in range(2))
+    device = model.embed.weight.device
     for first in progress(range(rank * batch_size, n, world * batch_size), bar, rank):
-        x, y = (t.to(model.embed.weight.device) for t in shards.batch(chosen[first : first + batch_size]))
+        x, y = (t.to(device) for t in shards.batch(chosen[first : first + batch_size]))
         rows = slice(first, first + len(x))
         with autocast():
             for i, (z, depth) in enumerate(read(model, x, iters)):
@@ -288,8 +289,9 @@ def read_task(name: str, data_dir: str | Path, limit: int | None) -> list[Exampl
     """The first `limit` rows of DATA_DIR/TASK/SPLIT.jsonl. Raises UserError for a missing file and for the
     first row that is not one of the task's."""
     path = Path(data_dir, name, f"{EVAL_SETS[name].split}.jsonl")
-    again, examples = f"remove it and get it again: python prepare_data.py icl --out {data_dir}", []
-    check(path.is_file(), f"{path} is missing\npython prepare_data.py icl --out {data_dir}")
+    command, examples = f"python prepare_data.py icl --out {data_dir}", []
+    again = f"remove it and get it again: {command}"
+    check(path.is_file(), f"{path} is missing\n{command}")
     with open(path, encoding="utf-8") as file:
         for number, line in enumerate(islice(file, limit), 1):
             try:
@@ -425,13 +427,14 @@ def score(
     (N, R), the numbers of the requests whose context was truncated, and the mean iterations of the tokens
     read, R of them. Batches are the same for every number of ranks, each of which takes a stride of them."""
     groups, truncated = group(requests, model.config.block_size)
+    device = model.embed.weight.device
     total, misses = (torch.zeros(len(requests), len(iters), dtype=torch.float64) for _ in range(2))
     ran = torch.zeros(2, len(iters), dtype=torch.float64)  # iterations, tokens
     for batch in progress(batches_of(groups, batch_size)[rank::world], bar, rank):
         *packed, owners = pack(batch)
-        idx, branches, positions, places, tokens = (t.to(model.embed.weight.device) for t in packed)
-        live, tree = branches >= 0, tree_of(branches, positions)
-        for i, (z, depth) in enumerate(read(model, idx, iters, live, **tree)):
+        idx, branches, positions, places, tokens = (t.to(device) for t in packed)
+        live = branches >= 0
+        for i, (z, depth) in enumerate(read(model, idx, iters, live, **tree_of(branches, positions))):
             ran[:, i] += torch.stack([depth.sum(), live.sum()]).cpu()
             nats, missed = score_tokens(model, z.flatten(0, 1)[places], tokens)
             total[:, i].index_add_(0, owners, -nats)
@@ -494,13 +497,9 @@ def run_task(
     ends = np.cumsum([len(example.requests) for example in examples])
     scores, greedy = np.split(scores, ends[:-1]), np.split(greedy, ends[:-1])  # an example each, (choices, R)
     trained = model.config.mean_iters
-    base = iters.index(trained) if trained in iters else 0
-    result = {
-        "n": len(examples),
-        "truncated": len(set(np.searchsorted(ends, truncated, side="right").tolist())),
-        "iters": {str(r): {} for r in iters},
-        "paired": {"reference": iters[base], **{str(r): {} for r in iters if r != iters[base]}},
-    }
+    reference = trained if trained in iters else iters[0]
+    entries = {str(r): {} for r in iters}
+    paired = {str(r): {} for r in iters if r != reference}
     for metric in TASKS[name].metrics:
         if metric == "perplexity":
             words = np.concatenate(scores)  # (examples, R)
@@ -509,19 +508,22 @@ def run_task(
         else:
             right = np.array([is_right(*one, metric) for one in zip(examples, scores, greedy)])
             values, stderrs = right.mean(0), [mean_stderr(column) for column in right.T]
-            for i, r in enumerate(iters):
-                if i != base:
-                    result["paired"][str(r)][metric] = mcnemar(right[:, base], right[:, i])
-        for r, value, stderr in zip(iters, values.tolist(), stderrs):
-            result["iters"][str(r)].update({metric: value, metric + "_stderr": stderr})
-    for r, ran in zip(iters, mean_iters):
-        result["iters"][str(r)]["mean_iters"] = ran
+            base = right[:, iters.index(reference)]
+            for r, column in zip(iters, right.T):
+                if r != reference:
+                    paired[str(r)][metric] = mcnemar(base, column)
+        for entry, value, stderr in zip(entries.values(), values.tolist(), stderrs):
+            entry.update({metric: value, metric + "_stderr": stderr})
+    for entry, ran in zip(entries.values(), mean_iters):
+        entry["mean_iters"] = ran
     for number, example in enumerate(examples if log else []):
         for r, nats, hits in zip(iters, scores[number].T.tolist(), greedy[number].T.tolist()):
             line = {"task": name, "doc_id": number, "iters": r}
             line |= {"loglikelihoods": nats, "is_greedy": hits, "gold": example.gold}
             log.write(json.dumps(line) + "\n")
-    return result
+    cut = np.unique(np.searchsorted(ends, truncated, side="right"))
+    result = {"n": len(examples), "truncated": len(cut), "iters": entries}
+    return {**result, "paired": {"reference": reference, **paired}}
 
 
 def run_tasks(model: AbbIE, tokenizer, tasks, iters, data=None, data_dir="data/icl", limit=None, **options):
@@ -579,8 +581,7 @@ def harness_model(model: AbbIE, tokenizer, iters: int, batch_size: int = 32, ran
             # A batch shares its settings, and its contexts have about one length.
             order = Collator([r.args for r in requests], lambda args: len(args[0]), group_by="gen_kwargs")
             texts = []
-            bar = "" if disable_tqdm else "generation"
-            for batch in progress(list(order.get_batched(n=batch_size)), bar, rank):
+            for batch in progress(list(order.get_batched(n=batch_size)), "generation", rank):
                 contexts, settings = zip(*batch)
                 texts += self.generate(contexts, normalize_gen_kwargs(settings[0]))
             return order.get_original(texts)
@@ -588,8 +589,9 @@ def harness_model(model: AbbIE, tokenizer, iters: int, batch_size: int = 32, ran
         def generate(self, contexts: list[str], settings: dict) -> list[str]:
             n, texts = min(settings["max_gen_toks"], T - 1), [""] * len(contexts)
             prompts = [tokenizer.encode_ordinary(context)[n - T :] or [eot] for context in contexts]
-            draws, stops = {"temperature": settings["temperature"]}, list(filter(None, settings["until"]))
-            for b, piece in stream_text(model, tokenizer, prompts, n, iters, stops, **draws):
+            stops = [stop for stop in settings["until"] if stop]
+            how = {"stops": stops, "temperature": settings["temperature"]}
+            for b, piece in stream_text(model, tokenizer, prompts, n, iters, **how):
                 texts[b] += piece
             return texts
 
@@ -633,7 +635,8 @@ def print_table(results: dict):
         sections[results["ppl"]["data"]] = results["ppl"]
     if not sections:
         return
-    columns, width = list(next(iter(sections.values()))["iters"]), max(map(len, sections))
+    columns = list(next(iter(sections.values()))["iters"])
+    width = max(map(len, sections))
     titles = "".join(f"{'r=' + r if r.isdigit() else r:>23s} " for r in columns)
     print(f"{'':{width}s}  {'':13s} {'n':>10s}{titles} *: best")
     adaptive = not all(map(str.isdigit, columns))

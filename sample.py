@@ -156,8 +156,7 @@ def parse_args(argv: list[str]):
 def main(argv: list[str]):
     args = parse_args(argv)
     prompt = read_text(args.prompt_file) if args.prompt_file else args.prompt
-    device = choose_device(args.device)
-    model = load_model(args.ckpt, device).eval()
+    model = load_model(args.ckpt, choose_device(args.device)).eval()
     if args.dtype == "int8":
         quantize(model)
     else:

@@ -460,12 +460,21 @@ def test_the_harness_runs_its_tasks_on_our_models(ckpt, model, tokenizer, tmp_pa
     write_rows(tmp_path / "test.jsonl", rows)
     write_rows(tmp_path / "train.jsonl", [{"text": "A cat", "end": " purrs"}])
     files = {split: f"{tmp_path}/{split}.jsonl" for split in ("train", "test")}
-    task = {"task": "endings", "dataset_path": "json", "output_type": "loglikelihood"}
-    task |= {"dataset_kwargs": {"data_files": files, "cache_dir": f"{tmp_path}/cache"}}
-    task |= {"training_split": "train", "fewshot_split": "train", "test_split": "test"}
-    task |= {"doc_to_text": "{{text}}", "doc_to_target": "{{end}}", "target_delimiter": ""}
     metric = {"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False}
-    (tmp_path / "endings.yaml").write_text(json.dumps({**task, "metric_list": [metric]}))  # JSON is YAML
+    task = {
+        "task": "endings",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": files, "cache_dir": f"{tmp_path}/cache"},
+        "output_type": "loglikelihood",
+        "training_split": "train",
+        "test_split": "test",
+        "fewshot_split": "train",
+        "doc_to_text": "{{text}}",
+        "doc_to_target": "{{end}}",
+        "target_delimiter": "",
+        "metric_list": [metric],
+    }
+    (tmp_path / "endings.yaml").write_text(json.dumps(task))  # JSON is YAML
     args = [f"--ckpt={ckpt}", "--iters=1,3", f"--include_path={tmp_path}", f"--out={tmp_path}/r.json"]
     main([*args, "--lm_eval=endings", "--num_fewshot=1", "--limit=2", "--bootstrap_iters=10"])
     assert "endings" in capsys.readouterr().out
