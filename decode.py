@@ -3,10 +3,9 @@
     generate(model, prompts, max_new_tokens, iters=None, ...) -> the new ids of every prompt
     stream(the same)                  -> an iterator of (row, id), each as soon as it is certain
 
-Prompts are lists of token ids; decoding is greedy unless a temperature is given. The strategies are
-`stream_plain` (cached, batched), in which `adaptive_step` (early exit) or `static_step` (compiled) may stand
-for `step`, and `stream_drafted` (self-speculative). When a context is full, its last block_size // 2 tokens
-start again from position 0.
+Prompts are lists of token ids; decoding is greedy unless a temperature is given. The strategies are `step`
+(cached, batched, with early exit or without), `static_step` (compiled) and `draft_and_verify`
+(self-speculative). When a context is full, its last block_size // 2 tokens start again from position 0.
 
 Shapes as in model.py: B rows, T new tokens, K n_kv_heads, E attn_head_dim, S = block_size positions of a
 cache."""
@@ -20,14 +19,16 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from data import Shards
-from model import AbbIE, AbbIEConfig, UserError, check
+from model import AbbIE, UserError, check
 
 # -------------------------------------------------------------------------------------------------- the cache
 
@@ -37,76 +38,62 @@ class KVCache:
     the B rows holds. In mode "full" there is one slot per block and *iteration*: iteration k of a new token
     reads what iteration k of the old ones wrote, so decoding is exact. In mode "last" all iterations of a
     Body block share one slot: a prompt is processed exactly, then only its last iteration is left for all
-    iterations to read. looks: the Tail is run in every iteration too (early exit by "kl" looks at its
-    predictions), and in mode "full" has slots as the Body has.
+    iterations to read. In mode "none" there are no slots: nothing is kept. looks: the Tail is run in every
+    iteration too (early exit by "kl" looks at its predictions), and in mode "full" has slots as the Body has.
 
-    The protocol between a cache and the model: the model asks `kv.at(part, i, k)` for the slot of block i of
-    "head", "body" or "tail" in iteration k; Attention hands the slot its new keys and values, (B, K, T, E)
-    each, by `store`, gets all that there are, (B, K, S, E) each, and lets queries see them by the slot's
-    `mask`, (T, S) or (B, 1, T, S) of True where a query sees a key, or None, and `causal`."""
+    The protocol between a cache and the model: the model turns to block i of "head", "body" or "tail" in
+    iteration k by `kv.at(part, i, k)`; Attention hands over its new keys and values, (B, K, T, E) each, by
+    `store`, gets all that there are, (B, K, S, E) each, and lets queries see them by `mask`, (B, 1, T, S) of
+    True where a query sees a key, or None, and `causal`."""
 
-    def __init__(
-        self, config: AbbIEConfig, batch_size=1, max_iters=None, mode="full", device="cpu", dtype=None,
-        looks=False, length=None,
-    ):  # fmt: skip
-        self.mode, self.max_iters, self.length = mode, max_iters or config.mean_iters, length
-        self.length = length or config.block_size
+    def __init__(self, model: AbbIE, batch_size=1, iters=None, mode="full", looks=False, length=None):
+        config, weight = model.config, model.embed.weight
+        self.mode, self.iters, self.length = mode, model.check_iters(iters), length or config.block_size
         # Slots run: Head, Tail, Body of iteration 0; Body of iteration 1; ... With looks: Head; Tail and Body
         # of iteration 0; Tail and Body of iteration 1; ...
         self.first = {"head": 0, "tail": config.n_head_blocks}
         self.first["body"] = config.n_head_blocks + config.n_tail_blocks
         self.n_once = self.first["tail" if looks else "body"]
-        n_repeated, times = config.n_blocks - self.n_once, self.max_iters if mode == "full" else 1
-        self.stride = {"head": 0, "tail": n_repeated if looks else 0, "body": n_repeated}
-        shape = (self.n_once + n_repeated * times, batch_size, config.n_kv_heads)
-        self.keys = torch.zeros(*shape, self.length, config.attn_head_dim, device=device, dtype=dtype)
-        self.values = torch.zeros_like(self.keys)
+        n_repeated = config.n_blocks - self.n_once
+        self.stride = n_repeated if mode == "full" else 0  # slots from an iteration to the next
+        n_slots = 0 if mode == "none" else config.n_blocks + self.stride * (self.iters - 1)
+        shape = (n_slots, batch_size, config.n_kv_heads, self.length, config.attn_head_dim)
+        self.keys, self.values = (weight.new_zeros(shape) for _ in range(2))
         self.lengths = [0] * batch_size
-
-    @property
-    def bytes_per_token(self) -> int:
-        return 2 * self.keys[:, 0, :, 0].numel() * self.keys.element_size()
-
-    def slot(self, part: str, i: int, k: int = 0) -> int:
-        return self.first[part] + i + (k * self.stride[part] if self.mode == "full" else 0)
-
-    def chunk(self, starts: list[int] | Tensor, T: int, rows: list[int] | None = None, **tree) -> "Chunk":
-        """T new tokens in each of `rows` (default: all), from place starts[b] on. starts as a tensor (B,)
-        keeps every shape the same from step to step, as a compiled or recorded step needs."""
-        return Chunk(self, starts, T, None if rows == list(range(len(self.lengths))) else rows, **tree)
 
 
 class Chunk:
-    """New tokens in some rows of a cache: the places where their keys and values go, and what they may attend
-    to: all places up to their own, at positions that are the places; or, where a row is a tree of texts,
-    what `mask` (B, 1, T, S) says, at `positions` (B, T). One chunk serves every block and iteration; `at`
-    picks the slot."""
+    """T new tokens in some rows of a cache (default: all): the places where their keys and values go, behind
+    what the rows hold, and what they may attend to: all places up to their own, at positions that are the
+    places; or, where a row is a tree of texts, what `mask` (B, 1, T, S) says, at `positions` (B, T). starts:
+    places of the rows' first tokens as a tensor (B,), which keeps every shape the same from step to step, as
+    a compiled or recorded step needs. One chunk serves every block and iteration."""
 
-    def __init__(self, cache: KVCache, starts, T: int, rows: list[int] | None, positions=None, mask=None):
-        self.cache, device, static = cache, cache.keys.device, isinstance(starts, Tensor)
-        self.end = cache.length if static else max(starts) + T
+    def __init__(self, cache: KVCache, T: int, rows=None, starts=None, positions=None, mask=None):
+        self.cache, device, static = cache, cache.keys.device, starts is not None
+        all_rows = list(range(cache.keys.shape[1]))
+        rows = all_rows if rows is None else rows
+        lengths = [] if static else [cache.lengths[b] for b in rows]
+        self.end = cache.length if static else max(lengths) + T
         check(self.end <= cache.length, f"{self.end} tokens do not fit into a context of {cache.length}")
-        # Rows of equal length are written and read as slices; others through their indices, under a mask.
-        self.together = not static and rows is None and len(set(starts)) == 1
-        self.rows = torch.tensor(range(len(starts)) if rows is None else rows, device=device)
-        if self.together:
-            self.places = torch.arange(starts[0], self.end, device=device)  # (T,)
-            self.where = (slice(None), slice(None), slice(starts[0], self.end))  # of (B, K, S, E)
-        else:
-            starts = starts if static else torch.tensor(starts, device=device)
-            self.places = starts[:, None] + torch.arange(T, device=device)  # (B, T)
-            self.where = (self.rows[:, None], slice(None), self.places)
+        starts = starts if static else torch.tensor(lengths, device=device)
+        self.rows = torch.tensor(rows, device=device)
+        self.places = starts[:, None] + torch.arange(T, device=device)  # (B, T)
         self.positions = self.places if positions is None else positions
+        # Rows of equal length are written and read as slices; others through their indices, under a mask.
+        self.together = rows == all_rows and len(set(lengths)) == 1
+        self.where = (self.rows[:, None], slice(None), self.places)  # of (B, K, S, E)
+        if self.together:
+            self.where = (slice(None), slice(None), slice(lengths[0], self.end))
         # SDPA aligns its causal mask top-left: it is for a prefill only. One token sees all.
-        self.causal = self.together and mask is None and T > 1 and starts[0] == 0
+        self.causal = self.together and mask is None and T > 1 and lengths[0] == 0
         self.mask = mask
         if mask is None and not (self.together and T == 1) and not self.causal:
             self.mask = self.see_earlier()
 
     def see_earlier(self) -> Tensor:
-        """The mask (T, S), or (B, 1, T, S), of tokens that see all places up to their own."""
-        places = self.places if self.together else self.places[:, None]
-        return torch.arange(self.end, device=places.device) <= places[..., None]
+        """The mask (B, 1, T, S) of tokens that see all places up to their own."""
+        return torch.arange(self.end, device=self.places.device) <= self.places[:, None, :, None]
 
     def only(self, live: Tensor) -> tuple[tuple, "Chunk"]:
         """Some of these tokens, live (B, T) bool -> (where they are in (B, T), the chunk of them alone). Rows
@@ -121,77 +108,188 @@ class Chunk:
 
         part = copy.copy(self)
         part.together, part.causal, part.rows = False, False, self.rows[rows[:, 0]]
-        part.places = self.places.expand(live.shape)[where]
-        part.positions = self.positions.expand(live.shape)[where]
+        part.places, part.positions = self.places[where], self.positions[where]
         part.where = (part.rows[:, None], slice(None), part.places)
-        tree = self.mask is not None and self.positions is not self.places
-        part.mask = self.mask[rows, 0, where[1]][:, None] if tree else part.see_earlier()
+        mask = self.see_earlier() if self.mask is None else self.mask
+        part.mask = mask[rows, 0, where[1]][:, None]
         return where, part
 
     def rope(self, model: AbbIE) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of the new tokens' positions, (T, E/2) or (B, 1, T, E/2)."""
-        tables = (table[self.positions] for table in model.rope_on(self.positions.device))
-        return tuple(table if table.dim() == 2 else table[:, None] for table in tables)
+        """Cosines and sines of the new tokens' positions, (B, 1, T, E/2)."""
+        return tuple(table[self.positions][:, None] for table in model.rope_on(self.positions.device))
 
-    def at(self, part: str, i: int, k: int = 0) -> "Slot":
-        return Slot(self, self.cache.slot(part, i, k))
+    def at(self, part: str, i: int, k: int = 0) -> "Chunk":
+        self.slot = self.cache.first[part] + i + k * self.cache.stride
+        return self
+
+    def store(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        if self.cache.mode == "none":
+            return keys, values
+        found = []
+        for table, new in ((self.cache.keys, keys), (self.cache.values, values)):
+            table = table[self.slot]  # (B, K, S, E)
+            table[self.where] = new if self.together else new.transpose(1, 2)
+            if len(self.rows) < len(table):
+                table = table[self.rows]
+            found.append(table[:, :, : self.end])
+        return tuple(found)
 
     def fill_deeper(self, iters: int):
         """Let these tokens' last keys and values stand for the iterations that they did not run, which other
         tokens may read."""
         cache = self.cache
-        if cache.mode == "last" or iters == cache.max_iters:
+        if cache.mode != "full" or iters == cache.iters:
             return
         for table in (cache.keys, cache.values):
-            slots = table[cache.n_once :].unflatten(0, (cache.max_iters, -1))  # (iters, blocks, B, K, S, E)
+            slots = table[cache.n_once :].unflatten(0, (cache.iters, -1))  # (iters, blocks, B, K, S, E)
             last = slots[(slice(iters - 1, iters), slice(None), *self.where)]
             slots[(slice(iters, None), slice(None), *self.where)] = last
 
 
-class Slot:
-    """One slot of a cache under a chunk: what Attention meets."""
-
-    def __init__(self, chunk: Chunk, index: int):
-        self.chunk, self.index, self.mask, self.causal = chunk, index, chunk.mask, chunk.causal
-
-    def store(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        cache = self.chunk.cache
-        return self._write(cache.keys[self.index], keys), self._write(cache.values[self.index], values)
-
-    def _write(self, table: Tensor, new: Tensor) -> Tensor:
-        """Put new (B, K, T, E) into its places of table -> all that the rows hold so far, (B, K, S, E)."""
-        chunk = self.chunk
-        table[chunk.where] = new if chunk.together else new.transpose(1, 2)
-        if chunk.together or len(chunk.rows) == table.shape[0]:
-            return table[:, :, : chunk.end]
-        return table[chunk.rows, :, : chunk.end]
+# ------------------------------------------------------------------------------------------------- early exit
 
 
-def run(model: AbbIE, idx: Tensor, kv: Chunk, iters: int) -> Tensor:
-    """idx (B, T), whose places in a cache kv knows -> the state that is unembedded, (B, T, D)."""
-    return next(model.states_at(idx, [iters], kv.rope(model), kv))
+def parse_exit(text: str, kinds=("kl", "u")) -> tuple[str, float]:
+    """'kl:1e-3' -> ("kl", 0.001)."""
+    kind, _, threshold = text.partition(":")
+    try:
+        if kind in kinds and 0 < float(threshold) < math.inf:
+            return kind, float(threshold)
+    except ValueError:
+        pass
+    raise UserError(
+        f"exit={text!r}: give kl:1e-3 (change of the prediction in nats), u:1e-2 (relative change of\n"
+        "the state that the Tail reads), or, on the command line, mean:2.5 (iterations per token)"
+    )
+
+
+def change(kind: str, before: Tensor, now: Tensor) -> Tensor:
+    """What an iteration has changed, (B, T): of log-probabilities (B, T, V), or of u (B, T, D)."""
+    if kind == "kl":
+        return F.kl_div(before, now, log_target=True, reduction="none").sum(-1)
+    return (now - before).norm(dim=-1) / now.norm(dim=-1)
 
 
 @torch.no_grad()
-def step(model: AbbIE, idx: Tensor, cache: KVCache, iters=None, n_new=None, rows=None) -> Tensor:
+def resolve_exit(model: AbbIE, text: str, iters: int) -> str:
+    """'mean:2.5' -> 'kl:0.0123', with which text of the model's training data runs so many iterations per
+    token on average; others as they are. Raises UserError where that text is not at hand."""
+    kind, mean = parse_exit(text, ("kl", "u", "mean"))
+    if kind != "mean":
+        return text
+    check(2 <= mean < iters, f"exit={text}: the mean must lie between 2 and iters={iters}")
+    data, T = model.meta.get("data"), model.config.block_size
+    there = data and Path(data, "meta.json").exists()
+    check(there, f"exit={text} needs the model's training data, {data}\ngive a threshold: kl:1e-2")
+    shards = Shards(data, "train", T)
+    n = min(shards.n_windows, -(-4096 // T))
+    idx, _ = shards.batch([i * shards.n_windows // n for i in range(n)])
+    states = model.states_at(idx.to(model.embed.weight.device), list(range(1, iters)))
+    seen = (model.logits(z).float().log_softmax(-1) for z in states)
+    changes = torch.stack([change("kl", *pair) for pair in pairwise(seen)])  # (iters - 2, B, T)
+    # A token goes on for as long as all changes so far are above the threshold: 2 iterations, and one more
+    # for every minimum of its first changes that is.
+    least = changes.cummin(0).values.flatten().sort(descending=True).values
+    return f"kl:{max(1e-13, least[int((mean - 2) * idx.numel())]):.3g}"
+
+
+@torch.no_grad()
+def adaptive_states(model: AbbIE, idx: Tensor, kv: Chunk, rule, live: Tensor):
+    """idx (B, T), of which live (B, T) are no padding -> the states that are unembedded, (B, T, D), and the
+    iterations that each token ran, (B, T). Iteration k works on the tokens that have not settled yet; those
+    that have leave the Body, and their last keys and values stand for the iterations that they skip. Whether
+    a token settles depends on earlier tokens and itself alone, so reading many tokens at once equals reading
+    them one by one. A token has settled when one more iteration changes
+    - "kl": the prediction by a KL divergence below the threshold (as arXiv 2502.05171, section 6.1; each look
+      costs a Tail and an unembedding);
+    - "u": what the Tail reads by less than this share of its norm (costs nothing).
+    The raw state of abbie_d never settles: it halves its distance, and u quarters it, whatever the token."""
+    (kind, threshold), iters = rule, kv.cache.iters
+    h = model.run_head(idx, kv.rope(model), kv)
+    x, z, before = model.start(h).clone(), torch.zeros_like(h), None
+    live, depths = live.clone(), torch.zeros_like(idx)
+    for k in range(iters):
+        where, some = kv.only(live)
+        rope = some.rope(model)
+        u, x[where] = model.advance(x[where], h[where], k, k + 1, rope, some)
+        if kind == "kl":
+            z[where] = model.run_tail(u, rope, some, k)
+            now = model.logits(z[where]).float().log_softmax(-1)
+        else:
+            z[where] = now = u
+        settled = torch.full(u.shape[:2], k + 1 == iters, device=idx.device)
+        if before is None:
+            before = now.new_empty(*idx.shape, now.shape[-1])
+        else:
+            settled |= change(kind, before[where], now) < threshold
+        before[where] = now
+        leaving = torch.zeros_like(live)
+        leaving[where] = settled
+        if leaving.any():
+            depths[leaving] = k + 1
+            kv.only(leaving)[1].fill_deeper(k + 1)
+            live &= ~leaving
+            if not live.any():
+                break
+    return z if kind == "kl" else model.run_tail(z, kv.rope(model), kv), depths
+
+
+# ------------------------------------------------------------------------------------------------------ steps
+
+
+@torch.no_grad()
+def step(model: AbbIE, idx: Tensor, cache: KVCache, n_new=None, rows=None, rule=None, stats=None) -> Tensor:
     """Append idx (B, T) to `rows` of a cache (default: all) -> logits (B, V) after each row's last new token.
-    Rows may be padded on the right: the list n_new (default: T each) says how many tokens of each count."""
-    iters, n_new = model.check_iters(iters), n_new or [idx.shape[1]] * idx.shape[0]
-    most = cache.max_iters
-    check(iters <= most, f"iters={iters}, but the cache was made for {most} iterations")
-    rows = list(range(idx.shape[0])) if rows is None else rows
-    kv = cache.chunk([cache.lengths[b] for b in rows], idx.shape[1], rows)
-    z = run(model, idx, kv, iters)
-    kv.fill_deeper(iters)
-    return model.logits(take_last(z, cache, n_new, rows))
-
-
-def take_last(z: Tensor, cache: KVCache, n_new: list[int], rows: list[int]) -> Tensor:
-    """Count n_new tokens into the cache's rows -> the states (B, D) of their last ones, of z (B, T, D)."""
+    Rows may be padded on the right: the list n_new (default: T each) says how many tokens of each count. With
+    a rule of early exit, every token runs as many iterations as it needs, at most the cache's, and `stats`
+    gets how many these were."""
+    (B, T), device = idx.shape, idx.device
+    n_new, rows = n_new or [T] * B, rows or list(range(B))
+    kv, lengths = Chunk(cache, T, rows), torch.tensor(n_new, device=device)
+    if rule:
+        live = torch.arange(T, device=device) < lengths[:, None]
+        z, depths = adaptive_states(model, idx, kv, rule, live)
+        stats.iters.update(depths[live].tolist())
+    else:
+        [z] = model.states_at(idx, [cache.iters], kv.rope(model), kv)
     for b, n in zip(rows, n_new):
         cache.lengths[b] += n
-    last = torch.tensor(n_new, device=z.device) - 1
-    return z[torch.arange(len(n_new), device=z.device), last]
+    return model.logits(z[torch.arange(B, device=device), lengths - 1])
+
+
+def static_step(model: AbbIE, batch_size: int, iters: int, cache_mode: str, **how):
+    """A cache and what stands for `step`: single tokens have the same shapes whatever the rows and lengths,
+    since positions are a tensor, and all rows and the whole cache take part, under a mask. So their step can
+    be compiled and, on CUDA, recorded as a graph whose replay needs no Python. That takes a minute, so the
+    model keeps both for the next call."""
+    kept, name = model.__dict__.setdefault("static_steps", {}), (batch_size, iters, cache_mode)
+    if name in kept:
+        return kept[name]
+    cache, S = KVCache(model, batch_size, iters, cache_mode), model.config.block_size
+    model.rope_on(cache.keys.device)
+    for table in (cache.keys, cache.values):
+        torch._dynamo.mark_static_address(table)
+
+    def forward(idx, starts):
+        kv = Chunk(cache, 1, starts=starts)
+        [z] = model.states_at(idx, [iters], kv.rope(model), kv)
+        return model.logits(z)[:, 0]
+
+    forward = torch.compile(forward, fullgraph=True, **(how or {"mode": "reduce-overhead"}))
+
+    def compiled_step(idx, n_new, rows):
+        if max(n_new) > 1:
+            return step(model, idx, cache, n_new, rows)
+        whole = torch.zeros(batch_size, 1, dtype=idx.dtype, device=idx.device)
+        whole[rows] = idx
+        starts = torch.tensor([min(n, S - 1) for n in cache.lengths], device=idx.device)
+        logits = forward(whole, starts)[rows]  # the other rows wrote beyond their end, which nobody reads
+        for b in rows:
+            cache.lengths[b] += 1
+        return logits
+
+    kept[name] = cache, compiled_step
+    return kept[name]
 
 
 # ------------------------------------------------------------------------------------------- choosing a token
@@ -249,9 +347,7 @@ class Stats:
         return text
 
 
-def generate(
-    model: AbbIE, prompts: list[list[int]], max_new_tokens: int, iters=None, **options
-) -> list[list[int]]:
+def generate(model: AbbIE, prompts: list[list[int]], max_new_tokens: int, iters=None, **options):
     """-> the new ids of every prompt, at most max_new_tokens each. Options and errors: see `stream`."""
     new = [[] for _ in prompts]
     for row, token in stream(model, prompts, max_new_tokens, iters, **options):
@@ -280,14 +376,14 @@ def stream(
 ) -> Iterator[tuple[int, int]]:
     """An iterator of (row, id): the new tokens of the prompts, at most max_new_tokens each. A row ends before
     stop_token, and when the caller adds it to the set `done`. Row b draws from seed + b, so that a batch of N
-    equals N batches of 1. cache_mode: see KVCache; draft_iters > 0: see stream_drafted (one prompt after the
-    other); early_exit, "kl:1e-3" or "u:1e-2": see adaptive_step; compiled: see static_step. `stats` is filled
-    on the way. Raises UserError for values that are out of range or contradict one another."""
-    iters, S = model.check_iters(iters), model.config.block_size
+    equals N batches of 1. cache_mode: see KVCache; draft_iters > 0: see draft_and_verify, one prompt after
+    the other; early_exit, "kl:1e-3" or "u:1e-2": see adaptive_states; compiled: see static_step. `stats` is
+    filled on the way. Raises UserError for values that are out of range or contradict one another."""
+    iters, S, V = model.check_iters(iters), model.config.block_size, model.config.vocab_size
     check(len(prompts) > 0 and all(prompts), "a prompt has no tokens")
     check(all(len(prompt) <= S for prompt in prompts), f"a prompt is longer than the context of {S} tokens")
-    known = all(0 <= min(prompt) and max(prompt) < model.config.vocab_size for prompt in prompts)
-    check(known, f"a prompt has a token id that is not in the vocabulary of {model.config.vocab_size}")
+    known = all(0 <= min(prompt) and max(prompt) < V for prompt in prompts)
+    check(known, f"a prompt has a token id that is not in the vocabulary of {V}")
     check(max_new_tokens >= 1, f"max_new_tokens={max_new_tokens} must be at least 1")
     check(0 <= temperature < math.inf, f"temperature={temperature} must be 0 (greedy) or more")
     check(top_k >= 0, f"top_k={top_k} must be 0 (all) or more")
@@ -298,30 +394,23 @@ def stream(
     if draft_iters:
         check(cache_mode == "full", "drafting needs cache=full: its iterations begin the verification")
         check(not early_exit, "drafting and exit exclude each other: a verified token runs all iterations")
-    if compiled:
-        check(
-            not draft_iters and not early_exit,
-            "compile is for plain decoding: leave out draft_iters and exit",
-        )
+    plain = not draft_iters and not early_exit
+    check(plain or not compiled, "compile is for plain decoding: leave out draft_iters and exit")
     stats, done, start = stats or Stats(), set() if done is None else done, time.perf_counter()
     sample = partial(distribution, temperature=temperature, top_k=top_k, top_p=top_p)
     rngs = [random.Random(seed + b) for b in range(len(prompts))]
-    weight, batch_size = model.embed.weight, 1 if draft_iters else len(prompts)
-    looks = early_exit.startswith("kl")
-    cache = KVCache(model.config, batch_size, iters, cache_mode, weight.device, weight.dtype, looks)
-    if draft_iters:
-        draft = partial(draft_and_verify, model, cache, iters=iters, draft_iters=draft_iters, sample=sample)
-        tokens = stream_drafted(
-            model, cache, prompts, max_new_tokens, iters, draft_tokens, draft, sample, rngs, done, stats
-        )
+    rule = parse_exit(early_exit) if early_exit else None
+    if compiled:
+        cache, next_step = static_step(model, len(prompts), iters, cache_mode)
     else:
-        next_step = partial(step, model, cache=cache, iters=iters)
-        if early_exit:
-            how = {"cache": cache, "iters": iters, "rule": parse_exit(early_exit), "stats": stats}
-            next_step = partial(adaptive_step, model, **how)
-        elif compiled:
-            cache, next_step = static_step(model, len(prompts), iters, cache_mode)
-        tokens = stream_plain(cache, prompts, max_new_tokens, next_step, sample, rngs, done)
+        looks, batch_size = early_exit.startswith("kl"), 1 if draft_iters else len(prompts)
+        cache = KVCache(model, batch_size, iters, cache_mode, looks)
+        next_step = partial(step, model, cache=cache, rule=rule, stats=stats)
+    draft = None
+    if draft_iters:
+        how = {"iters": iters, "draft_iters": draft_iters, "draft_tokens": draft_tokens}
+        draft = partial(draft_and_verify, model, cache, sample=sample, stats=stats, **how)
+    tokens = stream_rows(cache, prompts, max_new_tokens, next_step, sample, rngs, done, draft)
     return until_done(tokens, stop_token, done, stats, start)
 
 
@@ -334,231 +423,74 @@ def until_done(tokens, stop_token, done, stats, start):
             yield b, token
 
 
-# ------------------------------------------------------------------------------------------------ plain steps
-
-
-def feed(cache, contexts, rows, next_step) -> Tensor:
+def feed(cache, contexts, next_step) -> Tensor:
     """Take what the cache does not hold yet of contexts, dict of row -> ids, through the model by
-    `next_step(idx, n_new=, rows=)` -> logits (len(rows), V) after the last ids. Prompts, and contexts that
-    start again because they have become too long, go together, padded; and so do single tokens."""
+    `next_step(idx, n_new=, rows=)` -> logits (len(contexts), V) after the last ids. Prompts, and contexts
+    that start again because they have become too long, go together, padded; and so do single tokens."""
     S = cache.length
-    for b in rows:
-        if len(contexts[b]) > S:
-            contexts[b] = contexts[b][-(S // 2) :]
-            cache.lengths[b] = 0
-    prompts = [b for b in rows if cache.lengths[b] == 0]
+    for b, ids in contexts.items():
+        if len(ids) > S:
+            contexts[b], cache.lengths[b] = ids[-(S // 2) :], 0
+    prompts = [b for b in contexts if cache.lengths[b] == 0]
+    others = [b for b in contexts if cache.lengths[b] > 0]
     logits = {}
-    for alike in (prompts, [b for b in rows if b not in prompts]):
-        new = [contexts[b][cache.lengths[b] :] for b in alike]
-        n_new = [len(ids) for ids in new]
-        padded = [ids + [0] * (max(n_new) - len(ids)) for ids in new]
-        if alike:
-            found = next_step(torch.tensor(padded, device=cache.keys.device), n_new=n_new, rows=alike)
-            logits.update(zip(alike, found))
-    return torch.stack([logits[b] for b in rows])
+    for rows in (prompts, others):
+        new = [torch.tensor(contexts[b][cache.lengths[b] :]) for b in rows]
+        if rows:
+            idx = pad_sequence(new, batch_first=True).to(cache.keys.device)
+            found = next_step(idx, n_new=[len(ids) for ids in new], rows=rows)
+            logits.update(zip(rows, found))
+    return torch.stack([logits[b] for b in contexts])
 
 
 @torch.no_grad()
-def stream_plain(cache, prompts, max_new_tokens, next_step, sample, rngs, done):
-    """Every row's next token, again and again; rows in `done` leave the batch."""
-    contexts = {b: list(prompt) for b, prompt in enumerate(prompts)}
-    for _ in range(max_new_tokens):
-        p = sample(feed(cache, contexts, list(contexts), next_step))
-        for b, token in zip(list(contexts), draw(p, [rngs[b] for b in contexts])):
-            contexts[b].append(token)
-            yield b, token
-        contexts = {b: ids for b, ids in contexts.items() if b not in done}
-        if not contexts:
-            return
-
-
-def static_step(model: AbbIE, batch_size: int, iters: int, cache_mode: str, **how):
-    """A cache and what stands for `step`: single tokens have the same shapes whatever the rows and lengths,
-    since positions are a tensor, and all rows and the whole cache take part, under a mask. So their step can
-    be compiled and, on CUDA, recorded as a graph whose replay needs no Python. That takes a minute, so the
-    model keeps both for the next call."""
-    kept, name = model.__dict__.setdefault("static_steps", {}), (batch_size, iters, cache_mode)
-    if name in kept:
-        kept[name][0].lengths = [0] * batch_size
-        return kept[name]
-    weight, S = model.embed.weight, model.config.block_size
-    cache = KVCache(model.config, batch_size, iters, cache_mode, weight.device, weight.dtype)
-    model.rope_on(weight.device)
-    for table in (cache.keys, cache.values):
-        torch._dynamo.mark_static_address(table)
-
-    def forward(idx, starts):
-        return model.logits(run(model, idx, cache.chunk(starts, 1), iters))[:, 0]
-
-    forward = torch.compile(forward, fullgraph=True, **(how or {"mode": "reduce-overhead"}))
-
-    def compiled_step(idx, n_new, rows):
-        if max(n_new) > 1:
-            return step(model, idx, cache, iters, n_new, rows)
-        whole = torch.zeros(batch_size, 1, dtype=idx.dtype, device=idx.device)
-        whole[rows] = idx
-        starts = torch.tensor([min(n, S - 1) for n in cache.lengths], device=idx.device)
-        logits = forward(whole, starts)[rows]  # the other rows wrote beyond their end, which nobody reads
-        for b in rows:
-            cache.lengths[b] += 1
-        return logits
-
-    kept[name] = cache, compiled_step
-    return kept[name]
-
-
-# ------------------------------------------------------------------------------------------------- early exit
-
-
-def parse_exit(text: str, kinds=("kl", "u")) -> tuple[str, float]:
-    """'kl:1e-3' -> ("kl", 0.001)."""
-    kind, _, threshold = text.partition(":")
-    try:
-        if kind in kinds and 0 < float(threshold) < math.inf:
-            return kind, float(threshold)
-    except ValueError:
-        pass
-    raise UserError(
-        f"exit={text!r}: give kl:1e-3 (change of the prediction in nats), u:1e-2 (relative change of\n"
-        "the state that the Tail reads), or, on the command line, mean:2.5 (iterations per token)"
-    )
-
-
-def resolve_exit(model: AbbIE, text: str, iters: int) -> str:
-    """'mean:2.5' -> 'kl:0.0123', with which text of the model's training data runs so many iterations per
-    token on average; others as they are. Raises UserError where that text is not at hand."""
-    kind, mean = parse_exit(text, ("kl", "u", "mean"))
-    if kind != "mean":
-        return text
-    check(2 <= mean <= iters, f"exit={text}: the mean must lie between 2 and iters={iters}")
-    data, T = model.meta.get("data"), model.config.block_size
-    there = data and Path(data, "meta.json").exists()
-    check(there, f"exit={text} needs the model's training data, {data}\ngive a threshold: kl:1e-2")
-    shards = Shards(data, "train", T)
-    n = min(shards.n_windows, -(-4096 // T))
-    idx, _ = shards.batch([i * shards.n_windows // n for i in range(n)])
-    return f"kl:{threshold_for(model, idx.to(model.embed.weight.device), mean, iters):.3g}"
-
-
-@torch.no_grad()
-def threshold_for(model: AbbIE, idx: Tensor, mean: float, iters: int) -> float:
-    """The threshold of "kl" at which tokens idx (B, T) run `mean` iterations on average."""
-    before, changes = None, []
-    for z in model.states_at(idx, list(range(1, iters))):
-        now = model.logits(z).float().log_softmax(-1)
-        if before is not None:
-            changes.append(F.kl_div(before, now, log_target=True, reduction="none").sum(-1))
-        before = now
-    changes = torch.stack(changes)  # (iters - 2, B, T): seen after iteration 2, ..., iters - 1
-    low, high = -30.0, 10.0  # of its logarithm
-    for _ in range(40):
-        middle = (low + high) / 2
-        moving = (changes >= math.exp(middle)).cumprod(0)
-        low, high = (middle, high) if 2 + moving.sum(0).double().mean() > mean else (low, middle)
-    return math.exp(high)
-
-
-@torch.no_grad()
-def adaptive_states(model: AbbIE, idx: Tensor, kv: Chunk, iters: int, rule, live: Tensor):
-    """idx (B, T), of which live (B, T) are no padding -> the states that are unembedded, (B, T, D), and the
-    iterations that each token ran, (B, T). Iteration k works on the tokens that have not settled yet; those
-    that have leave the Body, and their last keys and values stand for the iterations that they skip. Whether
-    a token settles depends on earlier tokens and itself alone, so reading many tokens at once equals reading
-    them one by one. A token has settled when one more iteration changes
-    - "kl": the prediction by a KL divergence below the threshold (as arXiv 2502.05171, section 6.1; each look
-      costs a Tail and an unembedding);
-    - "u": what the Tail reads by less than this share of its norm (costs nothing).
-    The raw state of abbie_d never settles: it halves its distance, and u quarters it, whatever the token."""
-    kind, threshold = rule
-    h = model.run_head(idx, kv.rope(model), kv)
-    x, z, before = model.start(h).clone(), torch.zeros_like(h), None
-    live, depths = live.clone(), torch.zeros(idx.shape, dtype=torch.int64, device=idx.device)
-    for k in range(iters):
-        where, some = kv.only(live)
-        rope = some.rope(model)
-        u, x[where] = model.advance(x[where], h[where], k, k + 1, rope, some)
-        if kind == "kl":
-            z[where] = model.run_tail(u, rope, some, k)
-            now = model.logits(z[where]).float().log_softmax(-1)
-        else:
-            z[where] = now = u
-        if before is None:
-            before = torch.empty(*idx.shape, now.shape[-1], dtype=now.dtype, device=now.device)
-            settled = torch.zeros(u.shape[:2], dtype=torch.bool, device=idx.device)
-        elif kind == "kl":
-            change = F.kl_div(before[where], now, log_target=True, reduction="none").sum(-1)
-            settled = change < threshold
-        else:
-            settled = (now - before[where]).norm(dim=-1) < threshold * now.norm(dim=-1)
-        before[where] = now
-        leaving = torch.zeros_like(live)
-        leaving[where] = settled | (k + 1 == iters)
-        if leaving.any():
-            depths[leaving] = k + 1
-            kv.only(leaving)[1].fill_deeper(k + 1)
-            live &= ~leaving
-            if not live.any():
-                break
-    return z if kind == "kl" else model.run_tail(z, kv.rope(model), kv), depths
-
-
-@torch.no_grad()
-def adaptive_step(model, idx: Tensor, cache: KVCache, iters: int, n_new=None, rows=None, *, rule, stats):
-    """`step` with early exit: every token runs as many iterations as it needs, at most iters. `stats` gets
-    how many these were."""
-    T = idx.shape[1]
-    n_new, rows = n_new or [T] * len(idx), rows or list(range(len(idx)))
-    kv = cache.chunk([cache.lengths[b] for b in rows], T, rows)
-    live = torch.arange(T, device=idx.device) < torch.tensor(n_new, device=idx.device)[:, None]
-    z, depths = adaptive_states(model, idx, kv, iters, rule, live)
-    stats.iters.update(depths[live].tolist())
-    return model.logits(take_last(z, cache, n_new, rows))
+def stream_rows(cache, prompts, max_new_tokens, next_step, sample, rngs, done, draft=None):
+    """Every row's next token, again and again, of as many prompts at a time as the cache has rows; rows in
+    `done` leave. draft: takes the place of a step where there is one row; see draft_and_verify."""
+    size, S = len(cache.lengths), cache.length
+    for first in range(0, len(prompts), size):
+        contexts, n = dict(enumerate(map(list, prompts[first : first + size]))), 0
+        cache.lengths = [0] * size
+        while contexts and n < max_new_tokens:
+            room = min(S - cache.lengths[0], max_new_tokens - n)
+            if draft and 0 < cache.lengths[0] < S:  # neither a prompt nor a context that starts again
+                new = [draft(contexts[0][-1], room, rngs[first])]
+            else:
+                p = sample(feed(cache, contexts, next_step))
+                new = [[token] for token in draw(p, [rngs[first + b] for b in contexts])]
+            n += len(new[0])
+            for b, tokens in zip(contexts, new):
+                contexts[b] += tokens
+                yield from ((first + b, token) for token in tokens)
+            contexts = {b: ids for b, ids in contexts.items() if first + b not in done}
 
 
 # --------------------------------------------------------------------------------------------------- drafting
 
 
-@torch.no_grad()
-def stream_drafted(
-    model, cache, prompts, max_new_tokens, iters, draft_tokens, draft, sample, rngs, done, stats
-):
-    """Self-speculative decoding (LayerSkip, arXiv 2404.16710), one prompt after the other: draft some tokens
-    at few iterations, then take all of them on to `iters` in one pass and keep those that decoding at `iters`
-    could have drawn (speculative sampling, arXiv 2302.01318, and 2211.17192)."""
-    S = model.config.block_size
-    for b, prompt in enumerate(prompts):
-        context, n, cache.lengths = {0: list(prompt)}, 0, [0]
-        while n < max_new_tokens and b not in done:
-            start = cache.lengths[0]
-            if start in (0, S):  # a prompt, or a full context that starts again
-                read = partial(step, model, cache=cache, iters=iters)
-                tokens = draw(sample(feed(cache, context, [0], read)), [rngs[b]])
-            else:
-                width = min(draft_tokens + 1, S - start, max_new_tokens - n)
-                tokens = draft(context[0][-1], width, rng=rngs[b], stats=stats)
-            context[0] += tokens
-            n += len(tokens)
-            yield from ((b, token) for token in tokens)
-
-
-def draft_and_verify(model, cache, token, n, *, iters, draft_iters, sample, rng, stats) -> list[int]:
-    """Feed `token` and n - 1 drafted ones -> the accepted ones and one more, drawn at `iters`. The first
+def draft_and_verify(model, cache, token, room, rng, *, iters, draft_iters, draft_tokens, sample, stats):
+    """Self-speculative decoding (LayerSkip, arXiv 2404.16710): after `token`, draft some at few iterations,
+    then take all of them on to `iters` in one pass -> those that decoding at `iters` could have drawn
+    (speculative sampling, arXiv 2302.01318, and 2211.17192) and one more, at most `room` in all. The first
     draft_iters iterations do not depend on iters: the draft's Head and Body, their states and their keys and
     values, are the beginning of the verification and are not repeated. The Tail's are overwritten."""
-    start, states, drafted, q = cache.lengths[0], [], [], []
+    n, start = min(draft_tokens + 1, room), cache.lengths[0]
+    states, drafted, q = [], [], []
     for j in range(n):
-        kv = cache.chunk([start + j], 1)
+        kv = Chunk(cache, 1)
         rope = kv.rope(model)
         h = model.run_head(torch.tensor([[token]], device=cache.keys.device), rope, kv)
         u, x = model.advance(model.start(h), h, 0, draft_iters, rope, kv)
         states.append((h, x))
+        cache.lengths[0] += 1
         if j < n - 1:  # after the last one, the verification itself predicts
             q.append(sample(model.logits(model.run_tail(u, rope, kv))[:, 0]))
             [token] = draw(q[-1], [rng])
             drafted.append(token)
 
     h, x = (torch.cat(parts, dim=1) for parts in zip(*states))  # (1, n, D)
-    kv = cache.chunk([start], n)
+    cache.lengths[0] = start
+    kv = Chunk(cache, n)
     rope = kv.rope(model)
     u, _ = model.advance(x, h, draft_iters, iters, rope, kv)
     p = sample(model.logits(model.run_tail(u, rope, kv))[0])  # (n, V)

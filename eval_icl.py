@@ -34,10 +34,10 @@ import json
 import math
 import random
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from functools import lru_cache
-from itertools import groupby, islice
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,8 +51,9 @@ from tqdm import tqdm
 from checkpoint import load_model
 from config import ArgumentParser, choose_device, cli, nearest, parse_list, start_ranks, together
 from data import EVAL_SETS, Shards, documents, get_tokenizer, read_meta
-from decode import KVCache, adaptive_states, parse_exit, resolve_exit, stream
+from decode import Chunk, KVCache, adaptive_states, parse_exit, resolve_exit
 from model import AbbIE, UserError, check
+from sample import stream_text
 
 LOGITS_AT_A_TIME = 1 << 24  # so that memory grows neither with the batch nor with the vocabulary
 
@@ -65,21 +66,33 @@ def ascending(model: AbbIE, iters: Iterable[int]) -> list[int]:
     return sorted({model.check_iters(r) for r in iters})
 
 
-def read(model: AbbIE, idx: Tensor, iters: list[int | str], tree=None) -> Iterator[tuple[Tensor, Tensor]]:
-    """idx (B, T), with a Tree where a token does not simply follow the one before -> for every column the
-    states that are unembedded, (B, T, D), and the iterations that each token ran, (B, T), 0 for padding. One
-    sweep of the Body serves all r; an early exit has one of its own, to the last of them."""
+def read(model: AbbIE, idx: Tensor, iters: list[int | str], live=None, **tree):
+    """Yields for every column the states of idx (B, T) that are unembedded, (B, T, D), and the iterations
+    that each token ran, (B, T), 0 where it is padding, not live (B, T). One sweep of the Body serves all r;
+    an early exit has one of its own, to the last of them. tree: positions and mask of a decode.Chunk."""
     depths = [r for r in iters if isinstance(r, int)]
-    live = tree.live if tree else torch.ones_like(idx, dtype=torch.bool)
-    rope = tree.rope(model) if tree else None
-    for r, z in zip(depths, model.states_at(idx, depths, rope, tree if tree and tree.branched else None)):
+    live = torch.ones_like(idx, dtype=torch.bool) if live is None else live
+    (B, T), rope, kv = idx.shape, None, None
+    if tree:
+        kv = Chunk(KVCache(model, B, 1, "none", length=T), T, **tree)
+        rope = kv.rope(model)
+    for r, z in zip(depths, model.states_at(idx, depths, rope, kv)):
         yield z, r * live
-    (B, T), weight = idx.shape, model.embed.weight
     for exit in iters[len(depths) :]:
-        cache = KVCache(model.config, B, 1, "last", weight.device, weight.dtype, length=T)
-        how = {"positions": tree.positions, "mask": tree.mask} if tree else {}
-        kv = cache.chunk([0] * B, T, **how)
-        yield adaptive_states(model, idx, kv, depths[-1], parse_exit(exit), live)
+        kv = Chunk(KVCache(model, B, depths[-1], "last", length=T), T, **tree)
+        yield adaptive_states(model, idx, kv, parse_exit(exit), live)
+
+
+def score_tokens(model: AbbIE, z: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """States z (M, D) that predict tokens (M,) -> nats (M,), and whether another token is the most probable
+    one, (M,)."""
+    at_a_time = max(1, LOGITS_AT_A_TIME // model.config.vocab_size)
+    nats, missed = [], []
+    for part, token in zip(z.split(at_a_time), tokens.split(at_a_time)):
+        logits = model.logits(part).float()  # (<= at_a_time, V)
+        nats.append(F.cross_entropy(logits, token, reduction="none"))
+        missed.append(logits.argmax(-1) != token)
+    return torch.cat(nats).cpu().double(), torch.cat(missed).cpu()
 
 
 def sum_over_ranks(x: Tensor, world: int) -> Tensor:
@@ -109,22 +122,18 @@ def window_losses(
     chosen = np.arange(n) * shards.n_windows // n
     losses, ran = (torch.zeros(n, len(iters), dtype=torch.float64) for _ in range(2))
     device = model.embed.weight.device
-    at_a_time = max(1, LOGITS_AT_A_TIME // model.config.vocab_size)
     for first in progress(range(rank * batch_size, n, world * batch_size), bar, rank):
         x, y = (t.to(device) for t in shards.batch(chosen[first : first + batch_size]))
+        rows = slice(first, first + len(x))
         with autocast():
             for i, (z, depth) in enumerate(read(model, x, iters)):
-                nats = []
-                for part, target in zip(z.flatten(0, 1).split(at_a_time), y.flatten().split(at_a_time)):
-                    nats.append(F.cross_entropy(model.logits(part).float(), target, reduction="none"))
-                losses[first : first + len(x), i] = torch.cat(nats).cpu().double().view(y.shape).mean(1)
-                ran[first : first + len(x), i] = depth.cpu().double().mean(1)
+                nats, _ = score_tokens(model, z.flatten(0, 1), y.flatten())
+                losses[rows, i] = nats.view(y.shape).mean(1)
+                ran[rows, i] = depth.cpu().double().mean(1)
     return sum_over_ranks(losses, world), sum_over_ranks(ran, world)
 
 
-def evaluate_loss(
-    model: AbbIE, shards: Shards, iters: list[int], n_windows=None, **options
-) -> dict[int, float]:
+def evaluate_loss(model: AbbIE, shards: Shards, iters: list[int], n_windows=None, **options) -> dict:
     """{r: mean nats per token}, on the same windows at every call. The options are window_losses's."""
     iters = ascending(model, iters)
     losses, _ = window_losses(model, shards, iters, n_windows, **options)
@@ -172,9 +181,13 @@ def hellaswag(row: dict) -> Example:
     return choose(clean(context), [clean(ending) for ending in row["endings"]], int(row["label"]))
 
 
+def labelled(context: str, row: dict) -> Example:
+    gold = row["choices"]["label"].index(row["answerKey"].strip())
+    return choose(context, row["choices"]["text"], gold)
+
+
 def arc(row: dict) -> Example:
-    gold = row["choices"]["label"].index(row["answerKey"])
-    return choose(f"Question: {row['question']}\nAnswer:", row["choices"]["text"], gold)
+    return labelled(f"Question: {row['question']}\nAnswer:", row)
 
 
 def commonsense_qa(row: dict) -> Example:
@@ -188,11 +201,6 @@ def piqa(row: dict) -> Example:
     return choose(f"Question: {row['goal']}\nAnswer:", [row["sol1"], row["sol2"]], int(row["label"]))
 
 
-def openbookqa(row: dict) -> Example:
-    gold = row["choices"]["label"].index(row["answerKey"].lstrip())
-    return choose(row["question_stem"], row["choices"]["text"], gold)
-
-
 def sciq(row: dict) -> Example:
     choices = [row[name] for name in ("distractor1", "distractor2", "distractor3", "correct_answer")]
     return choose(f"{row['support'].lstrip()}\nQuestion: {row['question']}\nAnswer:", choices, 3)
@@ -203,97 +211,6 @@ def winogrande(row: dict) -> Example:
     before, after = row["sentence"].split("_", 1)
     contexts = [before + row["option1"], before + row["option2"]]
     return Example([(context, " " + after.strip()) for context in contexts], int(row["answer"]) - 1)
-
-
-class Task(NamedTuple):
-    """How a task is scored. Its file, split and number of rows stand in data.EVAL_SETS; a task without a
-    render function is built in, made of validation text."""
-
-    metrics: tuple[str, ...]
-    render: Callable[[dict], Example] | None = None
-
-
-TASKS = {
-    "cloze": Task(("acc", "acc_norm")),
-    "lastword": Task(("perplexity", "acc")),
-    "hellaswag": Task(("acc", "acc_norm"), hellaswag),
-    "lambada_openai": Task(("perplexity", "acc"), lambda row: last_word(row["text"])),
-    "arc_easy": Task(("acc", "acc_norm"), arc),
-    "arc_challenge": Task(("acc", "acc_norm"), arc),
-    "commonsense_qa": Task(("acc",), commonsense_qa),
-    "piqa": Task(("acc", "acc_norm"), piqa),
-    "openbookqa": Task(("acc", "acc_norm"), openbookqa),
-    "sciq": Task(("acc", "acc_norm"), sciq),
-    "winogrande": Task(("acc",), winogrande),
-}
-BUILT_IN = ["cloze", "lastword"]
-N_BUILT_IN = 300  # examples of each, where no limit is given
-
-
-def load_tasks(
-    names: list[str], data: str | Path | None, data_dir: str | Path, block_size: int, limit: int | None
-) -> dict[str, list[Example]]:
-    """The examples of all tasks, or a UserError before anything is scored."""
-    loaded = {}
-    for name in names:
-        other = f"there are {', '.join(TASKS)}\nany other task of the harness: --lm_eval {name}"
-        check(name in TASKS, f"unknown task {name!r}{nearest(name, TASKS)}; {other}")
-        if name in BUILT_IN:
-            loaded[name] = make_task(name, data, block_size, limit)
-        else:
-            loaded[name] = read_task(name, data_dir, limit)
-    return loaded
-
-
-def read_task(name: str, data_dir: str | Path, limit: int | None) -> list[Example]:
-    """The first `limit` rows of DATA_DIR/TASK/SPLIT.jsonl. Raises UserError for a missing file and for the
-    first row that is not one of the task's."""
-    folder, split = Path(data_dir, name), EVAL_SETS[name].split
-    path, command = folder / f"{split}.jsonl", f"python prepare_data.py icl --out {data_dir}"
-    if not path.is_file():
-        others = ", ".join(sorted(p.stem for p in folder.glob("*.jsonl")))
-        reason = f" ({name} is scored on its {split} split, not on {others})" if others else ""
-        raise UserError(f"{path} is missing{reason}\n{command}")
-    examples = []
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(islice(file, limit), 1):
-            try:
-                examples.append(read_row(name, line))
-            except (KeyError, IndexError, ValueError, TypeError, AttributeError, RecursionError) as error:
-                raise UserError(
-                    f"{path}, line {number}, is no row of {name} ({type(error).__name__}: {error})\n"
-                    f"remove the file and get it again: {command}"
-                ) from None
-    check(bool(examples), f"{path} has no rows\nremove it and get it again: {command}")
-    return examples
-
-
-def read_row(name: str, line: str) -> Example:
-    example = TASKS[name].render(json.loads(line))
-    if not 0 <= example.gold < len(example.requests):
-        raise ValueError(f"no choice {example.gold}")
-    if not all(continuation.strip() for _, continuation in example.requests):
-        raise ValueError("an empty choice")
-    return example
-
-
-def make_task(name: str, data: str | Path | None, block_size: int, limit: int | None) -> list[Example]:
-    """Examples of a built-in task from the first 2 MB of the validation split of `data`: `limit` of them
-    (None: 300), if there are so many; a longer list begins with the shorter one. Contexts have at most
-    block_size / 2 characters."""
-    why = f"{name} is made of the text that the model was trained on, which is not known"
-    check(bool(data), f"{why}\ngive a folder of shards with --ppl DATA")
-    tokenizer, texts, size = get_tokenizer(read_meta(data)["tokenizer"]), [], 0
-    for tokens in documents(data, "val"):
-        texts.append(tokenizer.decode(tokens[: 1 << 20].tolist()))
-        size += len(texts[-1])
-        if size > 1 << 21:
-            break
-    make = make_cloze if name == "cloze" else make_last_word
-    examples = make(texts, limit or N_BUILT_IN, min(512, block_size // 2))
-    why = f"the validation split of {data} is too small to make {name} of it"
-    check(bool(examples), f"{why}\nprepare more text")
-    return examples
 
 
 def draw(spots: list, n: int) -> list:
@@ -329,6 +246,86 @@ def make_last_word(texts: list[str], n: int, before: int) -> list[Example]:
             if len(line.split()) >= 4:
                 spots.append((text, end))
     return [last_word(text[max(0, end - before) : end]) for text, end in draw(spots, n)]
+
+
+class Task(NamedTuple):
+    metrics: tuple[str, ...]
+    render: Callable  # a row -> Example; of a built-in one: texts, how many, characters before -> Examples
+
+
+TASKS = {  # file, split and number of rows of the others than the first two stand in data.EVAL_SETS
+    "cloze": Task(("acc", "acc_norm"), make_cloze),
+    "lastword": Task(("perplexity", "acc"), make_last_word),
+    "hellaswag": Task(("acc", "acc_norm"), hellaswag),
+    "lambada_openai": Task(("perplexity", "acc"), lambda row: last_word(row["text"])),
+    "arc_easy": Task(("acc", "acc_norm"), arc),
+    "arc_challenge": Task(("acc", "acc_norm"), arc),
+    "commonsense_qa": Task(("acc",), commonsense_qa),
+    "piqa": Task(("acc", "acc_norm"), piqa),
+    "openbookqa": Task(("acc", "acc_norm"), lambda row: labelled(row["question_stem"], row)),
+    "sciq": Task(("acc", "acc_norm"), sciq),
+    "winogrande": Task(("acc",), winogrande),
+}
+BUILT_IN = ["cloze", "lastword"]
+N_BUILT_IN = 300  # examples of each, where no limit is given
+
+
+def load_tasks(
+    names: list[str], data: str | Path | None, data_dir: str | Path, block_size: int, limit: int | None
+) -> dict[str, list[Example]]:
+    """The examples of all tasks, or a UserError before anything is scored."""
+    loaded = {}
+    for name in names:
+        other = f"there are {', '.join(TASKS)}\nany other task of the harness: --lm_eval {name}"
+        check(name in TASKS, f"unknown task {name!r}{nearest(name, TASKS)}; {other}")
+        if name in BUILT_IN:
+            loaded[name] = make_task(name, data, block_size, limit)
+        else:
+            loaded[name] = read_task(name, data_dir, limit)
+    return loaded
+
+
+def read_task(name: str, data_dir: str | Path, limit: int | None) -> list[Example]:
+    """The first `limit` rows of DATA_DIR/TASK/SPLIT.jsonl. Raises UserError for a missing file and for the
+    first row that is not one of the task's."""
+    path = Path(data_dir, name, f"{EVAL_SETS[name].split}.jsonl")
+    command, examples = f"python prepare_data.py icl --out {data_dir}", []
+    again = f"remove it and get it again: {command}"
+    check(path.is_file(), f"{path} is missing\n{command}")
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(islice(file, limit), 1):
+            try:
+                examples.append(read_row(name, line))
+            except (KeyError, IndexError, ValueError, TypeError, AttributeError, RecursionError) as error:
+                why = f"is no row of {name} ({type(error).__name__}: {error})"
+                raise UserError(f"{path}, line {number}, {why}\n{again}") from None
+    check(bool(examples), f"{path} has no rows\n{again}")
+    return examples
+
+
+def read_row(name: str, line: str) -> Example:
+    example = TASKS[name].render(json.loads(line))
+    if not 0 <= example.gold < len(example.requests):
+        raise ValueError(f"no choice {example.gold}")
+    if not all(continuation.strip() for _, continuation in example.requests):
+        raise ValueError("an empty choice")
+    return example
+
+
+def make_task(name: str, data: str | Path | None, block_size: int, limit: int | None) -> list[Example]:
+    """Examples of a built-in task from the first 2 MB of the validation split of `data`: `limit` of them
+    (None: 300), if there are so many; a longer list begins with the shorter one. Contexts have at most
+    block_size / 2 characters."""
+    tokenizer, texts, size = get_tokenizer(read_meta(data)["tokenizer"]), [], 0
+    for tokens in documents(data, "val"):
+        texts.append(tokenizer.decode(tokens[: 1 << 20].tolist()))
+        size += len(texts[-1])
+        if size > 1 << 21:
+            break
+    examples = TASKS[name].render(texts, limit or N_BUILT_IN, min(512, block_size // 2))
+    why = f"the validation split of {data} is too small to make {name} of it"
+    check(bool(examples), f"{why}\nprepare more text")
+    return examples
 
 
 # ------------------------------------------------------------------------------- requests -> tokens -> scores
@@ -390,49 +387,36 @@ def batches_of(groups: list[Group], batch_size: int) -> list[list[Group]]:
     return batches
 
 
-class Tree:
-    """A cache that keeps nothing: it follows the protocol between a cache and the model (decode.KVCache) for
-    the sake of its mask. The continuations of a context lie one after another in its row, each at the
-    positions that it would have alone; it sees the context and itself, but not the others. branch (B, T): 0
-    in the context, 1, 2, ... in its continuations, -1 for padding on the right, which nothing reads."""
-
-    causal = False
-
-    def __init__(self, branch: Tensor, positions: Tensor):
-        self.positions, self.live, self.branched = positions, branch >= 0, bool(branch.max() > 1)
-        visible = (branch[:, None, :] == 0) | (branch[:, None, :] == branch[:, :, None])
-        self.mask = visible.tril()[:, None]  # (B, 1, T queries, T keys)
-
-    def rope(self, model: AbbIE) -> tuple[Tensor, Tensor]:
-        """Cosines and sines (B, 1, T, E/2)."""
-        return tuple(table[self.positions][:, None] for table in model.rope_on(self.positions.device))
-
-    def at(self, part: str, i: int, k: int = 0) -> "Tree":
-        return self
-
-    def store(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        return keys, values
-
-
 def pack(groups: list[Group]) -> tuple[Tensor, ...]:
-    """-> idx, positions, branch, (B, T) each, for a Tree; and for M tokens to score the place in B * T whose
-    logits predict it, the token, and the number of its request, (M,) each."""
+    """The continuations of a context lie one after another in its row. -> idx (B, T); its branches (B, T): 0
+    in the context, 1, 2, ... in its continuations, -1 for padding on the right; the positions (B, T) that
+    tokens would have in a text alone; and for M tokens to score the place in B * T whose logits predict it,
+    the token, and the number of its request, (M,) each."""
     T = max(row.size() for row in groups)
-    idx, positions, branch = (np.zeros((len(groups), T), np.int64) for _ in range(3))
+    idx, branches, positions = (np.zeros((len(groups), T), np.int64) for _ in range(3))
     places, tokens, owners = [], [], []
     for b, (context, continuations) in enumerate(groups):
         end = len(context)
         idx[b, :end], positions[b, :end] = context, range(end)
         for c, (number, continuation) in enumerate(continuations, 1):
             new = range(end, end + len(continuation) - 1)
-            idx[b, new], branch[b, new] = continuation[:-1], c
+            idx[b, new], branches[b, new] = continuation[:-1], c
             positions[b, new] = len(context) + np.arange(len(new))
             places += [b * T + at for at in (len(context) - 1, *new)]
             tokens += continuation
             owners += [number] * len(continuation)
             end = new.stop
-        branch[b, end:] = -1
-    return tuple(torch.as_tensor(a) for a in (idx, positions, branch, places, tokens, owners))
+        branches[b, end:] = -1
+    return tuple(torch.as_tensor(a) for a in (idx, branches, positions, places, tokens, owners))
+
+
+def tree_of(branches: Tensor, positions: Tensor) -> dict:
+    """A continuation sees the context and itself, but not the others. -> positions and mask of a chunk;
+    nothing where a row has no others and is an ordinary text."""
+    if branches.max() <= 1:
+        return {}
+    visible = (branches[:, None] == 0) | (branches[:, None] == branches[:, :, None])  # (B, T queries, T keys)
+    return {"positions": positions, "mask": visible.tril()[:, None]}
 
 
 @torch.no_grad()
@@ -443,22 +427,18 @@ def score(
     (N, R), the numbers of the requests whose context was truncated, and the mean iterations of the tokens
     read, R of them. Batches are the same for every number of ranks, each of which takes a stride of them."""
     groups, truncated = group(requests, model.config.block_size)
-    device, at_a_time = model.embed.weight.device, max(1, LOGITS_AT_A_TIME // model.config.vocab_size)
+    device = model.embed.weight.device
     total, misses = (torch.zeros(len(requests), len(iters), dtype=torch.float64) for _ in range(2))
     ran = torch.zeros(2, len(iters), dtype=torch.float64)  # iterations, tokens
     for batch in progress(batches_of(groups, batch_size)[rank::world], bar, rank):
         *packed, owners = pack(batch)
-        idx, positions, branch, places, tokens = (t.to(device) for t in packed)
-        tree = Tree(branch, positions)
-        for i, (z, depth) in enumerate(read(model, idx, iters, tree)):
-            ran[:, i] += torch.stack([depth.sum(), tree.live.sum()]).cpu()
-            nats, missed = [], []
-            for part, token in zip(z.flatten(0, 1)[places].split(at_a_time), tokens.split(at_a_time)):
-                logits = model.logits(part).float()  # (<= at_a_time, V)
-                nats.append(F.cross_entropy(logits, token, reduction="none"))
-                missed.append(logits.argmax(-1) != token)
-            total[:, i].index_add_(0, owners, -torch.cat(nats).cpu().double())
-            misses[:, i].index_add_(0, owners, torch.cat(missed).cpu().double())
+        idx, branches, positions, places, tokens = (t.to(device) for t in packed)
+        live = branches >= 0
+        for i, (z, depth) in enumerate(read(model, idx, iters, live, **tree_of(branches, positions))):
+            ran[:, i] += torch.stack([depth.sum(), live.sum()]).cpu()
+            nats, missed = score_tokens(model, z.flatten(0, 1)[places], tokens)
+            total[:, i].index_add_(0, owners, -nats)
+            misses[:, i].index_add_(0, owners, missed.double())
     total, misses, ran = (sum_over_ranks(x, world).numpy() for x in (total, misses, ran))
     return total, misses == 0, truncated, (ran[0] / ran[1]).tolist()
 
@@ -517,13 +497,9 @@ def run_task(
     ends = np.cumsum([len(example.requests) for example in examples])
     scores, greedy = np.split(scores, ends[:-1]), np.split(greedy, ends[:-1])  # an example each, (choices, R)
     trained = model.config.mean_iters
-    base = iters.index(trained) if trained in iters else 0
-    result = {
-        "n": len(examples),
-        "truncated": len(set(np.searchsorted(ends, truncated, side="right").tolist())),
-        "iters": {str(r): {} for r in iters},
-        "paired": {"reference": iters[base], **{str(r): {} for r in iters if r != iters[base]}},
-    }
+    reference = trained if trained in iters else iters[0]
+    entries = {str(r): {} for r in iters}
+    paired = {str(r): {} for r in iters if r != reference}
     for metric in TASKS[name].metrics:
         if metric == "perplexity":
             words = np.concatenate(scores)  # (examples, R)
@@ -532,30 +508,28 @@ def run_task(
         else:
             right = np.array([is_right(*one, metric) for one in zip(examples, scores, greedy)])
             values, stderrs = right.mean(0), [mean_stderr(column) for column in right.T]
-            for i, r in enumerate(iters):
-                if i != base:
-                    result["paired"][str(r)][metric] = mcnemar(right[:, base], right[:, i])
-        for r, value, stderr in zip(iters, values.tolist(), stderrs):
-            result["iters"][str(r)].update({metric: value, metric + "_stderr": stderr})
-    for r, ran in zip(iters, mean_iters):
-        result["iters"][str(r)]["mean_iters"] = ran
+            base = right[:, iters.index(reference)]
+            for r, column in zip(iters, right.T):
+                if r != reference:
+                    paired[str(r)][metric] = mcnemar(base, column)
+        for entry, value, stderr in zip(entries.values(), values.tolist(), stderrs):
+            entry.update({metric: value, metric + "_stderr": stderr})
+    for entry, ran in zip(entries.values(), mean_iters):
+        entry["mean_iters"] = ran
     for number, example in enumerate(examples if log else []):
-        for i, r in enumerate(iters):
+        for r, nats, hits in zip(iters, scores[number].T.tolist(), greedy[number].T.tolist()):
             line = {"task": name, "doc_id": number, "iters": r}
-            line["loglikelihoods"] = scores[number][:, i].tolist()
-            line["is_greedy"] = greedy[number][:, i].tolist()
-            line["gold"] = example.gold
+            line |= {"loglikelihoods": nats, "is_greedy": hits, "gold": example.gold}
             log.write(json.dumps(line) + "\n")
-    return result
+    cut = np.unique(np.searchsorted(ends, truncated, side="right"))
+    result = {"n": len(examples), "truncated": len(cut), "iters": entries}
+    return {**result, "paired": {"reference": reference, **paired}}
 
 
-def run_tasks(
-    model: AbbIE, tokenizer, tasks: list[str], iters: list[int], data=None, data_dir="data/icl", limit=None,
-    exits=(), **options,
-) -> dict:  # fmt: skip
-    """Score tasks at every entry of iters and exits -> {"tasks": {name: the result of run_task}}. The
-    built-in tasks are made of the shards in the folder `data`; the options are run_task's."""
-    iters, results = [*ascending(model, iters), *exits], {}
+def run_tasks(model: AbbIE, tokenizer, tasks, iters, data=None, data_dir="data/icl", limit=None, **options):
+    """Score tasks at every r -> {"tasks": {name: the result of run_task}}. The built-in tasks are made of the
+    shards in the folder `data`; the options are run_task's."""
+    iters, results = ascending(model, iters), {}
     for name, examples in load_tasks(tasks, data, data_dir, model.config.block_size, limit).items():
         results[name] = run_task(model, tokenizer, name, examples, iters, **options)
     return {"tasks": results}
@@ -581,13 +555,12 @@ def find_harness_tasks(names: list[str], include_path: str | None = None):
 def harness_model(model: AbbIE, tokenizer, iters: int, batch_size: int = 32, rank: int = 0, world: int = 1):
     """The model at one r as an lm_eval.api.model.LM. Ranks share the scoring and each hold all results."""
     from lm_eval.api.model import LM
+    from lm_eval.models.utils import Collator, normalize_gen_kwargs
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
     T, eot = model.config.block_size, tokenizer.eot_token
 
     class HarnessModel(LM):
-        tokenizer_name = getattr(tokenizer, "name", "tokenizer")
-
         def loglikelihood(self, requests, disable_tqdm=False):
             pairs = encode_requests(tokenizer, [request.args for request in requests])
             scores, greedy, *_ = score(model, pairs, [iters], batch_size, rank, world, bar="log-likelihood")
@@ -605,53 +578,37 @@ def harness_model(model: AbbIE, tokenizer, iters: int, batch_size: int = 32, ran
 
         def generate_until(self, requests, disable_tqdm=False):
             """What follows each context, up to its first stop string or the end of the text."""
+            # A batch shares its settings, and its contexts have about one length.
+            order = Collator([r.args for r in requests], lambda args: len(args[0]), group_by="gen_kwargs")
+            texts = []
+            for batch in progress(list(order.get_batched(n=batch_size)), "generation", rank):
+                contexts, settings = zip(*batch)
+                texts += self.generate(contexts, normalize_gen_kwargs(settings[0]))
+            return order.get_original(texts)
 
-            def alike(i):  # a batch shares its settings, and its contexts have about one length
-                context, settings = requests[i].args
-                return json.dumps(settings, sort_keys=True), len(context)
-
-            texts, order = [""] * len(requests), sorted(range(len(requests)), key=alike)
-            bar = "" if disable_tqdm else "generation"
-            for _, same in groupby(order, lambda i: alike(i)[0]):
-                same = list(same)
-                for first in progress(range(0, len(same), batch_size), bar, rank):
-                    batch = same[first : first + batch_size]
-                    contexts, settings = [requests[i].args[0] for i in batch], requests[batch[0]].args[1]
-                    for b, text in self.generate(contexts, settings):
-                        texts[batch[b]] = text
-            return texts
-
-        def generate(self, contexts: list[str], settings: dict) -> Iterator[tuple[int, str]]:
-            """Yields (row, its text so far)."""
-            n = min(int(settings.get("max_gen_toks", 256)), T - 1)
-            stops = settings.get("until") or []
-            stops = [stops] if isinstance(stops, str) else stops
-            draws = settings.get("do_sample", True)
-            temperature = float(settings.get("temperature") or 0) if draws else 0.0
+        def generate(self, contexts: list[str], settings: dict) -> list[str]:
+            n, texts = min(settings["max_gen_toks"], T - 1), [""] * len(contexts)
             prompts = [tokenizer.encode_ordinary(context)[n - T :] or [eot] for context in contexts]
-            ids, done = [[] for _ in contexts], set()
-            options = {"temperature": temperature, "stop_token": eot, "done": done}
-            for b, token in stream(model, prompts, n, iters, **options):
-                ids[b].append(token)
-                text = tokenizer.decode(ids[b])
-                ends = [text.find(stop) for stop in stops if stop and stop in text]
-                if ends:
-                    done.add(b)
-                yield b, text[: min(ends, default=len(text))]
+            stops = [stop for stop in settings["until"] if stop]
+            how = {"stops": stops, "temperature": settings["temperature"]}
+            for b, piece in stream_text(model, tokenizer, prompts, n, iters, **how):
+                texts[b] += piece
+            return texts
 
     return HarnessModel()
 
 
-def run_harness(model: AbbIE, tokenizer, tasks: list[str], iters: list[int], manager, asked: dict, **options):
-    """The harness's own results for its own tasks: {r: {task: {metric: value}}}. asked: simple_evaluate's
-    num_fewshot, limit and bootstrap_iters. The options are harness_model's."""
+def run_harness(model: AbbIE, tokenizer, args, manager, **options) -> dict:
+    """The harness's own results for its own tasks, args.lm_eval: {r: {task: {metric: value}}}. The options
+    are harness_model's."""
     from lm_eval import simple_evaluate
     from lm_eval.utils import make_table
 
+    how = {"tasks": args.lm_eval, "task_manager": manager, "log_samples": False}
+    how |= {name: getattr(args, name) for name in ("num_fewshot", "limit", "bootstrap_iters")}
     results = {}
-    for r in iters:
-        adapter = harness_model(model, tokenizer, r, **options)
-        found = simple_evaluate(adapter, tasks=tasks, task_manager=manager, log_samples=False, **asked)
+    for r in args.iters:
+        found = simple_evaluate(harness_model(model, tokenizer, r, **options), **how)
         results[str(r)] = found["results"]
         print(f"iters {r}\n{make_table(found)}")
     return results
@@ -678,24 +635,26 @@ def print_table(results: dict):
         sections[results["ppl"]["data"]] = results["ppl"]
     if not sections:
         return
-    columns, width = list(next(iter(sections.values()))["iters"]), max(map(len, sections))
+    columns = list(next(iter(sections.values()))["iters"])
+    width = max(map(len, sections))
     titles = "".join(f"{'r=' + r if r.isdigit() else r:>23s} " for r in columns)
     print(f"{'':{width}s}  {'':13s} {'n':>10s}{titles} *: best")
+    adaptive = not all(map(str.isdigit, columns))
     for name, section in sections.items():
-        n, official = section["n"], EVAL_SETS[name].n_rows if name in EVAL_SETS else section["n"]
+        n, entries, paired = section["n"], section["iters"], section.get("paired", {})
+        official = EVAL_SETS[name].n_rows if name in EVAL_SETS else n
         count = str(n) if n == official else f"{n}/{official}"
-        paired = section.get("paired", {})
-        for metric in section["iters"][columns[0]]:
-            if metric.endswith("_stderr") or metric == "mean_iters" and all(map(str.isdigit, columns)):
+        for metric in entries[columns[0]]:
+            if metric.endswith("_stderr") or (metric == "mean_iters" and not adaptive):
                 continue
-            values = {r: scores[metric] for r, scores in section["iters"].items()}
             better = min if metric in LOWER_IS_BETTER else max
-            best = better(values, key=values.get)
+            best = better(columns, key=lambda r: entries[r][metric])
             line = ""
-            for r, value in values.items():
-                stderr = section["iters"][r].get(metric + "_stderr")
-                text = cell(metric, value) + (f" ± {cell(metric, stderr)}" if stderr is not None else "")
-                starred = value == values[best] and metric != "mean_iters"
+            for entry in entries.values():
+                text = cell(metric, entry[metric])
+                if metric + "_stderr" in entry:
+                    text += f" ± {cell(metric, entry[metric + '_stderr'])}"
+                starred = entry[metric] == entries[best][metric] and metric != "mean_iters"
                 line += f"{text:>23s}" + ("*" if starred else " ")
             print(f"{name:{width}s}  {metric:13s} {count:>10s}{line}")
             test = paired.get(best, {}).get(metric)
@@ -704,15 +663,18 @@ def print_table(results: dict):
                     f"{name} {metric}: r={best} gains {test['gained']} and loses {test['lost']} "
                     f"examples against r={paired['reference']}, McNemar p = {test['p']:.2g}"
                 )
-        if section.get("truncated"):
-            cut = section["truncated"]
+        if cut := section.get("truncated"):
             notes.append(f"{name}: {cut} of {n} examples exceed the model's context and lost their beginning")
-        if section.get("left_out"):
-            notes.append(f"{name}: {section['left_out']} tokens behind the last window of a shard left out")
+        if left_out := section.get("left_out"):
+            notes.append(f"{name}: {left_out} tokens behind the last window of a shard left out")
     print("\n".join(notes))
 
 
 # ------------------------------------------------------------------------------------------------ the command
+
+
+def comma_list(text: str) -> list[str]:
+    return text.split(",") if text else []
 
 
 def parse_args(argv: list[str]):
@@ -721,13 +683,14 @@ def parse_args(argv: list[str]):
     add("--ckpt", help="run folder, checkpoint or hf:FOLDER (default: the newest under out/)")
     add("--iters", default="1,2,4,8", help="iterations of the Body (default 1,2,4,8)")
     rule = "also at adaptive depth, up to the last of --iters, as in sample.py: kl:1e-2,mean:2.5"
-    add("--exit", dest="exits", default="", help=rule)
-    add("--tasks", help=f"of {', '.join(TASKS)} (the first two)")
+    add("--exit", dest="exits", type=comma_list, default="", help=rule)
+    add("--tasks", type=comma_list, default="", help=f"of {', '.join(TASKS)} (the first two)")
     add("--data_dir", default="data/icl", help="holds TASK/SPLIT.jsonl")
     add("--limit", type=int, help="rows of each task, the first N; of a built-in one, examples (300)")
     whole = "loss, perplexity and bits per byte on the whole validation split of a folder of shards"
     add("--ppl", nargs="?", const="", metavar="DATA", help=f"{whole} (default: the training data's)")
-    add("--lm_eval", help="tasks of the harness, such as mmlu,gsm8k, at every r in turn")
+    anything = "tasks of the harness, such as mmlu,gsm8k, at every r in turn"
+    add("--lm_eval", type=comma_list, default="", help=anything)
     add("--num_fewshot", type=int, help="shots for --lm_eval (default: the task's own)")
     add("--include_path", help="folder of task files for --lm_eval to take instead of the harness's")
     add("--batch_size", type=int, default=32, help="rows at a time (default 32)")
@@ -739,36 +702,29 @@ def parse_args(argv: list[str]):
     check(args.batch_size >= 1, f"--batch_size={args.batch_size} must be at least 1")
     check(args.limit is None or args.limit >= 1, f"--limit={args.limit} must be at least 1")
     args.iters = parse_list(args.iters, "iters")
-    args.exits = args.exits.split(",") if args.exits else []
-    args.lm_eval = args.lm_eval.split(",") if args.lm_eval else []
-    args.tasks = args.tasks.split(",") if args.tasks else []
     if not args.tasks and not args.lm_eval and args.ppl is None:
         args.tasks = BUILT_IN
     return args
-
-
-def find_shards(model: AbbIE, data: str | None) -> Shards:
-    """The validation split of a folder in the model's tokens."""
-    why = "this model does not name the data that it was trained on"
-    check(bool(data), f"{why}\ngive a folder of shards with --ppl DATA")
-    shards, tokenizer = Shards(data, "val", model.config.block_size), model.meta["tokenizer"]
-    why = f"{data} holds {shards.tokenizer} tokens, but the model reads {tokenizer}"
-    check(shards.tokenizer == tokenizer, f"{why}\nprepare it with --tokenizer {tokenizer}")
-    return shards
 
 
 def prepare(args, rank: int, model_class=AbbIE) -> tuple:
     """-> model, examples of the tasks, shards or None, the harness's tasks or None. Whatever can be wrong is
     found here, before anything is computed."""
     model = load_model(args.ckpt, choose_device(args.device), model_class)
-    most = ascending(model, args.iters)[-1]
-    args.exits = [resolve_exit(model, exit, most) for exit in args.exits]
+    args.iters, T = ascending(model, args.iters), model.config.block_size
+    args.exits = [resolve_exit(model, exit, args.iters[-1]) for exit in args.exits]
     if args.exits:  # whose predictions are all kept until the next iteration
-        logits = model.config.vocab_size * model.config.block_size
-        args.batch_size = min(args.batch_size, max(1, 8 * LOGITS_AT_A_TIME // logits))
-    own = model.meta.get("data")
-    examples = load_tasks(args.tasks, own or args.ppl, args.data_dir, model.config.block_size, args.limit)
-    shards = None if args.ppl is None else find_shards(model, args.ppl or own)
+        most = 8 * LOGITS_AT_A_TIME // (model.config.vocab_size * T)
+        args.batch_size = min(args.batch_size, max(1, most))
+    own, shards = model.meta.get("data"), None
+    needed = args.ppl is not None or any(name in BUILT_IN for name in args.tasks)
+    why = "this model does not name the data that it was trained on"
+    check(not needed or bool(own or args.ppl), f"{why}\ngive a folder of shards with --ppl DATA")
+    examples = load_tasks(args.tasks, own or args.ppl, args.data_dir, T, args.limit)
+    if args.ppl is not None:
+        shards, tokenizer = Shards(args.ppl or own, "val", T), model.meta["tokenizer"]
+        why = f"{shards.folder} holds {shards.tokenizer} tokens, but the model reads {tokenizer}"
+        check(shards.tokenizer == tokenizer, f"{why}\nprepare it with --tokenizer {tokenizer}")
     manager = find_harness_tasks(args.lm_eval, args.include_path) if args.lm_eval else None
     for path in (args.out, args.log_samples):
         if path and rank == 0:
@@ -779,21 +735,18 @@ def prepare(args, rank: int, model_class=AbbIE) -> tuple:
 def evaluate(args, rank: int, world: int, model: AbbIE, examples: dict, shards, manager) -> dict:
     """Compute and print all that is asked for -> the contents of --out."""
     options = {"batch_size": args.batch_size, "rank": rank, "world": world}
-    iters, tokenizer = ascending(model, args.iters), get_tokenizer(model.meta["tokenizer"])
-    columns = [*iters, *args.exits]
+    columns, tokenizer = [*args.iters, *args.exits], get_tokenizer(model.meta["tokenizer"])
     results = {"ckpt": model.meta["ckpt"], "trained_iters": model.config.mean_iters, "tasks": {}}
-    log = open(args.log_samples, "w") if args.log_samples and rank == 0 else None
-    for name, task in examples.items():
-        how = {"bootstrap_iters": args.bootstrap_iters, "log": log, **options}
-        results["tasks"][name] = run_task(model, tokenizer, name, task, columns, **how)
-    if log:
-        log.close()
+    kept = args.log_samples and rank == 0
+    with open(args.log_samples, "w") if kept else nullcontext() as log:
+        for name, task in examples.items():
+            how = {"bootstrap_iters": args.bootstrap_iters, "log": log, **options}
+            results["tasks"][name] = run_task(model, tokenizer, name, task, columns, **how)
     if shards:
         results["ppl"] = perplexity(model, shards, columns, **options)
     print_table(results)
     if manager:
-        asked = {name: getattr(args, name) for name in ("num_fewshot", "limit", "bootstrap_iters")}
-        results["lm_eval"] = run_harness(model, tokenizer, args.lm_eval, iters, manager, asked, **options)
+        results["lm_eval"] = run_harness(model, tokenizer, args, manager, **options)
     return results
 
 

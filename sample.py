@@ -32,96 +32,92 @@ class Text:
     """Token ids -> text, as soon as it is certain: the bytes of an unfinished character and what may become a
     stop string are held back. `stopped` is set when a stop string has come, which ends the text before it."""
 
-    def __init__(self, tokenizer, stops: list[str]):
+    def __init__(self, tokenizer, stops):
         self.tokenizer, self.stops, self.held, self.stopped = tokenizer, stops, "", False
         self.utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
-    def add(self, token: int) -> str:
-        return self._release(self.utf8.decode(self.tokenizer.decode_bytes([token])))
-
-    def end(self) -> str:
-        """What is left when no token follows."""
-        return self._release(self.utf8.decode(b"", final=True), last=True)
-
-    def _release(self, new: str, last=False) -> str:
+    def add(self, token: int | None) -> str:
+        """What is certain with this token; with None, which ends the text, all that is left."""
+        new = b"" if token is None else self.tokenizer.decode_bytes([token])
+        text = self.held + self.utf8.decode(new, final=token is None)
         if self.stopped:
             return ""
-        text = self.held + new
         found = [text.find(stop) for stop in self.stops if stop in text]
         if found:
-            self.stopped, self.held = True, ""
+            self.stopped = True
             return text[: min(found)]
-        self.held = "" if last else self._begun_stop(text)
+        begun = [stop[:n] for stop in self.stops for n in range(len(stop)) if text.endswith(stop[:n])]
+        self.held = "" if token is None else max(begun, key=len, default="")
         return text.removesuffix(self.held)
 
-    def _begun_stop(self, text: str) -> str:
-        """The longest end of text that is the beginning of a stop string, or ''."""
-        longest = max(map(len, self.stops), default=0)
-        for start in range(max(0, len(text) - longest), len(text)):
-            if any(stop.startswith(text[start:]) for stop in self.stops):
-                return text[start:]
-        return ""
+
+def stream_text(model, tokenizer, prompts, max_new_tokens, iters, stops=(), **options):
+    """decode.stream in pieces of text: an iterator of (row, piece). A row ends before its first stop string,
+    and before the end of the text."""
+    texts, done = [Text(tokenizer, stops) for _ in prompts], set()
+    options |= {"stop_token": tokenizer.eot_token, "done": done}
+    tokens = stream(model, prompts, max_new_tokens, iters, **options)  # which refuses what is wrong at once
+
+    def pieces():
+        for b, token in tokens:
+            yield b, texts[b].add(token)
+            if texts[b].stopped:
+                done.add(b)
+        for b, text in enumerate(texts):
+            yield b, text.add(None)
+
+    return pieces()
 
 
 def say(*text, end="\n"):
     print(*text, end=end, file=sys.stderr, flush=True)
 
 
-def write(text: str):
-    print(text, end="", flush=True)
-
-
 # ----------------------------------------------------------------------------------------------- command line
 
-
-def encode_prompt(model, tokenizer, prompt: str) -> list[int]:
-    ids, S = list(tokenizer.encode_ordinary(prompt)), model.config.block_size
-    check(len(ids) > 0, "the prompt is empty\ngive some text: --prompt, --prompt_file or standard input")
-    check(len(ids) <= S, f"the prompt has {len(ids)} tokens, the model's context {S}\nshorten it")
-    return ids
+OPTIONS = ("temperature", "top_k", "top_p", "seed", "cache_mode", "draft_iters", "draft_tokens", "early_exit",
+           "compiled")  # fmt: skip
 
 
-def show_samples(model, tokenizer, prompt: str, args, options: dict):
+def continuations(model, tokenizer, prompt: str, args, iters, stats):
+    """An iterator of (sample, piece of its text)."""
+    ids = list(tokenizer.encode_ordinary(prompt))
+    n, S = len(ids), model.config.block_size
+    check(n > 0, "the prompt is empty\ngive some text: --prompt, --prompt_file or standard input")
+    check(n <= S, f"the prompt has {n} tokens, the model's context {S}\nshorten it")
+    options = {name: getattr(args, name) for name in OPTIONS}
+    options |= {"stops": args.stop, "stats": stats}
+    return stream_text(model, tokenizer, [ids] * args.num_samples, args.max_new_tokens, iters, **options)
+
+
+def show_samples(model, tokenizer, prompt: str, args):
     """Continuations of a prompt to stdout: the first as it comes, the others after it."""
-    ids = encode_prompt(model, tokenizer, prompt)
-    texts = [Text(tokenizer, args.stop) for _ in range(args.num_samples)]
-    later, done, stats = [""] * len(texts), set(), Stats()
-    options = {**options, "stop_token": tokenizer.eot_token, "done": done, "stats": stats}
-    tokens = stream(model, [ids] * len(texts), args.max_new_tokens, args.iters, **options)
+    stats, later = Stats(), [""] * args.num_samples
+    pieces = continuations(model, tokenizer, prompt, args, args.iters, stats)
     say(prompt, end="")
-    for b, token in tokens:
-        text = texts[b].add(token)
-        if texts[b].stopped:
-            done.add(b)
+    for b, piece in pieces:
         if b == 0:
-            write(text)
-        else:
-            later[b] += text
-    for b, text in enumerate(texts):
-        if b > 0:
-            say(f"--- sample {b + 1}\n{prompt}", end="")
-        write(later[b] + text.end() + "\n")
+            print(piece, end="", flush=True)
+        later[b] += piece
+    print(flush=True)
+    for b, text in enumerate(later[1:], 2):
+        say(f"--- sample {b}\n{prompt}", end="")
+        print(text, flush=True)
     say(f"[{stats.report(model.check_iters(args.iters))}]")
 
 
-def show_side_by_side(model, tokenizer, prompt: str, args, options: dict):
+def show_side_by_side(model, tokenizer, prompt: str, args):
     """The same prompt, and the same random numbers, at several iters, a column each."""
-    ids, columns = encode_prompt(model, tokenizer, prompt), []
-    depths = parse_list(args.compare, "compare")
+    columns, depths = [], parse_list(args.compare, "compare")
     width = max(16, (shutil.get_terminal_size().columns - 3 * (len(depths) - 1)) // len(depths))
     for iters in depths:
-        text, done, whole = Text(tokenizer, args.stop), set(), prompt
-        options = {**options, "stop_token": tokenizer.eot_token, "done": done}
-        for _, token in stream(model, [ids], args.max_new_tokens, iters, **options):
-            whole += text.add(token)
-            if text.stopped:
-                done.add(0)
-        column = [f"iters {iters}", "-" * width]
-        for line in (whole + text.end()).expandtabs(4).splitlines():
+        pieces = continuations(model, tokenizer, prompt, args, iters, Stats())
+        text, column = prompt + "".join(piece for _, piece in pieces), [f"iters {iters}", "-" * width]
+        for line in text.expandtabs(4).splitlines():
             column += textwrap.wrap(line, width, drop_whitespace=False, replace_whitespace=False) or [""]
         columns.append(column)
     for row in itertools.zip_longest(*columns, fillvalue=""):
-        write(" | ".join(f"{cell:{width}}" for cell in row).rstrip() + "\n")
+        print(" | ".join(f"{cell:{width}}" for cell in row).rstrip(), flush=True)
 
 
 def parse_args(argv: list[str]):
@@ -129,8 +125,9 @@ def parse_args(argv: list[str]):
     add = parser.add_argument
     add("--ckpt", help="run folder, checkpoint or hf:FOLDER (default: the newest under out/)")
     add("--iters", type=int, help="applications of the Body (default: the rounded mean of training)")
-    add("--prompt", help="text to continue (default: standard input, interactive on a terminal)")
-    add("--prompt_file", help="file with the text to continue")
+    prompt = parser.add_mutually_exclusive_group().add_argument
+    prompt("--prompt", help="text to continue (default: standard input, interactive on a terminal)")
+    prompt("--prompt_file", help="file with the text to continue")
     add("--num_samples", type=int, default=1, help="continuations of a prompt")
     add("--max_new_tokens", type=int, default=256, help="length of a continuation")
     add("--temperature", type=float, default=0.8, help="0: always the best token (default 0.8)")
@@ -147,27 +144,19 @@ def parse_args(argv: list[str]):
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     add("--dtype", default="float32", choices=("float32", "bfloat16", "int8"), help="of weights")
     args = parser.parse_args(argv)
-    both = args.prompt is not None and args.prompt_file is not None
-    check(not both, "--prompt and --prompt_file exclude each other")
     if args.compare:
         alone = not (args.iters or args.draft_iters or args.early_exit or args.num_samples > 1)
-        check(
-            alone, "--compare runs at its own iters: leave out --iters, --draft_iters, --exit, --num_samples"
-        )
+        others = "--iters, --draft_iters, --exit, --num_samples"
+        check(alone, f"--compare runs at its own iters: leave out {others}")
     check(args.num_samples >= 1, f"--num_samples={args.num_samples} must be at least 1")
     check("" not in args.stop, "--stop needs some text")
     return args
 
 
-OPTIONS = ("temperature", "top_k", "top_p", "seed", "cache_mode", "draft_iters", "draft_tokens", "early_exit",
-           "compiled")  # fmt: skip
-
-
 def main(argv: list[str]):
     args = parse_args(argv)
     prompt = read_text(args.prompt_file) if args.prompt_file else args.prompt
-    device = choose_device(args.device)
-    model = load_model(args.ckpt, device).eval()
+    model = load_model(args.ckpt, choose_device(args.device)).eval()
     if args.dtype == "int8":
         quantize(model)
     else:
@@ -175,22 +164,19 @@ def main(argv: list[str]):
     if args.early_exit:
         args.early_exit = resolve_exit(model, args.early_exit, model.check_iters(args.iters))
     tokenizer = get_tokenizer(model.meta["tokenizer"])
-    options = {name: getattr(args, name) for name in OPTIONS}
     show = show_side_by_side if args.compare else show_samples
     if prompt is None and not sys.stdin.isatty():
         prompt = sys.stdin.read()
     if prompt is not None:
-        return show(model, tokenizer, prompt, args, options)
-    say("a prompt a line; Ctrl-D ends")
-    while True:
-        say("> ", end="")
-        line = sys.stdin.readline()
-        if not line:
-            return say()
+        return show(model, tokenizer, prompt, args)
+    say("a prompt a line; Ctrl-D ends\n> ", end="")
+    for line in sys.stdin:
         try:
-            show(model, tokenizer, line.rstrip("\n"), args, options)
+            show(model, tokenizer, line.rstrip("\n"), args)
         except UserError as error:
             say(error)
+        say("> ", end="")
+    say()
 
 
 def read_text(path: str) -> str:

@@ -27,7 +27,7 @@ import train
 from checkpoint import load_model
 from config import ArgumentParser, cli
 from data import Shards
-from decode import KVCache, Stats, adaptive_step, parse_exit, step
+from decode import KVCache, Stats, parse_exit, step
 from eval_icl import mean_stderr, window_losses
 from experiments import RESULTS, append, read
 
@@ -48,13 +48,10 @@ def read_by_token(model, batches: list, rule: int | str) -> dict:
     losses, stats = [], Stats()
     for x, y in tqdm(batches, desc=f"last, {rule}", disable=None):
         most = MOST if isinstance(rule, str) else rule
-        cache, nats = KVCache(model.config, len(x), most, "last"), []
+        cache, nats = KVCache(model, len(x), most, "last"), []
         for t in range(x.shape[1]):
-            if isinstance(rule, str):
-                how = {"rule": parse_exit(rule), "stats": stats}
-                logits = adaptive_step(model, x[:, t : t + 1], cache, most, **how)
-            else:
-                logits = step(model, x[:, t : t + 1], cache, most)
+            exit = parse_exit(rule) if isinstance(rule, str) else None
+            logits = step(model, x[:, t : t + 1], cache, rule=exit, stats=stats)
             nats.append(F.cross_entropy(logits.float(), y[:, t], reduction="none"))
         losses.append(torch.stack(nats, 1).double().mean(1))
     mean_iters = rule

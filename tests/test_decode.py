@@ -2,6 +2,7 @@
 
 import itertools
 import random
+from collections import Counter
 from functools import partial
 
 import pytest
@@ -9,10 +10,11 @@ import torch
 from common import make, tokens
 
 import decode
-from decode import KVCache, Stats, distribution, draw, generate, step, stream
+from decode import Chunk, KVCache, Stats, distribution, draw, generate, step, stream
 from model import RULES, UserError
 
 S = 16  # context of most models here
+assert_close = partial(torch.testing.assert_close, atol=1e-4, rtol=1e-4)
 PROMPTS = [[5, 6, 7], list(range(20, 30)), [3] * S, [4]]  # ragged; one fills its context
 
 
@@ -45,6 +47,20 @@ def count_body_calls(model) -> list[tuple]:
     return shapes
 
 
+EXITS = ["kl:1e-3", "u:1e-2"]
+
+
+def settling_model(rule, **keys):
+    """A model some of whose tokens settle after two iterations and some after more."""
+    model = make(rule=rule, seed=3, **keys)
+    if rule == "recall":  # calmer, so that it settles at all
+        with torch.no_grad():
+            for block in model.body:
+                block.attn.proj.weight.mul_(0.3)
+                block.mlp.down.weight.mul_(0.3)
+    return model
+
+
 # --------------------------------------------------------------------------------------------- the full cache
 
 
@@ -59,25 +75,36 @@ def test_cached_decoding_equals_uncached_in_a_ragged_batch_past_the_context(rule
 
 @pytest.mark.parametrize("rule", RULES)
 def test_logits_of_a_step_equal_those_without_a_cache(rule):
-    model, idx = make(rule=rule), torch.randint(97, (2, 12), generator=torch.Generator().manual_seed(1))
+    model, idx = make(rule=rule), tokens(2, 12)
     for iters in (1, 2, 3, 8):
-        whole, cache = model(idx, iters=iters)[0], KVCache(model.config, 2, iters)
-        close = dict(atol=1e-4, rtol=1e-5)
-        torch.testing.assert_close(step(model, idx[:, :5], cache, iters), whole[:, 4], **close)
-        torch.testing.assert_close(step(model, idx[:, 5:6], cache, iters), whole[:, 5], **close)
-        torch.testing.assert_close(step(model, idx[:, 6:9], cache, iters), whole[:, 8], **close)  # several
-        torch.testing.assert_close(step(model, idx[1:, 9:10], cache, iters, rows=[1]), whole[1:, 9], **close)
+        whole, cache = model(idx, iters=iters)[0], KVCache(model, 2, iters)
+        assert_close(step(model, idx[:, :5], cache), whole[:, 4])
+        assert_close(step(model, idx[:, 5:6], cache), whole[:, 5])
+        assert_close(step(model, idx[:, 6:9], cache), whole[:, 8])  # several
+        assert_close(step(model, idx[1:, 9:10], cache, rows=[1]), whole[1:, 9])
         ragged = torch.stack([idx[0, 9:12], torch.cat([idx[1, 10:], idx[1, :1]])])  # the second is padded
-        torch.testing.assert_close(step(model, ragged, cache, iters, [3, 2]), whole[:, 11], **close)
+        assert_close(step(model, ragged, cache, [3, 2]), whole[:, 11])
 
 
-def test_a_batch_equals_its_rows_alone_when_sampling():
-    model = make(block_size=S)
-    keys = dict(temperature=1.0, top_k=20, top_p=0.9)
-    batch = generate(model, PROMPTS, 20, 3, seed=7, **keys)
-    assert batch == [generate(model, [p], 20, 3, seed=7 + b, **keys)[0] for b, p in enumerate(PROMPTS)]
-    assert batch == generate(model, PROMPTS, 20, 3, seed=7, **keys)
-    assert batch != generate(model, PROMPTS, 20, 3, seed=8, **keys)
+ALONE = [{}, {"temperature": 1.0, "top_k": 20, "top_p": 0.9}]
+ALONE += [{"early_exit": early_exit} for early_exit in EXITS]
+
+
+@pytest.mark.parametrize("mode", ["full", "last"])
+@pytest.mark.parametrize("options", ALONE, ids=str)
+def test_a_batch_equals_its_rows_alone(options, mode):
+    model, alone, stats, batch_stats = settling_model("recall", block_size=S), [], Stats(), Stats()
+    options = {**options, "cache_mode": mode}
+    batch = generate(model, PROMPTS, 20, 8, seed=7, stats=batch_stats, **options)
+    for b, prompt in enumerate(PROMPTS):
+        alone += generate(model, [prompt], 20, 8, seed=7 + b, stats=stats, **options)
+    assert batch == alone and batch_stats.iters == stats.iters
+    assert (len(stats.iters) > 1) == ("early_exit" in options)
+
+
+def test_a_seed_draws_the_same_again_and_another_seed_does_not():
+    runs = [generate(make(block_size=S), PROMPTS, 20, 3, seed=seed, temperature=1.0) for seed in (7, 7, 8)]
+    assert runs[0] == runs[1] != runs[2]
 
 
 def test_rows_that_end_leave_the_batch_and_the_others_do_not_notice():
@@ -95,11 +122,13 @@ def test_rows_that_end_leave_the_batch_and_the_others_do_not_notice():
     assert generate(model, PROMPTS, 20, 2, stop_token=stop) == end
 
 
-@pytest.mark.parametrize("options", [dict(), dict(draft_iters=1), dict(early_exit="kl:1e-30")], ids=str)
-def test_bfloat16_chooses_as_float32_does_within_its_precision(options):
-    exact, model = make(block_size=64), make(block_size=64).bfloat16()
+@pytest.mark.parametrize("options", [{}, {"draft_iters": 1}, {"early_exit": "kl:1e-30"}], ids=str)
+@pytest.mark.parametrize("lower, margin", [(torch.nn.Module.bfloat16, 0.1), (decode.quantize, 0.3)])
+def test_lower_precision_chooses_as_float32_does_within_its_own(lower, margin, options):
+    exact, model = make(block_size=64), lower(make(block_size=64))
     for prompt, new in zip(PROMPTS, generate(model, PROMPTS, 20, 3, **options)):
-        assert_best(uncached_logits(exact, prompt, new, 3), new, margin=0.1)  # of logits up to 8
+        assert_best(uncached_logits(exact, prompt, new, 3), new, margin)  # of logits up to 8
+        assert_best(uncached_logits(model, prompt, new, 3).float(), new, margin=0.1)
 
 
 def test_bfloat16_draws_tokens_that_are_likely_in_float32():
@@ -112,12 +141,12 @@ def test_bfloat16_draws_tokens_that_are_likely_in_float32():
         assert len(new) == 40 and (p[range(40), new] > 0).all()
 
 
-def test_cache_memory():
-    config = make(rule="abbie_d").config  # blocks 1 + 2 + 1, 2 KV heads of 8 channels
-    per_slot = 2 * 2 * 8 * 4
-    assert KVCache(config, max_iters=8).bytes_per_token == (2 + 2 * 8) * per_slot
-    assert KVCache(config, max_iters=8, looks=True).bytes_per_token == (1 + 3 * 8) * per_slot
-    assert KVCache(config, max_iters=8, mode="last", looks=True).bytes_per_token == (2 + 2) * per_slot
+@pytest.mark.parametrize(
+    "mode, looks, slots", [("full", False, 2 + 2 * 8), ("full", True, 1 + 3 * 8), ("last", True, 2 + 2)]
+)
+def test_slots_of_a_cache_of_1_2_1_blocks(mode, looks, slots):
+    cache = KVCache(make(), 3, 8, mode, looks)
+    assert cache.keys.shape == cache.values.shape == (slots, 3, 2, 32, 8)
 
 
 # ------------------------------------------------------------------------------------------------- early exit
@@ -160,43 +189,18 @@ class Whole:
         return model.logits(z if self.looks else model.run_tail(u, rope, self))[0]
 
 
-@pytest.mark.parametrize("rule", RULES)
-def test_iterations_may_change_from_one_token_to_the_next(rule):
-    model, ids = make(rule=rule), list(range(10, 22))
-    depths = [5, 5, 5, 1, 3, 5, 2, 2, 4, 1, 1, 5]
-    cache, got = KVCache(model.config, 1, max_iters=5), []
-    step(model, torch.tensor([ids[:3]]), cache, 5)
-    for token, iters in zip(ids[3:], depths[3:]):
-        got.append(step(model, torch.tensor([[token]]), cache, iters)[0])
-    torch.testing.assert_close(torch.stack(got), Whole(depths).logits(model, ids)[3:], atol=1e-4, rtol=1e-5)
-
-
-EXITS = ["kl:1e-3", "u:1e-2"]
-
-
-def settling_model(rule):
-    """A model some of whose tokens settle after two iterations and some after more."""
-    model = make(rule=rule, seed=3)
-    if rule == "recall":  # calmer, so that it settles at all
-        with torch.no_grad():
-            for block in model.body:
-                block.attn.proj.weight.mul_(0.3)
-                block.mlp.down.weight.mul_(0.3)
-    return model
-
-
 def read(model, idx, early_exit, chunks, mode="full"):
     """Read idx (B, T) with early exit in chunks of so many tokens -> logits after each, and the depths of all
     tokens, (B, T)."""
-    cache = KVCache(model.config, len(idx), 8, mode, looks=early_exit.startswith("kl"))
+    cache = KVCache(model, len(idx), 8, mode, looks=early_exit.startswith("kl"))
     rule, logits, depths, start = decode.parse_exit(early_exit), [], [], 0
     for T in chunks:
-        kv = cache.chunk(cache.lengths, T)
+        kv = Chunk(cache, T)
         part = idx[:, start : start + T]
-        z, depth = decode.adaptive_states(model, part, kv, 8, rule, torch.ones(part.shape, dtype=torch.bool))
+        z, depth = decode.adaptive_states(model, part, kv, rule, torch.ones_like(part).bool())
         logits.append(model.logits(z))
         depths.append(depth)
-        cache.lengths, start = [n + T for n in cache.lengths], start + T
+        cache.lengths, start = [start + T] * len(idx), start + T
     return torch.cat(logits, 1), torch.cat(depths, 1)
 
 
@@ -210,7 +214,7 @@ def test_early_exit_equals_the_masked_reference_and_skips_the_work(rule, early_e
     assert sum(B for B, T in calls) == depths.sum(), "rows that have settled are not computed on"
     for b in range(3):
         wanted = Whole(depths[b].tolist(), early_exit.startswith("kl")).logits(model, idx[b].tolist())
-        torch.testing.assert_close(logits[b], wanted, atol=1e-4, rtol=1e-4)
+        assert_close(logits[b], wanted)
 
 
 @pytest.mark.parametrize("early_exit", EXITS)
@@ -222,24 +226,10 @@ def test_a_prompt_read_at_once_equals_one_read_token_by_token(rule, early_exit):
         calls = count_body_calls(model)
         logits, found = read(model, idx, early_exit, chunks)
         assert torch.equal(found, depths)
-        torch.testing.assert_close(logits, wanted, atol=1e-4, rtol=1e-4)
+        assert_close(logits, wanted)
         rows = [[int((depths[b] > k).sum()) for b in range(3)] for k in range(8)]
         if chunks == [24]:  # iteration k works on the tokens that still move, padded to the longest row's
             assert calls == [(sum(n > 0 for n in row), max(row)) for row in rows if any(row)]
-
-
-@pytest.mark.parametrize("mode", ["full", "last"])
-@pytest.mark.parametrize("early_exit", EXITS)
-def test_prompts_of_different_lengths_are_read_adaptively_as_alone(early_exit, mode):
-    model = settling_model("recall")
-    keys = dict(early_exit=early_exit, cache_mode=mode)
-    batch_stats, alone, stats = Stats(), [], Stats()
-    batch = generate(model, PROMPTS, 12, 8, stats=batch_stats, **keys)
-    for prompt in PROMPTS:
-        alone += generate(model, [prompt], 12, 8, stats=stats, **keys)
-    assert batch == alone and batch_stats.iters == stats.iters
-    fed = sum(len(prompt) + 11 for prompt in PROMPTS)
-    assert stats.iters.total() == fed and len(stats.iters) > 1
 
 
 def test_one_slot_reads_a_prompt_as_the_full_cache_does():
@@ -247,15 +237,15 @@ def test_one_slot_reads_a_prompt_as_the_full_cache_does():
     for early_exit in EXITS:
         full, last = (read(model, idx, early_exit, [20], mode) for mode in ("full", "last"))
         assert torch.equal(full[1], last[1])
-        torch.testing.assert_close(full[0], last[0], atol=1e-4, rtol=1e-4)
+        assert_close(full[0], last[0])
 
 
-def test_a_threshold_that_nothing_meets_is_plain_decoding():
+@pytest.mark.parametrize("mode", ["full", "last"])
+def test_a_threshold_that_nothing_meets_is_plain_decoding(mode):
     model = make(block_size=S)
-    for mode in ("full", "last"):
-        plain = generate(model, PROMPTS, 20, 4, cache_mode=mode)
-        assert generate(model, PROMPTS, 20, 4, early_exit="kl:1e-30", cache_mode=mode) == plain
-        assert generate(model, PROMPTS, 20, 4, early_exit="u:1e-30", cache_mode=mode) == plain
+    plain = generate(model, PROMPTS, 20, 4, cache_mode=mode)
+    for early_exit in ("kl:1e-30", "u:1e-30"):
+        assert generate(model, PROMPTS, 20, 4, early_exit=early_exit, cache_mode=mode) == plain
 
 
 # ---------------------------------------------------------------------------------------- the last-slot cache
@@ -273,41 +263,27 @@ class Appending:
         self.where = part, i
         return self
 
-    def store(self, k, v):
-        self.now[self.where] = k, v
-        old = self.past.get(self.where)
-        return (k, v) if old is None else tuple(torch.cat(pair, dim=2) for pair in zip(old, (k, v)))
-
-    def commit(self):
-        for where, (k, v) in self.now.items():
-            old = self.past.get(where)
-            self.past[where] = (k, v) if old is None else tuple(torch.cat(p, dim=2) for p in zip(old, (k, v)))
+    def store(self, *new):
+        empty = [x[:, :, :0] for x in new]
+        pairs = zip(self.past.get(self.where, empty), new)
+        self.now[self.where] = [torch.cat(pair, dim=2) for pair in pairs]
+        return self.now[self.where]
 
 
 @pytest.mark.parametrize("rule", RULES)
 def test_mode_last_keeps_the_last_iteration_of_an_exact_prompt(rule):
     model, idx, iters = make(rule=rule), torch.arange(10, 22)[None], 4
-    cache, ref = KVCache(model.config, 1, iters, mode="last"), Appending()
-    ref.causal = True
+    cache, ref = KVCache(model, 1, iters, mode="last"), Appending()
     for start, end in ((0, 5), *((t, t + 1) for t in range(5, 12))):
-        got = step(model, idx[:, start:end], cache, iters)
+        got = step(model, idx[:, start:end], cache)
         rope = tuple(table[start:end] for table in model.rope_on(idx.device))
+        ref.causal = start == 0
         with torch.no_grad():
-            h = model.run_head(idx[:, start:end], rope, ref)
-            u, _ = model.advance(model.start(h), h, 0, iters, rope, ref)
-            want = model.logits(model.run_tail(u, rope, ref))[:, -1]
-        ref.commit()
-        ref.causal = False
-        torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-5)
+            [z] = model.states_at(idx[:, start:end], [iters], rope, ref)
+            assert_close(got, model.logits(z)[:, -1])
+        ref.past = dict(ref.now)
         if start == 0:
-            torch.testing.assert_close(got, model(idx[:, :5], iters=iters)[0][:, -1], atol=1e-4, rtol=1e-5)
-
-
-def test_mode_last_in_a_ragged_batch_equals_its_rows_alone():
-    model = make(block_size=S)
-    batch = generate(model, PROMPTS, 20, 4, cache_mode="last")
-    assert batch == [generate(model, [p], 20, 4, cache_mode="last")[0] for p in PROMPTS]
-    assert batch != generate(model, PROMPTS, 20, 4)
+            assert_close(got, model(idx[:, :5], iters=iters)[0][:, -1])
 
 
 # ---------------------------------------------------------------------------------- self-speculative decoding
@@ -341,33 +317,26 @@ def test_sampling_with_a_draft_is_distributed_as_without():
     keys = dict(vocab_size=4, n_embd=16, n_attn_heads=2, n_head_blocks=0, n_body_blocks=1, block_size=8)
     model = make(rule="abbie_c", **keys)
     prompt, iters, draft_iters, runs = [1, 2], 3, 1, 300
+    triples = list(itertools.product(range(4), repeat=3))
 
-    def probabilities(second, third):
-        """Of every triple of new tokens, the first at iters, the others at (second, third)."""
-        cells = {}
-        for new in itertools.product(range(4), repeat=3):
-            p = 1.0
-            for n, r in enumerate((iters, second, third)):
-                logits = model(torch.tensor([prompt + list(new[:n])]), iters=r)[0][:, -1]
-                p *= float(distribution(logits, 1.0, 0, 1.0)[0, new[n]])
-            cells[new] = p
-        return cells
-
-    counts = dict.fromkeys(itertools.product(range(4), repeat=3), 0)
-    for seed in range(runs):
-        [new] = generate(model, [prompt], 3, iters, draft_iters=draft_iters, temperature=1.0, seed=seed)
-        counts[tuple(new)] += 1
-
-    def misfit(p):
-        """Pearson's chi-square, cells below 3 expected runs merged, over their number: 1 is due."""
-        small = [c for c in p if runs * p[c] < 3]
-        pairs = [(counts[c], runs * p[c]) for c in p if c not in small]
-        pairs.append((sum(counts[c] for c in small), sum(runs * p[c] for c in small) + 1e-9))
+    @torch.no_grad()
+    def misfit(*depths):
+        """Pearson's chi-square of the triples drawn, where each token is due at its depth; cells below 3
+        expected runs merged; over the number of cells: 1 is due."""
+        due = dict.fromkeys(triples, float(runs))
+        for new, n in itertools.product(triples, range(3)):
+            logits = model(torch.tensor([prompt + list(new[:n])]), iters=depths[n])[0][:, -1]
+            due[new] *= float(distribution(logits, 1.0, 0, 1.0)[0, new[n]])
+        small = [new for new in triples if due[new] < 3]
+        pairs = [(counts[new], due[new]) for new in triples if new not in small]
+        pairs.append((sum(counts[new] for new in small), sum(due[new] for new in small) + 1e-9))
         return sum((seen - due) ** 2 / due for seen, due in pairs) / len(pairs)
 
-    with torch.no_grad():
-        assert misfit(probabilities(iters, iters)) < 1.6
-        assert misfit(probabilities(draft_iters, iters)) > 3  # what accepting every draft would give
+    drafts = dict(draft_iters=draft_iters, temperature=1.0)
+    drawn = [generate(model, [prompt], 3, iters, seed=seed, **drafts)[0] for seed in range(runs)]
+    counts = Counter(map(tuple, drawn))
+    assert misfit(iters, iters, iters) < 1.6
+    assert misfit(iters, draft_iters, iters) > 3  # what accepting every draft would give
 
 
 # -------------------------------------------------------------------------------------------- the static step
@@ -400,15 +369,7 @@ def test_int8_multiplies_by_its_rounded_weights():
     scale = x.abs().amax(-1, keepdim=True) / 63
     wanted = (x / scale).round() * scale @ as_int8(linear).T
     assert ((got - wanted).abs() <= 2e-3 * wanted.abs().amax(-1, keepdim=True)).all()  # ties in rounding
-    torch.testing.assert_close(torch.cat([decode.Int8Linear(linear)(row[None]) for row in x]), got)
-
-
-@pytest.mark.parametrize("options", [{}, {"draft_iters": 1}, {"early_exit": "kl:1e-30"}], ids=str)
-def test_int8_decodes_in_every_way_as_uncached(options):
-    exact, model = make(block_size=S), decode.quantize(make(block_size=S))
-    for prompt, new in zip(PROMPTS, generate(model, PROMPTS, 20, 3, **options)):
-        assert_best(uncached_logits(model, prompt, new, 3), new, margin=0.1)
-        assert_best(uncached_logits(exact, prompt, new, 3), new, margin=0.3)  # of logits up to 8
+    assert_close(torch.cat([decode.Int8Linear(linear)(row[None]) for row in x]), got)
 
 
 def test_laying_out_for_decoding_changes_no_value():
@@ -424,13 +385,13 @@ def test_laying_out_for_decoding_changes_no_value():
 def test_distribution():
     logits = torch.tensor([[2.0, 1.0, 0.0, -1.0], [0.0, 3.0, 3.0, 1.0]])
     p = distribution(logits, 0.5, 0, 1.0)
-    torch.testing.assert_close(p, (logits.double() / 0.5).softmax(-1))
+    assert_close(p, (logits.double() / 0.5).softmax(-1))
     assert distribution(logits, 0, 3, 0.5).tolist() == [[1, 0, 0, 0], [0, 1, 0, 0]]
     assert (distribution(logits, 1.0, 2, 1.0) > 0).tolist() == [[1, 1, 0, 0], [0, 1, 1, 0]]
     assert (distribution(logits, 1.0, 0, 0.7) > 0).tolist() == [[1, 1, 0, 0], [0, 1, 1, 0]]  # 0.64 + 0.24
     assert (distribution(logits, 1.0, 0, 0.6) > 0).tolist() == [[1, 0, 0, 0], [0, 1, 1, 0]]
     assert distribution(logits, 1e-300, 0, 1.0)[0].tolist() == [1, 0, 0, 0]
-    torch.testing.assert_close(distribution(logits, 1.0, 3, 0.9).sum(-1), torch.ones(2, dtype=torch.float64))
+    assert_close(distribution(logits, 1.0, 3, 0.9).sum(-1), torch.ones(2, dtype=torch.float64))
 
 
 def test_draws_follow_the_distribution_and_never_hit_a_zero():
@@ -443,16 +404,22 @@ def test_draws_follow_the_distribution_and_never_hit_a_zero():
 # ----------------------------------------------------------------------------------------------------- errors
 
 
-def test_bad_calls_are_refused():
+@pytest.mark.parametrize(
+    "prompts, n, message",
+    [
+        ([], 5, "no tokens"),
+        ([[1], []], 5, "no tokens"),
+        ([[1] * 33], 5, "longer than"),
+        ([[1], [97]], 5, "of 97"),
+        ([[1]], 0, "max_new_tokens"),
+    ],
+)
+def test_bad_calls_are_refused(prompts, n, message):
+    with pytest.raises(UserError, match=message):
+        generate(make(), prompts, n)
+
+
+def test_what_does_not_fit_into_a_cache_is_refused():
     model = make()
-    wrong = [([], "no tokens"), ([[1], []], "no tokens"), ([[1] * 33], "longer than"), ([[1], [97]], "of 97")]
-    for prompts, message in wrong:
-        with pytest.raises(UserError, match=message):
-            generate(model, prompts, 5)
-    with pytest.raises(UserError, match="max_new_tokens"):
-        generate(model, [[1]], 0)
-    cache = KVCache(model.config, 1, max_iters=2)
-    with pytest.raises(UserError, match="made for 2 iterations"):
-        step(model, torch.tensor([[1]]), cache, 3)
     with pytest.raises(UserError, match="do not fit"):
-        step(model, torch.ones(1, 33, dtype=torch.int64), cache, 2)
+        step(model, torch.ones(1, 33, dtype=torch.int64), KVCache(model))

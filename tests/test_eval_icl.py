@@ -1,6 +1,7 @@
 """The specification of eval_icl.py: the harness's requests and metrics, scores that no batching changes, one
 sweep for every r, built-in tasks, the harness itself, ranks, and errors that a person can act on."""
 
+import itertools
 import json
 import math
 import os
@@ -8,6 +9,7 @@ import random
 import socket
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -17,19 +19,8 @@ from common import ROOT, make, save
 
 import eval_icl
 from data import EVAL_SETS, Shards, documents, get_tokenizer
-from decode import KVCache, adaptive_states, parse_exit, resolve_exit
-from eval_icl import (
-    BUILT_IN,
-    TASKS,
-    Example,
-    encode_requests,
-    evaluate_loss,
-    load_tasks,
-    main,
-    perplexity,
-    run_tasks,
-    score,
-)
+from decode import KVCache, Stats, parse_exit, resolve_exit, step
+from eval_icl import BUILT_IN, TASKS, Example, encode_requests, load_tasks, main, run_tasks, score
 from model import AbbIE, UserError
 
 SHAPE = {"vocab_size": 257, "block_size": 96}
@@ -50,64 +41,60 @@ def ckpt(model, corpus, tmp_path_factory) -> Path:
     return save(tmp_path_factory.mktemp("run"), 1, model, data=str(corpus))
 
 
-SCIQ = {
-    "question": "What flies?",
-    "correct_answer": "bee",
-    "distractor1": "ox",
-    "distractor2": "cat",
-    "distractor3": "cow",
-}
-ENDINGS = ["[step] sleeps.", "eats [x] a  stone.", "waits 4 days.", " hums "]
+OX = "The ox met the bee and the"
+
+
+def choices(key: str, *texts: str, labels: str = "ABCDE") -> dict:
+    return {"answerKey": key, "choices": {"text": list(texts), "label": list(labels[: len(texts)])}}
+
+
+SCIQ = {"question": "What flies?", "correct_answer": "bee"}
+SCIQ |= {"distractor1": "ox", "distractor2": "cat", "distractor3": "cow"}
+BEE = {"activity_label": "Bee", "ctx_a": "A bee flies [title] home.", "ctx_b": "THE Bee"}
+BEE["endings"] = ["[step] sleeps.", "eats [x] a  stone.", "waits 4 days.", " hums "]
+MADE = ["iron", "honey", "noise"]
 ROWS = {
-    "hellaswag": [
-        {"activity_label": "Bee", "ctx_a": "A bee flies [title] home.", "ctx_b": "THE Bee",
-         "endings": ENDINGS, "label": str(i % 4)}
-        for i in range(5)
-    ],
+    "hellaswag": [{**BEE, "label": str(i % 4)} for i in range(5)],
     "lambada_openai": [{"text": f"It rained for {i} days and then it\nrained some more"} for i in range(5)],
     "arc_easy": [
-        {"question": f"What do bees make {i}?", "answerKey": "2",
-         "choices": {"text": ["iron", "honey", "noise"][: 2 + i % 2], "label": list("123")[: 2 + i % 2]}}
+        {"question": f"What do bees make {i}?", **choices("2", *MADE[: 2 + i % 2], labels="123")}
         for i in range(7)
     ],
     "arc_challenge": [
-        {"question": "Where do bees live?", "answerKey": "C",
-         "choices": {"text": ["sea", "moon", "hive", "fire", "ice"], "label": list("ABCDE")}}
+        {"question": "Where do bees live?", **choices("C", "sea", "moon", "hive", "fire", "ice")}
     ],
-    "commonsense_qa": [
-        {"question": " Who flies? ", "answerKey": "A",
-         "choices": {"text": ["bee", "ox", "cat", "dog", "cow"], "label": list("ABCDE")}}
-    ],
+    "commonsense_qa": [{"question": " Who flies? ", **choices("A", "bee", "ox", "cat", "dog", "cow")}],
     "piqa": [
         {"goal": "Find honey", "sol1": "ask a bee", "sol2": "ask an ox", "label": i % 2} for i in range(4)
     ],
-    "openbookqa": [
-        {"question_stem": "Bees make", "answerKey": " A",
-         "choices": {"text": ["honey", "wool", "milk", "tin"], "label": list("ABCD")}}
-    ],
+    "openbookqa": [{"question_stem": "Bees make", **choices(" A", "honey", "wool", "milk", "tin")}],
     "sciq": [{"support": "  Bees fly.", **SCIQ}, {"support": "", **SCIQ}],
-    "winogrande": [
-        {"sentence": "The ox met the bee and the _ flew away.", "option1": "ox", "option2": "bee",
-         "answer": "2"}
-    ],
-}  # fmt: skip
-# The context and the continuations of each task's last row, as the harness makes them, and the right one.
+    "winogrande": [{"sentence": f"{OX} _ flew away.", "option1": "ox", "option2": "bee", "answer": "2"}],
+}
+
+
+def asked(context: str, *continuations: str) -> list[tuple[str, str]]:
+    return [(context, continuation) for continuation in continuations]
+
+
+# The requests that the harness makes of each task's last row, and the number of the right one.
 REQUESTS = {
     "hellaswag": (
-        "Bee: A bee flies. home. The bee", ["  sleeps.", " eats a stone.", " waits 4 days.", " hums"], 0
+        asked("Bee: A bee flies. home. The bee", "  sleeps.", " eats a stone.", " waits 4 days.", " hums"), 0
     ),
-    "lambada_openai": ("It rained for 4 days and then it\nrained some", [" more"], 0),
-    "arc_easy": ("Question: What do bees make 6?\nAnswer:", [" iron", " honey"], 1),
+    "lambada_openai": (asked("It rained for 4 days and then it\nrained some", " more"), 0),
+    "arc_easy": (asked("Question: What do bees make 6?\nAnswer:", " iron", " honey"), 1),
     "arc_challenge": (
-        "Question: Where do bees live?\nAnswer:", [" sea", " moon", " hive", " fire", " ice"], 2
+        asked("Question: Where do bees live?\nAnswer:", " sea", " moon", " hive", " fire", " ice"), 2
     ),
     "commonsense_qa": (
-        "Question: Who flies?\nA. bee\nB. ox\nC. cat\nD. dog\nE. cow\nAnswer:",
-        [" A", " B", " C", " D", " E"], 0
+        asked("Question: Who flies?\nA. bee\nB. ox\nC. cat\nD. dog\nE. cow\nAnswer:",
+              " A", " B", " C", " D", " E"), 0
     ),
-    "piqa": ("Question: Find honey\nAnswer:", [" ask a bee", " ask an ox"], 1),
-    "openbookqa": ("Bees make", [" honey", " wool", " milk", " tin"], 0),
-    "sciq": ("\nQuestion: What flies?\nAnswer:", [" ox", " cat", " cow", " bee"], 3),
+    "piqa": (asked("Question: Find honey\nAnswer:", " ask a bee", " ask an ox"), 1),
+    "openbookqa": (asked("Bees make", " honey", " wool", " milk", " tin"), 0),
+    "sciq": (asked("\nQuestion: What flies?\nAnswer:", " ox", " cat", " cow", " bee"), 3),
+    "winogrande": ([(f"{OX} ox", " flew away."), (f"{OX} bee", " flew away.")], 1),
 }  # fmt: skip
 
 
@@ -127,6 +114,14 @@ def write_rows(path: Path, rows: list[dict]):
 
 def examples_of(name: str, icl: Path) -> list[Example]:
     return load_tasks([name], None, icl, 96, None)[name]
+
+
+def pairs_of(icl: Path, tokenizer, *names: str) -> list:
+    """All requests of some tasks, as tokens."""
+    requests = [
+        request for name in names for example in examples_of(name, icl) for request in example.requests
+    ]
+    return encode_requests(tokenizer, requests)
 
 
 def by_hand(model, pair, iters: int) -> tuple[float, bool]:
@@ -150,24 +145,9 @@ def greedy_text(model, ids: list[int], n: int, iters: int) -> list[int]:
 # ------------------------------------------------------------------------------------------------ requests
 
 
-def test_every_task_with_rows_has_its_file_in_the_one_table():
-    assert [name for name in TASKS if name not in BUILT_IN] == list(EVAL_SETS)
-
-
-@pytest.mark.parametrize("name", REQUESTS)
+@pytest.mark.parametrize("name", EVAL_SETS)
 def test_requests_are_the_harness_strings(name, icl):
-    context, continuations, gold = REQUESTS[name]
-    example = examples_of(name, icl)[-1]
-    assert example.requests == [(context, continuation) for continuation in continuations]
-    assert example.gold == gold
-
-
-def test_winogrande_scores_one_continuation_after_two_contexts(icl):
-    [example] = examples_of("winogrande", icl)
-    assert example.requests == [
-        ("The ox met the bee and the ox", " flew away."), ("The ox met the bee and the bee", " flew away.")
-    ]  # fmt: skip
-    assert example.gold == 1
+    assert examples_of(name, icl)[-1] == REQUESTS[name]
 
 
 def test_the_docstring_shows_what_the_code_does():
@@ -193,57 +173,48 @@ def test_whitespace_and_empty_contexts(tokenizer):
 )
 def test_scores_equal_one_request_at_a_time(rule, batch_size, icl, tokenizer):
     model, iters = make(**SHAPE, rule=rule), [1, 2, 5]
-    requests = [
-        request for name in ROWS for example in examples_of(name, icl) for request in example.requests
-    ]
-    requests += [("x" * 150, " long"), ("", "none")]
-    pairs = encode_requests(tokenizer, requests)
+    pairs = pairs_of(icl, tokenizer, *ROWS)
+    pairs += encode_requests(tokenizer, [("x" * 150, " long"), ("", "none")])
     scores, greedy, truncated, _ = score(model, pairs, iters, batch_size)
     expected = [[by_hand(model, pair, r) for r in iters] for pair in pairs]
     assert np.abs(scores - [[nats for nats, _ in row] for row in expected]).max() < 1e-4
     assert (greedy == [[hit for _, hit in row] for row in expected]).all()
-    assert truncated == [len(requests) - 2]
+    assert truncated == [len(pairs) - 2]
     assert np.abs(scores[:, 0] - scores[:, 2]).max() > 0.1  # r matters here
 
 
 @torch.no_grad()
-def adaptively_by_hand(model, context, continuation, exit, iters) -> tuple[float, list[int]]:
-    """A request read token by token with the full cache -> log-likelihood, iterations of the tokens read."""
-    cache, depths, total = KVCache(model.config, 1, iters, looks=exit.startswith("kl")), [], 0.0
-    idx, rule = [*context, *continuation], parse_exit(exit)
+def adaptively_by_hand(model, context, continuation, exit, iters) -> tuple[float, Counter]:
+    """A request read token by token with the full cache -> log-likelihood, and how many tokens ran so many
+    iterations."""
+    cache, stats, total = KVCache(model, 1, iters, looks=exit.startswith("kl")), Stats(), 0.0
+    idx = [*context, *continuation]
     for t, token in enumerate(idx[:-1]):
-        kv = cache.chunk([t], 1)
-        one = torch.tensor([[token]])
-        z, depth = adaptive_states(model, one, kv, iters, rule, torch.ones(1, 1, dtype=torch.bool))
-        depths.append(depth.item())
+        logits = step(model, torch.tensor([[token]]), cache, rule=parse_exit(exit), stats=stats)
         if t + 1 >= len(context):
-            total += model.logits(z)[0, 0].log_softmax(-1)[idx[t + 1]].item()
-    return total, depths
+            total += logits[0].log_softmax(-1)[idx[t + 1]].item()
+    return total, stats.iters
 
 
-@pytest.mark.parametrize("exit", ["kl:3e-3", "u:3e-2"])
+@pytest.mark.parametrize("exit", ["kl:3e-3", "u:5e-2"])
 def test_adaptive_scores_equal_token_by_token_reading(exit, icl, tokenizer):
     model = make(**SHAPE, rule="abbie_d")
-    requests = [r for name in ("hellaswag", "arc_easy") for e in examples_of(name, icl) for r in e.requests]
-    pairs = encode_requests(tokenizer, requests)
-    scores, _, _, mean_iters = score(model, pairs, [1, 6, exit], batch_size=5)
-    assert np.allclose(scores[:, :2], score(model, pairs, [1, 6])[0], atol=1e-5) and mean_iters[:2] == [1, 6]
+    pairs = pairs_of(icl, tokenizer, "hellaswag")[:4] + pairs_of(icl, tokenizer, "arc_easy")[:6]
+    scores, *_ = score(model, pairs, [1, 6, exit], batch_size=5)
+    assert np.allclose(scores[:, :2], score(model, pairs, [1, 6])[0], atol=1e-5)
     found = [adaptively_by_hand(model, *pair, exit, 6) for pair in pairs]
     assert np.abs(scores[:, 2] - [nats for nats, _ in found]).max() < 1e-3
-    depths = {depth for _, depths in found for depth in depths}
-    assert len(depths) > 1 and min(depths) < mean_iters[2] < max(depths)
-    alone = [pair for pair in pairs if len(pair[0]) == len(pairs[0][0])][:1]  # nothing is shared
-    assert score(model, alone, [6, exit])[3][1] == pytest.approx(np.mean(found[0][1]))
+    assert len(set().union(*(ran for _, ran in found))) > 1
+    mean_iters = np.mean(list(found[0][1].elements()))
+    assert score(model, pairs[:1], [6, exit])[3] == [6, pytest.approx(mean_iters)]
 
 
 def test_perplexity_at_adaptive_depth(model, corpus):
     shards = Shards(corpus, "val", 96)
-    found = perplexity(model, shards, [1, 6, "kl:1e-30", "u:1e9"])["iters"]
+    found = eval_icl.perplexity(model, shards, [1, 2, 6, "kl:1e-30", "u:1e9"])["iters"]
     assert found["kl:1e-30"]["loss"] == pytest.approx(found["6"]["loss"], abs=1e-5)
-    assert [found[c]["mean_iters"] for c in found] == [1, 6, 6, 2]
-    assert found["u:1e9"]["loss"] == pytest.approx(
-        perplexity(model, shards, [2])["iters"]["2"]["loss"], abs=1e-5
-    )
+    assert found["u:1e9"]["loss"] == pytest.approx(found["2"]["loss"], abs=1e-5)
+    assert [entry["mean_iters"] for entry in found.values()] == [1, 2, 6, 6, 2]
 
 
 def test_a_threshold_for_the_wanted_mean(corpus):
@@ -251,7 +222,8 @@ def test_a_threshold_for_the_wanted_mean(corpus):
     model = make(**SHAPE, rule="abbie_d")
     model.meta = {"data": str(corpus)}
     exit = resolve_exit(model, "mean:3.2", 8)
-    assert perplexity(model, shards, [8, exit])["iters"][exit]["mean_iters"] == pytest.approx(3.2, abs=0.2)
+    found = eval_icl.perplexity(model, shards, [8, exit])["iters"][exit]
+    assert found["mean_iters"] == pytest.approx(3.2, abs=0.2)
     assert resolve_exit(model, "kl:1e-2", 8) == "kl:1e-2"
     with pytest.raises(UserError, match="between 2 and iters=8"):
         resolve_exit(model, "mean:9", 8)
@@ -274,7 +246,7 @@ def test_one_sweep_and_shared_contexts(icl, tokenizer):
     model, body, tail = make(**SHAPE), [], []  # tokens of every call
     model.body[0].register_forward_pre_hook(lambda _, args: body.append(args[0].shape[:2].numel()))
     model.tail[0].register_forward_pre_hook(lambda _, args: tail.append(args[0].shape[:2].numel()))
-    pairs = encode_requests(tokenizer, examples_of("hellaswag", icl)[0].requests)
+    pairs = pairs_of(icl, tokenizer, "hellaswag")[:4]
     score(model, pairs, [1, 2, 4, 8])
     assert (len(body), len(tail)) == (8, 4)
     assert body[0] == len(pairs[0][0]) + sum(len(continuation) - 1 for _, continuation in pairs)
@@ -283,7 +255,7 @@ def test_one_sweep_and_shared_contexts(icl, tokenizer):
 def test_validation_loss_is_the_model_s(model, corpus):
     shards = Shards(corpus, "val", 96)
     chosen = np.arange(10) * shards.n_windows // 10  # evenly over the split
-    losses = evaluate_loss(model, shards, [4, 1], n_windows=10, batch_size=3)
+    losses = eval_icl.evaluate_loss(model, shards, [4, 1], n_windows=10, batch_size=3)
     assert list(losses) == [1, 4]
     for r, loss in losses.items():
         assert loss == pytest.approx(model(*shards.batch(chosen), iters=r)[1].item(), abs=1e-5)
@@ -291,11 +263,11 @@ def test_validation_loss_is_the_model_s(model, corpus):
 
 def test_logits_are_held_in_parts(corpus, tokenizer, icl, monkeypatch):
     model, shards, widths = make(**SHAPE), Shards(corpus, "val", 96), []
-    pairs = encode_requests(tokenizer, examples_of("hellaswag", icl)[0].requests)
-    whole = evaluate_loss(model, shards, [2], n_windows=4), score(model, pairs, [2])[0]
+    pairs = pairs_of(icl, tokenizer, "hellaswag")[:4]
+    whole = eval_icl.evaluate_loss(model, shards, [2], n_windows=4), score(model, pairs, [2])[0]
     monkeypatch.setattr(eval_icl, "LOGITS_AT_A_TIME", 257 * 10)
     model.unembed.register_forward_pre_hook(lambda _, args: widths.append(args[0].shape[:-1].numel()))
-    parts = evaluate_loss(model, shards, [2], n_windows=4), score(model, pairs, [2])[0]
+    parts = eval_icl.evaluate_loss(model, shards, [2], n_windows=4), score(model, pairs, [2])[0]
     assert max(widths) == 10
     assert parts[0][2] == pytest.approx(whole[0][2], abs=1e-5)
     assert np.allclose(parts[1], whole[1], atol=1e-4)
@@ -321,29 +293,23 @@ def test_metrics_follow_from_the_samples(model, icl, tokenizer, tmp_path):
         results = run_tasks(model, tokenizer, list(ROWS), [1, 4], None, icl, log=log, bootstrap_iters=2000)
     samples = [json.loads(line) for line in open(tmp_path / "s.jsonl")]
     assert list(samples[0]) == ["task", "doc_id", "iters", "loglikelihoods", "is_greedy", "gold"]
-    for name, rows in ROWS.items():
-        for r in (1, 4):
-            mine = [line for line in samples if line["task"] == name and line["iters"] == r]
-            nats, found = [line["loglikelihoods"] for line in mine], results["tasks"][name]["iters"][str(r)]
-            assert [line["doc_id"] for line in mine] == list(range(len(rows)))
-            if name == "lambada_openai":
-                right = [all(line["is_greedy"]) for line in mine]
-                assert found["perplexity"] == pytest.approx(math.exp(-np.mean(nats)))
-            else:
-                right = [np.argmax(line["loglikelihoods"]) == line["gold"] for line in mine]
-            assert found["acc"] == pytest.approx(np.mean(right))
-            if len(rows) == 1:
-                assert found["acc_stderr"] == "N/A"
-            else:
-                variance = sum((hit - np.mean(right)) ** 2 for hit in right) / (len(right) - 1)
-                assert found["acc_stderr"] == pytest.approx(math.sqrt(variance / len(right)))
-            assert ("acc_norm" in found) == (name not in ("commonsense_qa", "winogrande", "lambada_openai"))
-            if "acc_norm" in found:
-                right = []
-                for example, line in zip(examples_of(name, icl), mine):
-                    lengths = [len(continuation[1:]) for _, continuation in example.requests]
-                    right.append(np.argmax(np.divide(line["loglikelihoods"], lengths)) == line["gold"])
-                assert found["acc_norm"] == pytest.approx(np.mean(right))
+    for name, r in itertools.product(ROWS, (1, 4)):
+        mine = [line for line in samples if line["task"] == name and line["iters"] == r]
+        assert [line["doc_id"] for line in mine] == list(range(len(ROWS[name])))
+        found = results["tasks"][name]["iters"][str(r)]
+        assert ("acc_norm" in found) == (name not in ("commonsense_qa", "winogrande", "lambada_openai"))
+        nats, gold = [line["loglikelihoods"] for line in mine], [line["gold"] for line in mine]
+        right = {"acc": [np.argmax(row) for row in nats] == np.array(gold)}
+        if name == "lambada_openai":
+            right = {"acc": np.array([all(line["is_greedy"]) for line in mine])}
+            assert found["perplexity"] == pytest.approx(math.exp(-np.mean(nats)))
+        if "acc_norm" in found:
+            lengths = [[len(text[1:]) for _, text in e.requests] for e in examples_of(name, icl)]
+            right["acc_norm"] = [np.argmax(np.divide(*row)) for row in zip(nats, lengths)] == np.array(gold)
+        for metric, hits in right.items():
+            stderr = np.std(hits, ddof=1) / len(hits) ** 0.5 if len(hits) > 1 else "N/A"
+            assert found[metric] == pytest.approx(np.mean(hits))
+            assert found[metric + "_stderr"] == (stderr if stderr == "N/A" else pytest.approx(stderr))
 
 
 def test_bootstrap_draws_what_the_harness_draws():
@@ -389,23 +355,6 @@ def test_built_in_tasks_are_the_same_ones_with_every_limit(corpus):
         assert many[name][:300] == usual[name] and usual[name][:20] == few[name]
 
 
-def test_training_shows_in_the_built_in_tasks(corpus, tokenizer):
-    def word_perplexity():
-        found = run_tasks(model, tokenizer, ["lastword"], [2], corpus, limit=50, bootstrap_iters=0)
-        return found["tasks"]["lastword"]["iters"]["2"]["perplexity"]
-
-    torch.manual_seed(0)
-    model, shards = AbbIE(make(**SHAPE).config), Shards(corpus, "train", 96)
-    before = word_perplexity()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
-    for step in range(40):
-        windows = np.arange(8 * step, 8 * step + 8) % shards.n_windows
-        model(*shards.batch(windows))[1].backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    assert word_perplexity() < before / 100
-
-
 # -------------------------------------------------------------------------------------------- the command
 
 
@@ -418,10 +367,7 @@ def start(command: list[str], **env) -> subprocess.Popen:
 def test_command_writes_the_same_on_any_number_of_processes(ckpt, icl, tmp_path, capsys):
     args = [f"--ckpt={ckpt}", "--iters=2,1,4", "--tasks=arc_easy,lambada_openai,cloze", "--ppl", "--limit=6",
             f"--data_dir={icl}", "--batch_size=2", "--bootstrap_iters=200", "--exit=kl:1e-2"]  # fmt: skip
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     main([*args, f"--out={tmp_path}/1.json", f"--log_samples={tmp_path}/1.jsonl"])
-    torch.set_num_threads(threads)
     table = capsys.readouterr().out
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "eval_icl.py"]
     two = start([*torchrun, *args, f"--out={tmp_path}/2.json", f"--log_samples={tmp_path}/2.jsonl"])
@@ -495,9 +441,6 @@ def test_a_bad_row_is_named(row, why, tmp_path):
 def test_unusable_files_are_named(model, tokenizer, tmp_path):
     (tmp_path / "piqa").mkdir()
     rows = tmp_path / "piqa" / "validation.jsonl"
-    (tmp_path / "piqa" / "train.jsonl").write_text("{}\n")
-    with pytest.raises(UserError, match="scored on its validation split, not on train"):
-        load_tasks(["piqa"], None, tmp_path, 96, None)
     rows.write_text("")
     with pytest.raises(UserError, match="no rows"):
         load_tasks(["piqa"], None, tmp_path, 96, None)
@@ -513,29 +456,25 @@ def test_the_harness_runs_its_tasks_on_our_models(ckpt, model, tokenizer, tmp_pa
     """A task file of one's own, scored by the harness with a shot before every context: the same word
     perplexity as by hand, at every r."""
     pytest.importorskip("lm_eval", reason="pip install lm_eval==0.4.13")
-    rows = [
-        {"text": "The bee", "end": " flies"},
-        {"text": "It", "end": " rains"},
-        {"text": "I", "end": " go"},
-    ]
+    rows = [{"text": "The bee", "end": " flies"}, {"text": "It", "end": " rains"}, {"text": "I", "end": ""}]
     write_rows(tmp_path / "test.jsonl", rows)
     write_rows(tmp_path / "train.jsonl", [{"text": "A cat", "end": " purrs"}])
-    (tmp_path / "endings.yaml").write_text(
-        "task: endings\n"
-        "dataset_path: json\n"
-        "dataset_kwargs:\n"
-        f"  data_files: {{train: {tmp_path}/train.jsonl, test: {tmp_path}/test.jsonl}}\n"
-        f"  cache_dir: {tmp_path}/cache\n"
-        "output_type: loglikelihood\n"
-        "training_split: train\n"
-        "test_split: test\n"
-        "fewshot_split: train\n"
-        "doc_to_text: '{{text}}'\n"
-        "doc_to_target: '{{end}}'\n"
-        "target_delimiter: ''\n"
-        "metric_list:\n"
-        "  - {metric: perplexity, aggregation: perplexity, higher_is_better: false}\n"
-    )
+    files = {split: f"{tmp_path}/{split}.jsonl" for split in ("train", "test")}
+    metric = {"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False}
+    task = {
+        "task": "endings",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": files, "cache_dir": f"{tmp_path}/cache"},
+        "output_type": "loglikelihood",
+        "training_split": "train",
+        "test_split": "test",
+        "fewshot_split": "train",
+        "doc_to_text": "{{text}}",
+        "doc_to_target": "{{end}}",
+        "target_delimiter": "",
+        "metric_list": [metric],
+    }
+    (tmp_path / "endings.yaml").write_text(json.dumps(task))  # JSON is YAML
     args = [f"--ckpt={ckpt}", "--iters=1,3", f"--include_path={tmp_path}", f"--out={tmp_path}/r.json"]
     main([*args, "--lm_eval=endings", "--num_fewshot=1", "--limit=2", "--bootstrap_iters=10"])
     assert "endings" in capsys.readouterr().out
@@ -543,10 +482,8 @@ def test_the_harness_runs_its_tasks_on_our_models(ckpt, model, tokenizer, tmp_pa
     requests = [("A cat purrs\n\n" + row["text"], row["end"]) for row in rows[:2]]
     pairs = encode_requests(tokenizer, requests)
     for r in (1, 3):
-        nats = [by_hand(model, pair, r)[0] for pair in pairs]
-        assert found[str(r)]["endings"]["perplexity,none"] == pytest.approx(
-            math.exp(-np.mean(nats)), rel=1e-4
-        )
+        expected = math.exp(-np.mean([by_hand(model, pair, r)[0] for pair in pairs]))
+        assert found[str(r)]["endings"]["perplexity,none"] == pytest.approx(expected, rel=1e-4)
     with pytest.raises(UserError, match="did you mean endings"):
         main([*args, "--lm_eval=ending"])
 

@@ -22,7 +22,7 @@ from sample import Text
 
 def speak(ids, stops=()):
     text = Text(get_tokenizer("bytes"), list(stops))
-    return [text.add(i) for i in ids] + [text.end()], text.stopped
+    return [text.add(i) for i in ids] + [text.add(None)], text.stopped
 
 
 def test_characters_that_span_tokens_come_whole():
@@ -108,8 +108,6 @@ def test_sampling_in_lower_precision(cli):
     assert cli(*flags, "--dtype=bfloat16").out == get_tokenizer("bytes").decode(new) + "\n"
     [new] = generate(quantize(load_model("out/new")), [list(b"def ")], 20, 2, stop_token=256)
     assert cli(*flags, "--dtype=int8").out == get_tokenizer("bytes").decode(new) + "\n"
-    drawn = cli("--prompt", "def ", "--dtype=bfloat16", "--num_samples=3").out
-    assert drawn == cli("--prompt", "def ", "--dtype=bfloat16", "--num_samples=3").out
 
 
 def test_text_comes_while_it_is_generated(folder):
@@ -158,7 +156,7 @@ def test_an_error_is_short(folder):
         (["--prompt=a", "--iters=two"], "invalid int value"),
         (["--prompt=a", "--ckpt=strange"], "unknown tokenizer 'nonsense'"),
         (["--prompt=a", "--ckpt=prompt.txt"], "is no checkpoint"),
-        (["--prompt=a", "--prompt_file=prompt.txt"], "exclude each other"),
+        (["--prompt=a", "--prompt_file=prompt.txt"], "not allowed with"),
         (["--prompt_file=latin.txt"], "no UTF-8"),
         (["--prompt=a", "--draft_iters=2"], "draft_iters=2 must be below iters=2"),
         (["--prompt=a", "--draft_iters=1", "--cache=last"], "drafting needs cache=full"),
