@@ -33,7 +33,7 @@ import train
 from checkpoint import load_model, write_json
 from config import ArgumentParser, Config, choose_device, cli, load_config, parse_list
 from data import Shards, read_meta
-from decode import KVCache, Stats, stream
+from decode import Stats, stream
 from model import AbbIE, UserError
 
 # ------------------------------------------------------------------------------------- sides that take turns
@@ -223,8 +223,8 @@ def decode_side(config: Config, ckpt: str, batches: list[int], depths: list[int]
         blocks = shape.n_head_blocks + iters * shape.n_body_blocks + shape.n_tail_blocks
         weights = blocks * block + model.unembed.weight.numel()
         weights += iters * model.project.weight.numel() if shape.rule == "zero_pt" else 0
-        cache = KVCache(shape, max_iters=iters, device="meta", dtype=dtype)
-        traffic = dtype.itemsize * weights / batch + cache.bytes_per_token * (prompt + tokens // 2)
+        cached = 2 * shape.n_kv_heads * shape.attn_head_dim * blocks  # keys and values of a token
+        traffic = dtype.itemsize * (weights / batch + cached * (prompt + tokens // 2))
         flops = model.flops_per_token(iters, 2 * prompt + tokens, training=False)  # context: twice the mean
         cell = {"batch": batch, "iters": iters, "draft_iters": 0, "flops_per_token": flops}
         cells.append({**cell, "bytes_per_token": traffic})
