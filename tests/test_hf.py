@@ -410,7 +410,8 @@ def test_a_repository_is_downloaded_once_without_its_pickles(damaged, tmp_path, 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     there = load_model("hf:owner/repo")
-    hub.http.shutdown(), hub.http.server_close()
+    hub.shutdown()
+    hub.server_close()
     asked = [name for name, _ in hub.log]
     assert "model.safetensors" in asked and "pytorch_model.bin" not in asked
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
