@@ -137,7 +137,7 @@ def exits(folder: Path, path: Path):
     )
     for ax, run in zip(axes[0], found):
         colour = colour_of(run["rule"])
-        for cache, marker in (("full", "o"), ("last", "s")):
+        for cache, marker, beside in (("full", "o", (6, 4)), ("last", "s", (-30, -9))):
             fixed = [(r, run[cache][str(r)]["loss"]) for r in (2, 3, 4, 6, 8)]
             rules = [name for name in run[cache] if name.startswith("kl")]
             early = [(run[cache][name]["iters"], run[cache][name]["loss"]) for name in rules]
@@ -145,7 +145,7 @@ def exits(folder: Path, path: Path):
             ax.plot(*zip(*fixed), color="#555555", linestyle=":", label=f"fixed r, cache {cache}", **size)
             ax.plot(*zip(*early), color=colour, label=f"early exit (kl), cache {cache}", **size)
             for (x, y), name in zip(early, rules):
-                ax.annotate(name[3:], (x, y), (4, 5), textcoords="offset points", fontsize="small")
+                ax.annotate(name[3:], (x, y), beside, textcoords="offset points", fontsize="small")
         ax.set_xlabel("iterations per token, mean")
         ax.set_ylabel("validation loss, nats per token")
         ax.set_title(f"{run['rule']}, trained at {run['trained_iters']}")
