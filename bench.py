@@ -205,10 +205,9 @@ def measure_training(model, optimizer, config: Config, steps: int, facts: dict):
 def decode_side(config: Config, ckpt: str, batches: list[int], depths: list[int], draft: int, tokens: int):
     """Greedy decoding after prompts of a quarter of the context: yields the side's facts, then tokens/s of
     all rows together for every batch size and iters; at batch 1 also drafted at `draft` iterations. Weights
-    and cache have the run's precision, and plain steps are compiled where training would be. Bytes are those
-    of the weights, and of the cache at half of the tokens."""
+    and cache have the run's precision. Bytes are those of the weights, and of the cache at half of the
+    tokens."""
     device, dtype = settings(config)
-    compiled = config.compile == "on" or config.compile == "auto" and device.type == "cuda"
     model = load_model(ckpt) if ckpt else AbbIE(config.model_config(vocab_size(config)))
     model = model.to(device, dtype).eval()
     shape = model.config
@@ -236,8 +235,7 @@ def decode_side(config: Config, ckpt: str, batches: list[int], depths: list[int]
             torch.cuda.reset_peak_memory_stats(device)
         batch, iters, draft_iters = cell["batch"], cell["iters"], cell["draft_iters"]
         stats = Stats()
-        how = {"draft_iters": draft_iters, "compiled": compiled and not draft_iters, "stats": stats}
-        run = stream(model, prompts[:batch], tokens, iters, **how)
+        run = stream(model, prompts[:batch], tokens, iters, draft_iters=draft_iters, stats=stats)
         for _ in islice(run, batch):  # the first token of every row: the prompts are done
             pass
         took = seconds(lambda: [None for _ in run], device)
@@ -247,12 +245,11 @@ def decode_side(config: Config, ckpt: str, batches: list[int], depths: list[int]
     def measure_all():
         return [fitting(measure, cell) for cell in cells]
 
-    measure_all()  # compiles
+    measure_all()  # warms up
     yield {
         "ckpt": ckpt or None,
         "n_params": model.n_params(),
         "dtype": str(dtype)[6:],
-        "compiled": compiled,
         "prompt_tokens": prompt,
         "new_tokens": tokens,
         "cells": cells,

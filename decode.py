@@ -4,8 +4,8 @@
     stream(the same)                  -> an iterator of (row, id), each as soon as it is certain
 
 Prompts are lists of token ids; decoding is greedy unless a temperature is given. The strategies are `step`
-(cached, batched, with early exit or without), `static_step` (compiled) and `draft_and_verify`
-(self-speculative). When a context is full, its last block_size // 2 tokens start again from position 0.
+(cached, batched, with early exit or without) and `draft_and_verify` (self-speculative). When a context is
+full, its last block_size // 2 tokens start again from position 0.
 
 Shapes as in model.py: B rows, T new tokens, K n_kv_heads, E attn_head_dim, S = block_size positions of a
 cache."""
@@ -65,20 +65,18 @@ class KVCache:
 class Chunk:
     """T new tokens in some rows of a cache (default: all): the places where their keys and values go, behind
     what the rows hold, and what they may attend to: all places up to their own, at positions that are the
-    places; or, where a row is a tree of texts, what `mask` (B, 1, T, S) says, at `positions` (B, T). starts:
-    places of the rows' first tokens as a tensor (B,), which keeps every shape the same from step to step, as
-    a compiled or recorded step needs. One chunk serves every block and iteration."""
+    places; or, where a row is a tree of texts, what `mask` (B, 1, T, S) says, at `positions` (B, T). One
+    chunk serves every block and iteration."""
 
-    def __init__(self, cache: KVCache, T: int, rows=None, starts=None, positions=None, mask=None):
-        self.cache, device, static = cache, cache.keys.device, starts is not None
+    def __init__(self, cache: KVCache, T: int, rows=None, positions=None, mask=None):
+        self.cache, device = cache, cache.keys.device
         all_rows = list(range(cache.keys.shape[1]))
         rows = all_rows if rows is None else rows
-        lengths = [] if static else [cache.lengths[b] for b in rows]
-        self.end = cache.length if static else max(lengths) + T
+        lengths = [cache.lengths[b] for b in rows]
+        self.end = max(lengths) + T
         check(self.end <= cache.length, f"{self.end} tokens do not fit into a context of {cache.length}")
-        starts = starts if static else torch.tensor(lengths, device=device)
         self.rows = torch.tensor(rows, device=device)
-        self.places = starts[:, None] + torch.arange(T, device=device)  # (B, T)
+        self.places = torch.tensor(lengths, device=device)[:, None] + torch.arange(T, device=device)  # (B, T)
         self.positions = self.places if positions is None else positions
         # Rows of equal length are written and read as slices; others through their indices, under a mask.
         self.together = rows == all_rows and len(set(lengths)) == 1
@@ -257,41 +255,6 @@ def step(model: AbbIE, idx: Tensor, cache: KVCache, n_new=None, rows=None, rule=
     return model.logits(z[torch.arange(B, device=device), lengths - 1])
 
 
-def static_step(model: AbbIE, batch_size: int, iters: int, cache_mode: str, **how):
-    """A cache and what stands for `step`: single tokens have the same shapes whatever the rows and lengths,
-    since positions are a tensor, and all rows and the whole cache take part, under a mask. So their step can
-    be compiled and, on CUDA, recorded as a graph whose replay needs no Python. That takes a minute, so the
-    model keeps both for the next call."""
-    kept, name = model.__dict__.setdefault("static_steps", {}), (batch_size, iters, cache_mode)
-    if name in kept:
-        return kept[name]
-    cache, S = KVCache(model, batch_size, iters, cache_mode), model.config.block_size
-    model.rope_on(cache.keys.device)
-    for table in (cache.keys, cache.values):
-        torch._dynamo.mark_static_address(table)
-
-    def forward(idx, starts):
-        kv = Chunk(cache, 1, starts=starts)
-        [z] = model.states_at(idx, [iters], kv.rope(model), kv)
-        return model.logits(z)[:, 0]
-
-    forward = torch.compile(forward, fullgraph=True, **(how or {"mode": "reduce-overhead"}))
-
-    def compiled_step(idx, n_new, rows):
-        if max(n_new) > 1:
-            return step(model, idx, cache, n_new, rows)
-        whole = torch.zeros(batch_size, 1, dtype=idx.dtype, device=idx.device)
-        whole[rows] = idx
-        starts = torch.tensor([min(n, S - 1) for n in cache.lengths], device=idx.device)
-        logits = forward(whole, starts)[rows]  # the other rows wrote beyond their end, which nobody reads
-        for b in rows:
-            cache.lengths[b] += 1
-        return logits
-
-    kept[name] = cache, compiled_step
-    return kept[name]
-
-
 # ------------------------------------------------------------------------------------------- choosing a token
 
 
@@ -370,15 +333,13 @@ def stream(
     draft_iters: int = 0,
     draft_tokens: int = 4,
     early_exit: str = "",
-    compiled: bool = False,
-    done: set[int] | None = None,
     stats: Stats | None = None,
 ) -> Iterator[tuple[int, int]]:
     """An iterator of (row, id): the new tokens of the prompts, at most max_new_tokens each. A row ends before
-    stop_token, and when the caller adds it to the set `done`. Row b draws from seed + b, so that a batch of N
-    equals N batches of 1. cache_mode: see KVCache; draft_iters > 0: see draft_and_verify, one prompt after
-    the other; early_exit, "kl:1e-3" or "u:1e-2": see adaptive_states; compiled: see static_step. `stats` is
-    filled on the way. Raises UserError for values that are out of range or contradict one another."""
+    stop_token. Row b draws from seed + b, so that a batch of N equals N batches of 1. cache_mode: see
+    KVCache; draft_iters > 0: see draft_and_verify, one prompt after the other; early_exit, "kl:1e-3" or
+    "u:1e-2": see adaptive_states. `stats` is filled on the way. Raises UserError for values that are out of
+    range or contradict one another."""
     iters, S, V = model.check_iters(iters), model.config.block_size, model.config.vocab_size
     check(len(prompts) > 0 and all(prompts), "a prompt has no tokens")
     check(all(len(prompt) <= S for prompt in prompts), f"a prompt is longer than the context of {S} tokens")
@@ -394,33 +355,18 @@ def stream(
     if draft_iters:
         check(cache_mode == "full", "drafting needs cache=full: its iterations begin the verification")
         check(not early_exit, "drafting and exit exclude each other: a verified token runs all iterations")
-    plain = not draft_iters and not early_exit
-    check(plain or not compiled, "compile is for plain decoding: leave out draft_iters and exit")
-    stats, done, start = stats or Stats(), set() if done is None else done, time.perf_counter()
+    stats = stats or Stats()
     sample = partial(distribution, temperature=temperature, top_k=top_k, top_p=top_p)
     rngs = [random.Random(seed + b) for b in range(len(prompts))]
     rule = parse_exit(early_exit) if early_exit else None
-    if compiled:
-        cache, next_step = static_step(model, len(prompts), iters, cache_mode)
-    else:
-        looks, batch_size = early_exit.startswith("kl"), 1 if draft_iters else len(prompts)
-        cache = KVCache(model, batch_size, iters, cache_mode, looks)
-        next_step = partial(step, model, cache=cache, rule=rule, stats=stats)
+    looks, batch_size = early_exit.startswith("kl"), 1 if draft_iters else len(prompts)
+    cache = KVCache(model, batch_size, iters, cache_mode, looks)
+    next_step = partial(step, model, cache=cache, rule=rule, stats=stats)
     draft = None
     if draft_iters:
         how = {"iters": iters, "draft_iters": draft_iters, "draft_tokens": draft_tokens}
         draft = partial(draft_and_verify, model, cache, sample=sample, stats=stats, **how)
-    tokens = stream_rows(cache, prompts, max_new_tokens, next_step, sample, rngs, done, draft)
-    return until_done(tokens, stop_token, done, stats, start)
-
-
-def until_done(tokens, stop_token, done, stats, start):
-    for b, token in tokens:
-        if token == stop_token:
-            done.add(b)
-        if b not in done:
-            stats.tokens, stats.seconds = stats.tokens + 1, time.perf_counter() - start
-            yield b, token
+    return stream_rows(cache, prompts, max_new_tokens, next_step, sample, rngs, stop_token, stats, draft)
 
 
 def feed(cache, contexts, next_step) -> Tensor:
@@ -444,10 +390,10 @@ def feed(cache, contexts, next_step) -> Tensor:
 
 
 @torch.no_grad()
-def stream_rows(cache, prompts, max_new_tokens, next_step, sample, rngs, done, draft=None):
-    """Every row's next token, again and again, of as many prompts at a time as the cache has rows; rows in
-    `done` leave. draft: takes the place of a step where there is one row; see draft_and_verify."""
-    size, S = len(cache.lengths), cache.length
+def stream_rows(cache, prompts, max_new_tokens, next_step, sample, rngs, stop_token, stats, draft):
+    """Every row's next token, again and again, of as many prompts at a time as the cache has rows; rows that
+    draw stop_token leave. draft, or None: takes the place of a step where there is one row."""
+    size, S, start = len(cache.lengths), cache.length, time.perf_counter()
     for first in range(0, len(prompts), size):
         contexts, n = dict(enumerate(map(list, prompts[first : first + size]))), 0
         cache.lengths = [0] * size
@@ -459,10 +405,14 @@ def stream_rows(cache, prompts, max_new_tokens, next_step, sample, rngs, done, d
                 p = sample(feed(cache, contexts, next_step))
                 new = [[token] for token in draw(p, [rngs[first + b] for b in contexts])]
             n += len(new[0])
-            for b, tokens in zip(contexts, new):
-                contexts[b] += tokens
-                yield from ((first + b, token) for token in tokens)
-            contexts = {b: ids for b, ids in contexts.items() if first + b not in done}
+            for b, tokens in zip(list(contexts), new):
+                for token in tokens:
+                    if token == stop_token:
+                        del contexts[b]
+                        break
+                    contexts[b].append(token)
+                    stats.tokens, stats.seconds = stats.tokens + 1, time.perf_counter() - start
+                    yield first + b, token
 
 
 # --------------------------------------------------------------------------------------------------- drafting

@@ -6,7 +6,7 @@
     python eval_icl.py --ckpt out/NAME --iters 1,2,4,8 --ppl data/c4
     torchrun --nproc_per_node=8 eval_icl.py --ckpt out/NAME ...           # the same table, faster
     python eval_icl.py --iters 1,2,8 --exit kl:1e-2,mean:2.5 --ppl        # and at adaptive depth, up to 8
-    python eval_icl.py --ckpt out/NAME --iters 4 --lm_eval mmlu,gsm8k     # any other: pip install lm_eval
+    python eval_icl.py --ckpt out/NAME --iters 4 --lm_eval mmlu,gsm8k     # any other: see --help
 
 How zero-shot scoring works. A row of a task, here of arc_easy,
 
@@ -39,6 +39,7 @@ from contextlib import nullcontext
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import numpy as np
@@ -53,7 +54,6 @@ from config import ArgumentParser, choose_device, cli, nearest, parse_list, star
 from data import EVAL_SETS, Shards, documents, get_tokenizer, read_meta
 from decode import Chunk, KVCache, adaptive_states, parse_exit, resolve_exit
 from model import AbbIE, UserError, check
-from sample import stream_text
 
 LOGITS_AT_A_TIME = 1 << 24  # so that memory grows neither with the batch nor with the vocabulary
 
@@ -542,9 +542,11 @@ def find_harness_tasks(names: list[str], include_path: str | None = None):
     """The TaskManager of the harness, which knows these tasks; with include_path, those of this folder
     instead of its own. Raises UserError for a name that it does not know, and where there is no harness."""
     try:
+        import accelerate  # noqa: F401, needed by the harness for models of transformers
         from lm_eval.tasks import TaskManager
     except ImportError:
-        raise UserError("--lm_eval needs the harness\npip install lm_eval==0.4.13") from None
+        packages = "lm_eval==0.4.13 transformers accelerate safetensors tokenizers"
+        raise UserError(f"--lm_eval needs the harness\npip install {packages}") from None
     manager = TaskManager(include_path=include_path, include_defaults=include_path is None)
     known = manager.all_tasks
     for name in names:
@@ -552,65 +554,25 @@ def find_harness_tasks(names: list[str], include_path: str | None = None):
     return manager
 
 
-def harness_model(model: AbbIE, tokenizer, iters: int, batch_size: int = 32, rank: int = 0, world: int = 1):
-    """The model at one r as an lm_eval.api.model.LM. Ranks share the scoring and each hold all results."""
-    from lm_eval.api.model import LM
-    from lm_eval.models.utils import Collator, normalize_gen_kwargs
-    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-
-    T, eot = model.config.block_size, tokenizer.eot_token
-
-    class HarnessModel(LM):
-        def loglikelihood(self, requests, disable_tqdm=False):
-            pairs = encode_requests(tokenizer, [request.args for request in requests])
-            scores, greedy, *_ = score(model, pairs, [iters], batch_size, rank, world, bar="log-likelihood")
-            return list(zip(scores[:, 0].tolist(), greedy[:, 0].tolist()))
-
-        def loglikelihood_rolling(self, requests, disable_tqdm=False):
-            windows, owners = [], []  # a text's tokens, each predicted once, in windows of T
-            for number, request in enumerate(requests):
-                ids = list(tokenizer.encode_ordinary(request.args[0]))
-                for window in get_rolling_token_windows(ids, eot, T, 1):
-                    windows.append(make_disjoint_window(window))
-                    owners.append(number)
-            scores = score(model, windows, [iters], batch_size, rank, world, bar="rolling")[0][:, 0]
-            return np.bincount(owners, scores, minlength=len(requests)).tolist()
-
-        def generate_until(self, requests, disable_tqdm=False):
-            """What follows each context, up to its first stop string or the end of the text."""
-            # A batch shares its settings, and its contexts have about one length.
-            order = Collator([r.args for r in requests], lambda args: len(args[0]), group_by="gen_kwargs")
-            texts = []
-            for batch in progress(list(order.get_batched(n=batch_size)), "generation", rank):
-                contexts, settings = zip(*batch)
-                texts += self.generate(contexts, normalize_gen_kwargs(settings[0]))
-            return order.get_original(texts)
-
-        def generate(self, contexts: list[str], settings: dict) -> list[str]:
-            n, texts = min(settings["max_gen_toks"], T - 1), [""] * len(contexts)
-            prompts = [tokenizer.encode_ordinary(context)[n - T :] or [eot] for context in contexts]
-            stops = [stop for stop in settings["until"] if stop]
-            how = {"stops": stops, "temperature": settings["temperature"]}
-            for b, piece in stream_text(model, tokenizer, prompts, n, iters, **how):
-                texts[b] += piece
-            return texts
-
-    return HarnessModel()
-
-
-def run_harness(model: AbbIE, tokenizer, args, manager, **options) -> dict:
-    """The harness's own results for its own tasks, args.lm_eval: {r: {task: {metric: value}}}. The options
-    are harness_model's."""
+def run_harness(model: AbbIE, args, manager) -> dict:
+    """The harness's own results for its own tasks, args.lm_eval: {r: {task: {metric: value}}}. It runs what
+    hf/export.py writes, by transformers."""
     from lm_eval import simple_evaluate
     from lm_eval.utils import make_table
 
+    from hf.export import export
+
     how = {"tasks": args.lm_eval, "task_manager": manager, "log_samples": False}
-    how |= {name: getattr(args, name) for name in ("num_fewshot", "limit", "bootstrap_iters")}
+    how |= {name: getattr(args, name) for name in ("num_fewshot", "limit", "bootstrap_iters", "batch_size")}
     results = {}
-    for r in args.iters:
-        found = simple_evaluate(harness_model(model, tokenizer, r, **options), **how)
-        results[str(r)] = found["results"]
-        print(f"iters {r}\n{make_table(found)}")
+    with TemporaryDirectory() as folder:
+        folder = Path(folder, "model")
+        export(model, folder)
+        for r in args.iters:
+            runs = {"pretrained": str(folder), "trust_remote_code": True, "dtype": "float32", "iters": r}
+            found = simple_evaluate("hf", runs, device=str(model.embed.weight.device), **how)
+            results[str(r)] = found["results"]
+            print(f"iters {r}\n{make_table(found)}")
     return results
 
 
@@ -689,7 +651,7 @@ def parse_args(argv: list[str]):
     add("--limit", type=int, help="rows of each task, the first N; of a built-in one, examples (300)")
     whole = "loss, perplexity and bits per byte on the whole validation split of a folder of shards"
     add("--ppl", nargs="?", const="", metavar="DATA", help=f"{whole} (default: the training data's)")
-    anything = "tasks of the harness, such as mmlu,gsm8k, at every r in turn"
+    anything = "tasks of lm-evaluation-harness, such as mmlu,gsm8k, at every r in turn, in one process"
     add("--lm_eval", type=comma_list, default="", help=anything)
     add("--num_fewshot", type=int, help="shots for --lm_eval (default: the task's own)")
     add("--include_path", help="folder of task files for --lm_eval to take instead of the harness's")
@@ -707,7 +669,7 @@ def parse_args(argv: list[str]):
     return args
 
 
-def prepare(args, rank: int, model_class=AbbIE) -> tuple:
+def prepare(args, rank: int, world: int, model_class=AbbIE) -> tuple:
     """-> model, examples of the tasks, shards or None, the harness's tasks or None. Whatever can be wrong is
     found here, before anything is computed."""
     model = load_model(args.ckpt, choose_device(args.device), model_class)
@@ -725,6 +687,10 @@ def prepare(args, rank: int, model_class=AbbIE) -> tuple:
         shards, tokenizer = Shards(args.ppl or own, "val", T), model.meta["tokenizer"]
         why = f"{shards.folder} holds {shards.tokenizer} tokens, but the model reads {tokenizer}"
         check(shards.tokenizer == tokenizer, f"{why}\nprepare it with --tokenizer {tokenizer}")
+    why = (
+        "--lm_eval runs in one process\nor export the model: accelerate launch -m lm_eval --model hf (README)"
+    )
+    check(not args.lm_eval or world == 1, why)
     manager = find_harness_tasks(args.lm_eval, args.include_path) if args.lm_eval else None
     for path in (args.out, args.log_samples):
         if path and rank == 0:
@@ -746,14 +712,14 @@ def evaluate(args, rank: int, world: int, model: AbbIE, examples: dict, shards, 
         results["ppl"] = perplexity(model, shards, columns, **options)
     print_table(results)
     if manager:
-        results["lm_eval"] = run_harness(model, tokenizer, args, manager, **options)
+        results["lm_eval"] = run_harness(model, args, manager)
     return results
 
 
 def main(argv: list[str], model_class=AbbIE):
     rank, world = start_ranks()
     args = together(lambda: parse_args(argv))
-    work = together(lambda: prepare(args, rank, model_class))
+    work = together(lambda: prepare(args, rank, world, model_class))
     results = together(lambda: evaluate(args, rank, world, *work))
     if args.out and rank == 0:
         Path(args.out).write_text(json.dumps(results, indent=1, default=float) + "\n")

@@ -28,43 +28,18 @@ from decode import Stats, lay_out_for_decoding, quantize, resolve_exit, stream
 from model import UserError, check
 
 
-class Text:
-    """Token ids -> text, as soon as it is certain: the bytes of an unfinished character and what may become a
-    stop string are held back. `stopped` is set when a stop string has come, which ends the text before it."""
-
-    def __init__(self, tokenizer, stops):
-        self.tokenizer, self.stops, self.held, self.stopped = tokenizer, stops, "", False
-        self.utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-
-    def add(self, token: int | None) -> str:
-        """What is certain with this token; with None, which ends the text, all that is left."""
-        new = b"" if token is None else self.tokenizer.decode_bytes([token])
-        text = self.held + self.utf8.decode(new, final=token is None)
-        if self.stopped:
-            return ""
-        found = [text.find(stop) for stop in self.stops if stop in text]
-        if found:
-            self.stopped = True
-            return text[: min(found)]
-        begun = [stop[:n] for stop in self.stops for n in range(len(stop)) if text.endswith(stop[:n])]
-        self.held = "" if token is None else max(begun, key=len, default="")
-        return text.removesuffix(self.held)
-
-
-def stream_text(model, tokenizer, prompts, max_new_tokens, iters, stops=(), **options):
-    """decode.stream in pieces of text: an iterator of (row, piece). A row ends before its first stop string,
-    and before the end of the text."""
-    texts, done = [Text(tokenizer, stops) for _ in prompts], set()
-    options |= {"stop_token": tokenizer.eot_token, "done": done}
+def stream_text(model, tokenizer, prompts, max_new_tokens, iters, **options):
+    """decode.stream in pieces of text, as soon as it is certain, since the bytes of a character may be spread
+    over tokens: an iterator of (row, piece). A row ends before the end of the text."""
+    utf8 = [codecs.getincrementaldecoder("utf-8")("replace") for _ in prompts]
+    options["stop_token"] = tokenizer.eot_token
     tokens = stream(model, prompts, max_new_tokens, iters, **options)  # which refuses what is wrong at once
 
     def pieces():
         for b, token in tokens:
-            yield b, texts[b].add(token)
-            if texts[b].stopped:
-                done.add(b)
-        for b, text in enumerate(texts):
-            yield b, text.add(None)
+            yield b, utf8[b].decode(tokenizer.decode_bytes([token]))
+        for b, decoder in enumerate(utf8):
+            yield b, decoder.decode(b"", final=True)
 
     return pieces()
 
@@ -75,8 +50,7 @@ def say(*text, end="\n"):
 
 # ----------------------------------------------------------------------------------------------- command line
 
-OPTIONS = ("temperature", "top_k", "top_p", "seed", "cache_mode", "draft_iters", "draft_tokens", "early_exit",
-           "compiled")  # fmt: skip
+OPTIONS = ("temperature", "top_k", "top_p", "seed", "cache_mode", "draft_iters", "draft_tokens", "early_exit")
 
 
 def continuations(model, tokenizer, prompt: str, args, iters, stats):
@@ -86,8 +60,8 @@ def continuations(model, tokenizer, prompt: str, args, iters, stats):
     check(n > 0, "the prompt is empty\ngive some text: --prompt, --prompt_file or standard input")
     check(n <= S, f"the prompt has {n} tokens, the model's context {S}\nshorten it")
     options = {name: getattr(args, name) for name in OPTIONS}
-    options |= {"stops": args.stop, "stats": stats}
-    return stream_text(model, tokenizer, [ids] * args.num_samples, args.max_new_tokens, iters, **options)
+    prompts = [ids] * args.num_samples
+    return stream_text(model, tokenizer, prompts, args.max_new_tokens, iters, stats=stats, **options)
 
 
 def show_samples(model, tokenizer, prompt: str, args):
@@ -134,13 +108,11 @@ def parse_args(argv: list[str]):
     add("--top_k", type=int, default=50, help="draw from the k best tokens only (0: all; default 50)")
     add("--top_p", type=float, default=1.0, help="draw from the fewest tokens that hold this probability")
     add("--seed", type=int, default=1, help="sample b draws from seed + b")
-    add("--stop", action="append", default=[], help="end before this text (may be given several times)")
     add("--draft_iters", type=int, default=0, help="draft at so many iterations, verify at --iters (0: no)")
     add("--draft_tokens", type=int, default=4, help="tokens that are drafted before a verification")
     add("--exit", dest="early_exit", default="", help="kl:1e-2, u:1e-2 or mean:2.5: early exit of tokens")
     add("--cache", dest="cache_mode", default="full", help="full, or last: one slot for all iterations")
     add("--compare", help="show the prompt at several iters side by side: 1,2,4,8")
-    add("--compile", dest="compiled", action="store_true", help="record each step as one graph (for CUDA)")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     add("--dtype", default="float32", choices=("float32", "bfloat16", "int8"), help="of weights")
     args = parser.parse_args(argv)
@@ -149,7 +121,6 @@ def parse_args(argv: list[str]):
         others = "--iters, --draft_iters, --exit, --num_samples"
         check(alone, f"--compare runs at its own iters: leave out {others}")
     check(args.num_samples >= 1, f"--num_samples={args.num_samples} must be at least 1")
-    check("" not in args.stop, "--stop needs some text")
     return args
 
 

@@ -10,7 +10,7 @@ import torch
 from common import make, tokens
 
 import decode
-from decode import Chunk, KVCache, Stats, distribution, draw, generate, step, stream
+from decode import Chunk, KVCache, Stats, distribution, draw, generate, step
 from model import RULES, UserError
 
 S = 16  # context of most models here
@@ -110,16 +110,12 @@ def test_a_seed_draws_the_same_again_and_another_seed_does_not():
 def test_rows_that_end_leave_the_batch_and_the_others_do_not_notice():
     model = make(block_size=S)
     alone = generate(model, PROMPTS, 20, 2)
-    done, got, shapes = set(), [[] for _ in PROMPTS], count_body_calls(model)
-    for b, token in stream(model, PROMPTS, 20, 2, done=done):
-        got[b].append(token)
-        if len(got[b]) == 4 and b != 1:
-            done.add(b)
-    assert got == [alone[0][:4], alone[1], alone[2][:4], alone[3][:4]]
-    assert shapes[-1] == (1, 1)
-    stop = alone[1][5]
+    stop, shapes = alone[1][5], count_body_calls(model)
     end = [new[: new.index(stop)] if stop in new else new for new in alone]
     assert generate(model, PROMPTS, 20, 2, stop_token=stop) == end
+    steps = sum(min(20, len(new) + 1) for new in end)  # one more draws the stop token
+    assert sum(rows for rows, _ in shapes) == 2 * steps < 2 * 20 * len(PROMPTS)
+    assert generate(model, PROMPTS, 20, 2, stop_token=stop, draft_iters=1) == end
 
 
 @pytest.mark.parametrize("options", [{}, {"draft_iters": 1}, {"early_exit": "kl:1e-30"}], ids=str)
@@ -339,21 +335,7 @@ def test_sampling_with_a_draft_is_distributed_as_without():
     assert misfit(iters, draft_iters, iters) > 3  # what accepting every draft would give
 
 
-# -------------------------------------------------------------------------------------------- the static step
-
-
-def test_the_static_step_compiles_whole_and_equals_the_ordinary_one(monkeypatch):
-    model = make(block_size=S)
-    plain = generate(model, PROMPTS, 20, 2)
-    monkeypatch.setattr(decode, "static_step", partial(decode.static_step, backend="aot_eager"))
-    for _ in range(2):  # the second time, with the step that is kept
-        done, got = set(), [[] for _ in PROMPTS]
-        for b, token in stream(model, PROMPTS, 20, 2, compiled=True, done=done):
-            got[b].append(token)
-            if b == 0 and len(got[0]) == 6:
-                done.add(0)
-        assert got == [plain[0][:6], *plain[1:]]
-    assert len(model.static_steps) == 1
+# ----------------------------------------------------------------------------------- weights for decoding
 
 
 def as_int8(linear: torch.nn.Linear) -> torch.Tensor:

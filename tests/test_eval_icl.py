@@ -486,37 +486,3 @@ def test_the_harness_runs_its_tasks_on_our_models(ckpt, model, tokenizer, tmp_pa
         assert found[str(r)]["endings"]["perplexity,none"] == pytest.approx(expected, rel=1e-4)
     with pytest.raises(UserError, match="did you mean endings"):
         main([*args, "--lm_eval=ending"])
-
-
-def test_harness_adapter(model, tokenizer):
-    """Log-likelihoods, rolling ones over texts longer than the context, and generation up to a stop."""
-    pytest.importorskip("lm_eval", reason="pip install lm_eval==0.4.13")
-    from lm_eval.api.instance import Instance
-
-    adapter = eval_icl.harness_model(model, tokenizer, iters=3, batch_size=2)
-
-    def requests(kind, *arguments):
-        return [Instance(request_type=kind, doc={}, arguments=a, idx=i) for i, a in enumerate(arguments)]
-
-    texts = [("Bees make", " honey"), ("", "word")]
-    found = adapter.loglikelihood(requests("loglikelihood", *texts))
-    for one, pair in zip(found, encode_requests(tokenizer, texts)):
-        nats, greedy = by_hand(model, pair, 3)
-        assert one == (pytest.approx(nats, abs=1e-4), greedy)
-
-    text = "A bee flies home. " * 8  # 144 tokens: one window of 96, and one that ends with the text
-    ids = list(text.encode())
-    first, second = by_hand(model, ([256], ids[:96]), 3), by_hand(model, (ids[47:96], ids[96:]), 3)
-    found = adapter.loglikelihood_rolling(requests("loglikelihood_rolling", (text,), ("Bee",)))
-    assert found[0] == pytest.approx(first[0] + second[0], abs=1e-3)
-    assert found[1] == pytest.approx(by_hand(model, ([256], list(b"Bee")), 3)[0], abs=1e-4)
-
-    for prompt in map(chr, range(97, 123)):  # the first after which no end of text comes
-        best = greedy_text(model, list(prompt.encode()), 12, iters=3)
-        if 256 not in best:
-            break
-    text = tokenizer.decode(best)
-    stop, settings = text[5], {"max_gen_toks": 12, "do_sample": False}
-    asked = [(prompt, {**settings, "until": [stop]}), (prompt, {**settings, "until": []})]
-    found = adapter.generate_until(requests("generate_until", *asked))
-    assert found == [text[: text.index(stop)], text]

@@ -15,29 +15,18 @@ from checkpoint import load_model
 from data import get_tokenizer
 from decode import generate, lay_out_for_decoding, quantize
 from model import UserError
-from sample import Text
 
 # ------------------------------------------------------------------------------------------------------- text
 
 
-def speak(ids, stops=()):
-    text = Text(get_tokenizer("bytes"), list(stops))
-    return [text.add(i) for i in ids] + [text.add(None)], text.stopped
+def test_characters_that_span_tokens_come_whole(monkeypatch):
+    def speak(ids: bytes) -> list[str]:
+        monkeypatch.setattr(sample, "stream", lambda *args, **options: ((0, i) for i in ids))
+        return [piece for _, piece in sample.stream_text(None, get_tokenizer("bytes"), [[1]], 9, 1)]
 
-
-def test_characters_that_span_tokens_come_whole():
-    pieces, _ = speak("aé中🙂b".encode())
-    assert pieces == ["a", "", "é", "", "", "中", "", "", "", "🙂", "b", ""]
-    assert "".join(speak(b"a\xe4\xb8")[0]) == "a\ufffd"  # cut in the middle
-    assert "".join(speak(b"\xffa")[0]) == "\ufffda"
-
-
-def test_a_stop_string_is_never_shown_nor_what_may_become_one():
-    assert speak(b"ab\n\ncd", ["\n\n"]) == (["a", "b", "", "", "", "", ""], True)
-    assert speak(b"a\nb", ["\n\n"]) == (["a", "", "\nb", ""], False)
-    assert speak(b"a\n", ["\n\n"]) == (["a", "", "\n"], False)
-    assert speak("xé".encode(), ["é"]) == (["x", "", "", ""], True)
-    assert speak(b"xababc", ["abc", "bb"]) == (["x", "", "", "ab", "", "", ""], True)  # begun twice
+    assert speak("aé中🙂b".encode()) == ["a", "", "é", "", "", "中", "", "", "", "🙂", "b", ""]
+    assert "".join(speak(b"a\xe4\xb8")) == "a\ufffd"  # cut in the middle
+    assert "".join(speak(b"\xffa")) == "\ufffda"
 
 
 # ----------------------------------------------------------------------------------------------- command line
@@ -93,8 +82,6 @@ def test_flags_of_sampling(cli):
     assert cli("--prompt", "def ", "--num_samples=2", "--seed=5").out == out
     alone = [cli("--prompt", "def ", f"--seed={seed}").out for seed in (5, 6)]
     assert out == "".join(alone) and alone[0] != alone[1]
-    stop = alone[0][3]
-    assert cli("--prompt", "def ", "--seed=5", "--stop", stop).out == alone[0][: alone[0].index(stop)] + "\n"
     report = cli("--prompt", "def ", "--iters=8", "--exit", "kl:1e-2").err
     assert "iterations per token (" in report and "%" in report
     side = cli("--prompt", "def ", "--compare=1,2,4").out
