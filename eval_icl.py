@@ -38,6 +38,7 @@ from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from functools import lru_cache
 from itertools import islice
+from os.path import commonprefix
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
@@ -355,8 +356,14 @@ class Group(NamedTuple):
     context: list[int]
     continuations: list[tuple[int, list[int]]]  # (number of the request, tokens)
 
-    def size(self) -> int:  # a continuation's last token is predicted but not read
-        return len(self.context) + sum(len(tokens) - 1 for _, tokens in self.continuations)
+    def trunk(self) -> list[int]:
+        """The context, and what all continuations begin with: a last token is predicted, but not read."""
+        return self.context + commonprefix([tokens[:-1] for _, tokens in self.continuations])
+
+    def size(self) -> int:
+        """The tokens that are read."""
+        trunk, ends = self.trunk(), [len(self.context) + len(tokens) - 1 for _, tokens in self.continuations]
+        return len(trunk) + sum(end - len(trunk) for end in ends)
 
 
 def group(requests: list[Pair], T: int) -> tuple[list[Group], list[int]]:
@@ -388,26 +395,33 @@ def batches_of(groups: list[Group], batch_size: int) -> list[list[Group]]:
 
 
 def pack(groups: list[Group]) -> tuple[Tensor, ...]:
-    """The continuations of a context lie one after another in its row. -> idx (B, T); its branches (B, T): 0
-    in the context, 1, 2, ... in its continuations, -1 for padding on the right; the positions (B, T) that
-    tokens would have in a text alone; and for M tokens to score the place in B * T whose logits predict it,
-    the token, and the number of its request, (M,) each."""
+    """The continuations of a context lie one after another in its row, behind what they have in common. ->
+    idx (B, T); its branches (B, T): 0 in the trunk, 1, 2, ... in its continuations, -1 for padding on the
+    right; the positions (B, T) that tokens would have in a text alone; for M tokens to score, the place in
+    B * T whose logits predict it, and the token, (M,) each; and which of the M count for which request, as
+    two lists of equal length."""
     T = max(row.size() for row in groups)
     idx, branches, positions = (np.zeros((len(groups), T), np.int64) for _ in range(3))
-    places, tokens, owners = [], [], []
-    for b, (context, continuations) in enumerate(groups):
-        end = len(context)
-        idx[b, :end], positions[b, :end] = context, range(end)
-        for c, (number, continuation) in enumerate(continuations, 1):
-            new = range(end, end + len(continuation) - 1)
-            idx[b, new], branches[b, new] = continuation[:-1], c
-            positions[b, new] = len(context) + np.arange(len(new))
-            places += [b * T + at for at in (len(context) - 1, *new)]
-            tokens += continuation
+    places, tokens, parts, owners = [], [], [], []
+    for b, row in enumerate(groups):
+        trunk, place = row.trunk(), b * T + len(row.context) - 1  # whose logits predict the first token
+        shared, end = len(trunk) - len(row.context), len(trunk)
+        idx[b, :end], positions[b, :end] = trunk, range(end)
+        begun = range(len(places), len(places) + shared)
+        places += range(place, place + shared)
+        tokens += trunk[len(row.context) :]
+        for c, (number, continuation) in enumerate(row.continuations, 1):
+            rest = continuation[shared:]
+            new = range(end, end + len(rest) - 1)
+            idx[b, new], branches[b, new] = rest[:-1], c
+            positions[b, new] = len(trunk) + np.arange(len(new))
+            parts += [*begun, *range(len(places), len(places) + len(rest))]
             owners += [number] * len(continuation)
+            places += [place + shared, *(b * T + at for at in new)]
+            tokens += rest
             end = new.stop
         branches[b, end:] = -1
-    return tuple(torch.as_tensor(a) for a in (idx, branches, positions, places, tokens, owners))
+    return tuple(torch.as_tensor(a) for a in (idx, branches, positions, places, tokens, parts, owners))
 
 
 def tree_of(branches: Tensor, positions: Tensor) -> dict:
@@ -431,14 +445,14 @@ def score(
     total, misses = (torch.zeros(len(requests), len(iters), dtype=torch.float64) for _ in range(2))
     ran = torch.zeros(2, len(iters), dtype=torch.float64)  # iterations, tokens
     for batch in progress(batches_of(groups, batch_size)[rank::world], bar, rank):
-        *packed, owners = pack(batch)
+        *packed, parts, owners = pack(batch)
         idx, branches, positions, places, tokens = (t.to(device) for t in packed)
         live = branches >= 0
         for i, (z, depth) in enumerate(read(model, idx, iters, live, **tree_of(branches, positions))):
             ran[:, i] += torch.stack([depth.sum(), live.sum()]).cpu()
             nats, missed = score_tokens(model, z.flatten(0, 1)[places], tokens)
-            total[:, i].index_add_(0, owners, -nats)
-            misses[:, i].index_add_(0, owners, missed.double())
+            total[:, i].index_add_(0, owners, -nats[parts])
+            misses[:, i].index_add_(0, owners, missed[parts].double())
     total, misses, ran = (sum_over_ranks(x, world).numpy() for x in (total, misses, ran))
     return total, misses == 0, truncated, (ran[0] / ran[1]).tolist()
 

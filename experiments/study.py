@@ -154,7 +154,18 @@ MANY = {
     "recall_undamped": many("`recall` without the average", [*RECALL, *MANY_R, *B3], model_class=Undamped),
     "abbie_d_equal": many("`abbie_d` with weights 1/r", [*MANY_R, *B3], model_class=EqualWeights),
 }
-ROWS = {**SHORT, **MANY}
+# The same on English: books, as bytes.
+BOOKS = ["--data=data/books_bytes"]
+ENGLISH = {
+    "std_books": Row("Std, 1", [*STD, *FP32, *BOOKS], std="std_books"),
+    "std_more_books": Row(
+        "Std, 1, 19,000 steps", [*STD, "--dtype=float32", "--max_steps=19000", *BOOKS], std="std_books"
+    ),
+    "recall_books": Row(
+        "`recall`, poisson:6, gradients of 3", [*RECALL, *MANY_R, *B3, *BOOKS], std="std_books"
+    ),
+}
+ROWS = {**SHORT, **MANY, **ENGLISH}
 
 GPU_ROWS = {
     "std": Row("Std, 1", STD),
@@ -345,9 +356,8 @@ def print_tasks(rows: dict[str, list[dict]]):
 def print_table(study: Study, folder):
     """The records as Markdown."""
     runs = read(study.name, folder)
-    groups = (
-        {"2000 steps": SHORT, "8000 steps, fp32": MANY} if study is SMALL else {"52M parameters": GPU_ROWS}
-    )
+    groups = {"2000 steps": SHORT, "8000 steps, fp32": MANY, "8000 steps, fp32, English": ENGLISH}
+    groups = groups if study is SMALL else {"52M parameters": GPU_ROWS}
     for title, names in groups.items():
         rows = runs_by_row(study, names, runs)
         if rows:

@@ -242,14 +242,17 @@ def test_greedy_is_seen(model):
 
 
 def test_one_sweep_and_shared_contexts(icl, tokenizer):
-    """A sweep costs max(iters) Bodies and a Tail per entry; a context is read once for all continuations."""
+    """A sweep costs max(iters) Bodies and a Tail per entry; a context, and what all its continuations begin
+    with, is read once for all."""
     model, body, tail = make(**SHAPE), [], []  # tokens of every call
     model.body[0].register_forward_pre_hook(lambda _, args: body.append(args[0].shape[:2].numel()))
     model.tail[0].register_forward_pre_hook(lambda _, args: tail.append(args[0].shape[:2].numel()))
     pairs = pairs_of(icl, tokenizer, "hellaswag")[:4]
     score(model, pairs, [1, 2, 4, 8])
     assert (len(body), len(tail)) == (8, 4)
-    assert body[0] == len(pairs[0][0]) + sum(len(continuation) - 1 for _, continuation in pairs)
+    context = list(b"The ox saw")
+    score(model, [(context, list(text)) for text in (b" a big ox", b" a bee", b" a b")], [1])
+    assert body[-1] == len(context) + len(b" a ") + len(b"big o") + len(b"be")
 
 
 def test_validation_loss_is_the_model_s(model, corpus):
