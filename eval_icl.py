@@ -51,7 +51,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from checkpoint import load_model
-from config import ArgumentParser, choose_device, cli, nearest, parse_list, start_ranks, together
+from config import ArgumentParser, choose_device, cli, nearest, optional, parse_list, start_ranks, together
 from data import EVAL_SETS, Shards, documents, get_tokenizer, read_meta
 from decode import Chunk, KVCache, adaptive_states, parse_exit, resolve_exit
 from model import AbbIE, UserError, check
@@ -555,12 +555,9 @@ def run_tasks(model: AbbIE, tokenizer, tasks, iters, data=None, data_dir="data/i
 def find_harness_tasks(names: list[str], include_path: str | None = None):
     """The TaskManager of the harness, which knows these tasks; with include_path, those of this folder
     instead of its own. Raises UserError for a name that it does not know, and where there is no harness."""
-    try:
-        import accelerate  # noqa: F401, needed by the harness for models of transformers
-        from lm_eval.tasks import TaskManager
-    except ImportError:
-        packages = "lm_eval==0.4.13 transformers accelerate safetensors tokenizers"
-        raise UserError(f"--lm_eval needs the harness\npip install {packages}") from None
+    packages = "lm_eval==0.4.13 transformers accelerate safetensors tokenizers"
+    optional("accelerate", packages)  # which the harness needs for models of transformers
+    TaskManager = optional("lm_eval.tasks", packages).TaskManager
     manager = TaskManager(include_path=include_path, include_defaults=include_path is None)
     known = manager.all_tasks
     for name in names:

@@ -22,7 +22,6 @@ Downloads come from the Hugging Face Hub: HF_ENDPOINT names a mirror, HF_TOKEN i
 
 import gzip
 import hashlib
-import importlib
 import io
 import json
 import os
@@ -41,7 +40,7 @@ import numpy as np
 from tqdm import tqdm
 
 from checkpoint import sha256, sync_folder, write_json, write_synced
-from config import ArgumentParser, cli
+from config import ArgumentParser, cli, optional
 from data import EVAL_SETS, get_tokenizer, read_json, token_dtype
 from model import UserError, check
 
@@ -99,15 +98,6 @@ def read_stories(file) -> Iterator[bytes]:
     for separates, lines in groupby(file, lambda line: line.strip() == b"<|endoftext|>"):
         if not separates:
             yield b"".join(lines).strip()
-
-
-def optional(module: str):
-    """A module that only some commands need."""
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        package = module.partition(".")[0]
-        raise UserError(f"this command needs one more package\npip install {package}") from None
 
 
 def read_rows(rows: Iterable, parse: Callable, key: str) -> Iterator[bytes | Bad]:

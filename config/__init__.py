@@ -11,6 +11,7 @@ A config file is Python that assigns keys (`n_embd = 128`); one that varies anot
 import argparse
 import dataclasses
 import difflib
+import importlib
 import json
 import os
 import runpy
@@ -185,6 +186,15 @@ def cli(main):
         sys.exit(130)
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
+
+
+def optional(module: str, packages: str = ""):
+    """A module that only some commands need. packages: what to install for it, where the names differ."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        packages = packages or module.partition(".")[0]
+        raise UserError(f"this needs packages that are not installed\npip install {packages}") from None
 
 
 def choose_device(name: str = "auto") -> torch.device:

@@ -129,16 +129,18 @@ def measure_loop(args) -> dict:
 
 
 def measure_nanogpt(args) -> dict:
-    """std_tiny beside nanoGPT at equal width, depth, heads, context and batch, eager and compiled."""
-    names, sides = [], []
-    for dtype in ("float32", "bfloat16"):
+    """std_tiny beside nanoGPT at equal width, depth, heads, context and batch, eager and compiled; in bf16
+    too where the CPU has units for it."""
+    names, sides, cpu = [], [], torch.device("cpu")
+    own = train.choose_dtype(load_config([f"{ROOT}/config/std_tiny.py", "--dtype=auto"]), cpu)
+    for dtype in dict.fromkeys(("float32", str(own)[6:])):
         for how in ("off", "on"):
             flags = [*args.config, f"--dtype={dtype}", f"--compile={how}", "--device=cpu"]
             config = load_config([f"{ROOT}/config/std_tiny.py", *flags])
             names += [f"ours dtype={dtype} compile={how}", f"nanoGPT dtype={dtype} compile={how}"]
             sides.append(partial(bench.train_side, config, [1], args.steps))
             sides.append(partial(nanogpt_side, config, args.nanogpt, args.steps))
-    return bench.compare(names, sides, torch.device("cpu"), args.rounds)
+    return bench.compare(names, sides, cpu, args.rounds)
 
 
 def measure_race(args) -> dict:

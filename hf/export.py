@@ -14,9 +14,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 from checkpoint import load_model, sha256
-from config import ArgumentParser, cli
+from config import ArgumentParser, cli, optional
 from data import get_tokenizer
-from hf.llama import BYTE, KEYS, TOKENIZER_FILES, find_folder, package, read_json, to_llama
+from hf.llama import BYTE, KEYS, TOKENIZER_FILES, find_folder, read_json, to_llama
 from model import AbbIE, check
 
 END = "<|endoftext|>"
@@ -59,7 +59,7 @@ def merges_of(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
 
 def fast_tokenizer(encoding):
     """A tiktoken encoding that cuts text by GPT-2's pattern, or that merges nothing, as a Tokenizer."""
-    tokenizers = package("tokenizers")
+    tokenizers = optional("tokenizers")
     printed = {byte: character for character, byte in BYTE.items()}
 
     def spell(token: bytes) -> str:
@@ -131,7 +131,7 @@ def llama_config(model: AbbIE) -> dict:
 
 def export(model: AbbIE, folder: Path, kind: str = "abbie", command: str = "hf.export"):
     """Write the model as a folder that transformers loads, whole or not at all."""
-    save_file, rule = package("safetensors.torch").save_file, model.config.rule
+    save_file, rule = optional("safetensors.torch").save_file, model.config.rule
     standard = rule not in ("abbie_d_literal", "zero_pt")
     check(kind == "abbie" or standard, f"rule {rule} is no Llama at r = 1\nleave out --as llama")
     free = not folder.exists() or folder.is_dir() and not any(folder.iterdir())

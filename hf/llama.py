@@ -8,7 +8,6 @@ into thirds, unless n_head_blocks and n_body_blocks say otherwise. At r = 1 it c
 Pickles are not read, and Python files of a folder are never run.
 """
 
-import importlib
 import json
 import re
 from dataclasses import asdict
@@ -19,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from checkpoint import block_names, sha256
+from config import optional
 from model import AbbIEConfig, UserError, check
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
@@ -42,15 +42,6 @@ SUPPORTED = {
     "layer_types": None, "pretraining_tp": 1, "partial_rotary_factor": 1.0, "rope_interleaved": False,
     "quantization_config": None,
 }  # fmt: skip
-
-
-def package(module: str):
-    """A module that only Hugging Face folders need."""
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        needed = "safetensors tokenizers huggingface_hub"
-        raise UserError(f"Hugging Face folders need packages\npip install {needed}") from None
 
 
 # ------------------------------------------------------------------------------------------------- the folder
@@ -83,7 +74,7 @@ def find_folder(name: str) -> Path:
         return Path(name)
     is_repository = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is not None
     check(is_repository, f"hf:{name}: there is no such folder")
-    hub = package("huggingface_hub")
+    hub = optional("huggingface_hub")
     try:
         return Path(hub.snapshot_download(name, allow_patterns=WANTED))
     except Exception as error:  # those of the hub, of its HTTP library, of the disk
@@ -115,7 +106,7 @@ def verify(folder: Path):
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
     """All tensors of model.safetensors, or of the several files that stand for it."""
-    load_file, tensors = package("safetensors.torch").load_file, {}
+    load_file, tensors = optional("safetensors.torch").load_file, {}
     whole = folder / "model.safetensors"
     files = [whole] if whole.exists() else sorted(folder.glob("model*.safetensors"))
     check(bool(files), f"{folder} has no model.safetensors\nweights must be .safetensors: no pickles")
@@ -251,7 +242,7 @@ class HFTokenizer:
     def __init__(self, name: str):
         folder = find_folder(name)
         path = folder / "tokenizer.json"
-        tokenizers = package("tokenizers")
+        tokenizers = optional("tokenizers")
         try:
             tokenizer = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # a bare Exception is what it raises

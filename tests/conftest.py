@@ -1,6 +1,8 @@
 """What several test files need."""
 
+import os
 import random
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,9 @@ import torch
 
 import prepare_data
 
+# Where transformers keeps the Python files of exported models: not in the home folder.
+MODULES = tempfile.TemporaryDirectory()
+os.environ["HF_MODULES_CACHE"] = MODULES.name
 torch.set_num_threads(1)  # models of this size gain nothing from more, and lose much beside other work
 
 
@@ -19,15 +24,6 @@ def corpus(tmp_path_factory) -> Path:
     lines = [" ".join(rng.choices(words, k=rng.randint(3, 12))) + "." for _ in range(1500)]
     (folder / "text.txt").write_text("\n".join(lines) + "\n\n")
     (folder / "val.txt").write_text("\n".join(rng.sample(lines, 400)) + "\n")
-    prepare_data.main(
-        [
-            "text",
-            "--input",
-            str(folder / "text.txt"),
-            "--val_input",
-            str(folder / "val.txt"),
-            "--out",
-            str(folder / "shards"),
-        ]
-    )
+    text = ["--input", str(folder / "text.txt"), "--val_input", str(folder / "val.txt")]
+    prepare_data.main(["text", *text, "--out", str(folder / "shards")])
     return folder / "shards"
