@@ -7,6 +7,7 @@ Of the same validation windows, in nats per token with standard errors over wind
 
 - fixed: every token at r, with the full cache, and with one slot for all iterations (--cache last);
 - exit: sample.py's --exit, at most 8 iterations, with both caches;
+- tasks: the accuracy of the built-in tasks at these r and with these exits;
 - signals: what a rule would reach that stops at the first r whose signal is low enough, over all thresholds,
   and an oracle that knows every token's loss at every r. These read predictions at fixed r, so that a token
   which stops changes nothing for the others.
@@ -26,9 +27,9 @@ from tqdm import tqdm
 import train
 from checkpoint import load_model
 from config import ArgumentParser, cli
-from data import Shards
+from data import Shards, get_tokenizer
 from decode import KVCache, Stats, parse_exit, step
-from eval_icl import mean_stderr, window_losses
+from eval_icl import BUILT_IN, load_tasks, mean_stderr, run_task, window_losses
 from experiments import RESULTS, append, read
 
 FIXED = [1, 2, 3, 4, 6, 8, 32]
@@ -124,6 +125,20 @@ def measure(args) -> dict:
     result["full"] = {str(name): entry(loss, mean_iters) for name, loss, mean_iters in columns}
     result["last"] = {str(name): read_by_token(model, batches, name) for name in [*FIXED, *EXITS]}
 
+    result["tasks"] = {}
+    tokenizer, columns = get_tokenizer(model.meta["tokenizer"]), [*FIXED, *EXITS]
+    examples = load_tasks(BUILT_IN, shards.folder, None, shards.block_size, args.limit)
+    for name in examples:
+        scores = run_task(model, tokenizer, name, examples[name], columns, bootstrap_iters=0)["iters"]
+        result["tasks"][name] = {
+            column: {
+                "acc": round(score["acc"], 5),
+                "stderr": round(score["acc_stderr"], 5),
+                "iters": round(score["mean_iters"], 3),
+            }
+            for column, score in scores.items()
+        }
+
     looks = [look(model, x[i : i + 16], y[i : i + 16]) for x, y in batches for i in range(0, len(x), 16)]
     nats = torch.cat([nats for nats, _ in looks], 1).flatten(1)
     points = {}
@@ -148,6 +163,10 @@ def print_table(folder: Path):
                 cell = found[cache][name]
                 cells.append(f"{cell['loss']:.4f} at {cell['iters']:.2f}")
             print(f"| {cache} | " + " | ".join(cells) + " |")
+        for task, scores in found.get("tasks", {}).items():
+            cells = [f"{100 * scores[str(r)]['acc']:.1f}" for r in FIXED]
+            cells += [f"{100 * scores[name]['acc']:.1f} at {scores[name]['iters']:.2f}" for name in EXITS]
+            print(f"| {task}, acc in % | " + " | ".join(cells) + " |")
         print("\n| signal, loss at a mean of | 1.5 | 2 | 2.5 | 3 | 4 |")
         print("|---" * 6 + "|")
         for name, losses in found["signals"].items():
@@ -161,6 +180,7 @@ def main(argv: list[str]):
     parser.add_argument("--ckpt", help="a run of train.py")
     parser.add_argument("--data", help="folder of shards (default: the run's)")
     parser.add_argument("--tokens", type=int, default=2**17, help="of the validation split (131072)")
+    parser.add_argument("--limit", type=int, default=2000, help="examples of each task (2000)")
     parser.add_argument("--results", default=RESULTS, type=Path, help="folder of the records (results)")
     parser.add_argument("--table", action="store_true", help="print the results")
     args = parser.parse_args(argv)

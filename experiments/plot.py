@@ -92,64 +92,101 @@ def loss_curve(ax, runs: list[dict], label: str, **style):
     return iters
 
 
+CURVES = {
+    "recall_p6b3": "recall, trained at many r",
+    "abbie_d_p6b3": "abbie_d, trained at many r",
+    "abbie_d_2_8k": "abbie_d, trained at r = 2",
+}
+CONTROLS = {
+    "std_8k": "Std, equal parameters and tokens",
+    "std_ten": "Std of ten blocks, equal FLOPs and tokens",
+    "std_more": "Std, equal parameters and FLOPs, 2.4 times the tokens",
+}
+
+
 def more_iterations(folder: Path, path: Path):
-    """The figure at the top of the README: loss against r of a model trained at many r, with its controls."""
+    """The figure at the top of the README: loss and accuracy against r of a model trained at many r, with its
+    controls."""
     found = runs_of(folder)
     check("recall_p6b3" in found, "results/study.jsonl has no row recall_p6b3 yet")
-    figure, ax = plt.subplots(figsize=(7.5, 4.6), layout="constrained")
-    ax.axvspan(2, 10, color="#d62728", alpha=0.07, linewidth=0)  # from the 10th to the 90th percentile
-    small = {"fontsize": "small", "va": "bottom"}
-    where = ax.get_xaxis_transform()  # x in data, y in shares of the panel
-    ax.text(4.5, 1.0, "8 of 10 steps of training", color="#a03030", ha="center", transform=where, **small)
-    curves = {
-        "recall_p6b3": "recall, trained at many r",
-        "abbie_d_p6b3": "abbie_d, trained at many r",
-        "abbie_d_2_8k": "abbie_d, trained at r = 2",
-    }
+    curves = dict(CURVES)
     if "abbie_d_2_8k" not in found:  # the same run in less precision, read on a quarter of the bytes
         curves["abbie_d_longer"] = "abbie_d, trained at r = 2 (bf16, 65,536 bytes)"
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(11.5, 4.6), layout="constrained", width_ratios=(1.7, 1)
+    )
+    small, grey = {"fontsize": "small", "va": "bottom"}, colour_of("std")
+    for ax in (left, right):
+        ax.axvspan(2, 10, color="#d62728", alpha=0.07, linewidth=0)  # from the 10th to the 90th percentile
+        where = ax.get_xaxis_transform()  # x in data, y in shares of the panel
+        ax.text(4.5, 1.0, "8 of 10 steps of training", color="#a03030", ha="center", transform=where, **small)
+
     iters = [1, 32]
     for (row, label), style in zip(curves.items(), ("-", "-", "--", "--")):
         if row in found:
             n = f" ({len(found[row])} seeds)" if len(found[row]) > 1 else ""
-            iters = loss_curve(ax, found[row], label + n, color=colour_of(row), marker="o", linestyle=style)
-    controls = {
-        "std_8k": "Std, equal parameters and tokens",
-        "std_ten": "Std of ten blocks, equal FLOPs and tokens",
-        "std_more": "Std, equal parameters and FLOPs, 2.4 times the tokens",
-    }
-    for row, label in controls.items():
-        if row in found:
-            loss = statistics.mean(run["val_loss"]["1"] for run in found[row])
-            ax.axhline(loss, color=colour_of("std"), linestyle="--", linewidth=1)
-            ax.text(32, loss, f"{label}: {loss:.3f}", ha="right", color="#333333", **small)
-    set_iters(ax, iters, ylabel="validation loss, nats per byte")
-    legend_below(ax, columns=3)
+            iters = loss_curve(left, found[row], label + n, color=colour_of(row), marker="o", linestyle=style)
+    tasks = {"cloze": "-", "lastword": ":"}
+    for task, style in tasks.items():
+        runs = [run["tasks"][task]["iters"] for run in found["recall_p6b3"]]
+        columns = list(runs[0])
+        accuracies = [[100 * run[r]["acc"] for run in runs] for r in columns]
+        means = [statistics.mean(seeds) for seeds in accuracies]
+        depths, red = list(map(int, columns)), colour_of("recall")
+        right.plot(depths, means, color=red, marker="o", linestyle=style, label=f"recall, {task}")
+        bands = [min(seeds) for seeds in accuracies], [max(seeds) for seeds in accuracies]
+        right.fill_between(depths, *bands, color=red, alpha=0.2, linewidth=0)
+
+    for row, label in CONTROLS.items():
+        if row not in found:
+            continue
+        loss = statistics.mean(run["val_loss"]["1"] for run in found[row])
+        left.axhline(loss, color=grey, linestyle="--", linewidth=1)
+        left.text(32, loss, f"{label}: {loss:.3f}", ha="right", color="#333333", **small)
+        for task in tasks:
+            runs = [run["tasks"][task]["iters"]["1"]["acc"] for run in found[row]]
+            right.axhline(100 * statistics.mean(runs), color=grey, linestyle="--", linewidth=1)
+            name = label.partition(",")[0] if row == "std_ten" else label.rpartition(", ")[2]
+            beside = {**small, "va": "top"} if row == "std_8k" else small  # of its line: no curve is there
+            right.text(8, 100 * statistics.mean(runs), f"Std, {name}", ha="right", color="#333333", **beside)
+    set_iters(left, iters, ylabel="validation loss, nats per byte")
+    set_iters(right, [1, 2, 4, 8], ylabel="accuracy in %")
+    legend_below(left, columns=3)
+    legend_below(right)
     save(figure, path)
 
 
 def exits(folder: Path, path: Path):
-    """Loss against iterations per token: at fixed r and with early exit, with both caches."""
+    """Loss, and accuracy, against iterations per token: at fixed r and with early exit."""
     found = read("exits", folder)
     check(bool(found), "results/exits.jsonl is not there yet")
-    figure, axes = plt.subplots(
-        1, len(found), figsize=(6 * len(found), 4.4), layout="constrained", squeeze=False
+    figure, panels = plt.subplots(
+        2, len(found), figsize=(5.5 * len(found), 8), layout="constrained", squeeze=False
     )
-    for ax, run in zip(axes[0], found):
+    for (above, below), run in zip(panels.T, found):
+        fixed, rules = ["2", "3", "4", "6", "8"], [name for name in run["full"] if name.startswith("kl")]
         colour = colour_of(run["rule"])
-        for cache, marker, beside in (("full", "o", (6, 4)), ("last", "s", (-30, -9))):
-            fixed = [(r, run[cache][str(r)]["loss"]) for r in (2, 3, 4, 6, 8)]
-            rules = [name for name in run[cache] if name.startswith("kl")]
-            early = [(run[cache][name]["iters"], run[cache][name]["loss"]) for name in rules]
-            size = {"marker": marker, "markersize": 5}
-            ax.plot(*zip(*fixed), color="#555555", linestyle=":", label=f"fixed r, cache {cache}", **size)
-            ax.plot(*zip(*early), color=colour, label=f"early exit (kl), cache {cache}", **size)
-            for (x, y), name in zip(early, rules):
-                ax.annotate(name[3:], (x, y), beside, textcoords="offset points", fontsize="small")
-        ax.set_xlabel("iterations per token, mean")
-        ax.set_ylabel("validation loss, nats per token")
-        ax.set_title(f"{run['rule']}, trained at {run['trained_iters']}")
-    legend_below(axes[0, 0], columns=2)
+
+        def draw(ax, columns, points, what, marker, **style):
+            """points: {column: {"iters": mean, what: value}}."""
+            x, y = ([points[name][key] for name in columns] for key in ("iters", what))
+            ax.plot(x, y, marker=marker, markersize=5, **style)
+
+        for cache, marker in (("full", "o"), ("last", "s")):
+            of = f"cache {cache}"
+            draw(above, fixed, run[cache], "loss", marker, color="#555555", ls=":", label=f"fixed r, {of}")
+            draw(above, rules, run[cache], "loss", marker, color=colour, label=f"early exit (kl), {of}")
+        for task, marker in zip(run.get("tasks", {}), "o^"):
+            points = run["tasks"][task]
+            draw(below, fixed, points, "acc", marker, color="#555555", ls=":", label=f"{task}, fixed r")
+            draw(below, rules, points, "acc", marker, color=colour, label=f"{task}, early exit (kl)")
+        above.set(title=f"{run['ckpt']}, {run['data']}", ylabel="validation loss, nats per byte")
+        below.set(xlabel="iterations per token, mean", ylabel="accuracy")
+        if "tasks" in run:
+            legend_below(below)
+        else:
+            below.set_visible(False)
+    legend_below(panels[0, 0])
     save(figure, path)
 
 
