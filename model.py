@@ -52,9 +52,7 @@ class AbbIEConfig:
     block_size: int = key(1024, "longest context in tokens", least=2)
     n_embd: int = key(1024, "width D of the residual stream", least=1)
     n_attn_heads: int = key(16, "attention heads, of n_embd / n_attn_heads channels each", least=1)
-    n_kv_heads: int | None = key(
-        None, "heads of keys and values (None: one for every attention head)", least=1
-    )
+    n_kv_heads: int | None = key(None, "heads of keys and values (None: n_attn_heads)", least=1)
     ffn_dim: int = key(2816, "hidden width of the SwiGLU MLP", least=1)
     n_head_blocks: int = key(8, "blocks of the Head, applied once", least=0)
     n_body_blocks: int = key(8, "blocks of the Body, applied `iters` times", least=1)
@@ -65,9 +63,7 @@ class AbbIEConfig:
     tie_embeddings: bool = key(True, "the unembedding is the embedding")
     rule: str = key("abbie_d", "how one iteration follows another", choices=tuple(RULES))
     iters: int | str = key(2, "iterations of the Body in training: 2, a range '1-3', or 'poisson:4'")
-    backprop_iters: int = key(
-        0, "gradients reach the updates of the last N iterations only (0: all)", least=0
-    )
+    backprop_iters: int = key(0, "gradients reach the last N iterations' updates only (0: all)", least=0)
 
     def __post_init__(self):
         if self.n_kv_heads is None:
@@ -82,9 +78,8 @@ class AbbIEConfig:
         check(D % (2 * H) == 0, f"n_embd={D} is no even multiple of n_attn_heads={H}")
         check(H % K == 0, f"n_kv_heads={K} must divide n_attn_heads={H}")
         kind, _, high = parse_iters(self.iters)
-        check(
-            kind == "poisson" or high <= most, f"rule {self.rule} allows iters up to {most}, not {self.iters}"
-        )
+        allowed = kind == "poisson" or high <= most
+        check(allowed, f"rule {self.rule} allows iters up to {most}, not {self.iters}")
 
     @property
     def attn_head_dim(self) -> int:
