@@ -11,7 +11,7 @@ from checkpoint import load_model
 from config import load_config
 from data import Shards
 from eval_icl import evaluate_loss
-from experiments import append, evaluation, hops, partition, plot, read, speed, study
+from experiments import append, evaluation, hops, induction, partition, plot, read, speed, study
 from model import AbbIE, AbbIEConfig, UserError
 
 SHAPE = dict(vocab_size=257, block_size=32, n_embd=32, n_attn_heads=2, ffn_dim=64)
@@ -332,3 +332,36 @@ def test_nanogpt_is_asked_for_where_it_is_missing():
     config = load_config(["config/std_tiny.py"])
     with pytest.raises(UserError, match="git clone https://github.com/karpathy/nanoGPT"):
         speed.load_nanogpt("", config)  # not our own model.py
+
+
+# ------------------------------------------------------------------------------ finding again what was read
+
+
+class Copier(AbbIE):
+    """From r = 2 on predicts what followed the same two tokens the last time; else any token."""
+
+    def logits_at(self, idx, iters):
+        for r in iters:
+            logits = torch.zeros(*idx.shape, 257)
+            for b, row in enumerate(idx.tolist() if r > 1 else []):
+                followed = {}
+                for t in range(1, len(row)):
+                    followed[tuple(row[t - 2 : t])] = row[t]
+                    seen = followed.get(tuple(row[t - 1 : t + 1]))
+                    if seen is not None:
+                        logits[b, t, seen] = 9.0
+            yield logits
+
+
+def test_a_model_that_looks_up_is_told_from_one_that_does_not(corpus, tmp_path, monkeypatch):
+    copier = model_of(Copier)
+    copier.meta = {"tokenizer": "bytes", "data": str(corpus)}
+    monkeypatch.setattr(induction, "load_model", lambda _: copier)
+    monkeypatch.setattr(induction, "STRINGS", 4)
+    monkeypatch.setattr(induction, "WINDOWS", 8)
+    induction.main(["--ckpt", "a-model", "--iters", "1,2", "--results", str(tmp_path)])
+    (run,) = read("induction", tmp_path)
+    one, two = run["iters"]["1"], run["iters"]["2"]
+    assert one["first_copy"] == one["second_copy"] == pytest.approx(5.549, abs=1e-3)  # ln 257
+    assert two["second_copy"] < 2 < two["first_copy"]
+    assert len(two["text_by_quarter"]) == 4
