@@ -16,8 +16,6 @@ from data import get_tokenizer
 from decode import generate, lay_out_for_decoding, quantize
 from model import UserError
 
-# ------------------------------------------------------------------------------------------------------- text
-
 
 def test_characters_that_span_tokens_come_whole(monkeypatch):
     def speak(ids: bytes) -> list[str]:
@@ -29,17 +27,12 @@ def test_characters_that_span_tokens_come_whole(monkeypatch):
     assert "".join(speak(b"\xffa")) == "\ufffda"
 
 
-# ----------------------------------------------------------------------------------------------- command line
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A working directory with two checkpoints, the second one newer."""
     folder = tmp_path_factory.mktemp("work")
     for name, seed in (("old", 1), ("new", 2)):
-        model = make(seed, vocab_size=257, block_size=64)
-        save(folder / "out" / name, 1, model)
-    save(folder / "strange", 1, model, tokenizer="nonsense")
+        save(folder / "out" / name, 1, make(seed, vocab_size=257, block_size=64))
     (folder / "prompt.txt").write_text("def ")
     (folder / "latin.txt").write_bytes(b"\xff\xfe")
     return folder
@@ -58,6 +51,12 @@ def cli(folder, monkeypatch, capsys):
     return run
 
 
+def best(model, n: int, iters: int) -> str:
+    """The text that the best tokens make after "def "."""
+    [ids] = generate(model, [list(b"def ")], n, iters, stop_token=256)
+    return get_tokenizer("bytes").decode(ids)
+
+
 def start(folder, *flags, **pipes) -> subprocess.Popen:
     """sample.py in a process of its own."""
     command = [sys.executable, str(ROOT / "sample.py"), *flags]
@@ -66,22 +65,25 @@ def start(folder, *flags, **pipes) -> subprocess.Popen:
 
 
 def test_only_generated_text_is_on_stdout_from_the_newest_checkpoint(cli):
-    [new] = generate(load_model("out/new"), [list(b"def ")], 20, 3, stop_token=256)
-    out, err = cli("--prompt", "def ", "--iters=3", "--temperature=0")
-    assert out == get_tokenizer("bytes").decode(new) + "\n"
+    flags = ["--iters=3", "--temperature=0"]
+    out, err = cli("--prompt", "def ", *flags)
+    assert out == best(load_model("out/new"), 20, 3) + "\n"
     assert "def " in err and "tokens/s" in err and "3 iterations per token" in err
-    assert cli("--prompt_file=prompt.txt", "--iters", "3", "--temperature", "0").out == out
-    assert cli("--iters=3", "--temperature=0", stdin="def ").out == out
-    drafted = cli("--prompt", "def ", "--iters=3", "--temperature=0", "--draft_iters=1")
+    assert cli("--prompt_file=prompt.txt", *flags).out == out
+    assert cli(*flags, stdin="def ").out == out
+    drafted = cli("--prompt", "def ", *flags, "--draft_iters=1")
     assert drafted.out == out and "drafted tokens accepted" in drafted.err
-    assert cli("--prompt", "def ", "--iters=3", "--temperature=0", "--ckpt=out/old").out != out
+    older = cli("--prompt", "def ", *flags, "--ckpt=out/old").out
+    assert older == best(load_model("out/old"), 20, 3) + "\n" != out
 
 
-def test_flags_of_sampling(cli):
-    out = cli("--prompt", "def ", "--num_samples=2", "--seed=5").out
-    assert cli("--prompt", "def ", "--num_samples=2", "--seed=5").out == out
-    alone = [cli("--prompt", "def ", f"--seed={seed}").out for seed in (5, 6)]
-    assert out == "".join(alone) and alone[0] != alone[1]
+def test_a_seed_repeats_its_samples_which_are_numbered_from_it(cli):
+    five, six = (cli("--prompt", "def ", f"--seed={seed}").out for seed in (5, 6))
+    assert cli("--prompt", "def ", "--num_samples=2", "--seed=5").out == five + six
+    assert five != six
+
+
+def test_early_exit_reports_its_iterations_and_compare_has_a_column_each(cli):
     report = cli("--prompt", "def ", "--iters=8", "--exit", "kl:1e-2").err
     assert "iterations per token (" in report and "%" in report
     side = cli("--prompt", "def ", "--compare=1,2,4").out
@@ -90,17 +92,14 @@ def test_flags_of_sampling(cli):
 
 def test_sampling_in_lower_precision(cli):
     flags = ["--prompt", "def ", "--temperature=0", "--iters=2"]
-    model = lay_out_for_decoding(load_model("out/new").bfloat16())
-    [new] = generate(model, [list(b"def ")], 20, 2, stop_token=256)
-    assert cli(*flags, "--dtype=bfloat16").out == get_tokenizer("bytes").decode(new) + "\n"
-    [new] = generate(quantize(load_model("out/new")), [list(b"def ")], 20, 2, stop_token=256)
-    assert cli(*flags, "--dtype=int8").out == get_tokenizer("bytes").decode(new) + "\n"
+    half = lay_out_for_decoding(load_model("out/new").bfloat16())
+    assert cli(*flags, "--dtype=bfloat16").out == best(half, 20, 2) + "\n"
+    assert cli(*flags, "--dtype=int8").out == best(quantize(load_model("out/new")), 20, 2) + "\n"
 
 
 def test_text_comes_while_it_is_generated(folder):
     """Killed at its first bytes, the process has written the beginning of its text and not the end."""
-    [new] = generate(load_model(folder / "out" / "new"), [list(b"def ")], 150, 8)
-    whole = get_tokenizer("bytes").decode(new).encode()
+    whole = best(load_model(folder / "out" / "new"), 150, 8).encode()
     flags = ["--prompt=def ", "--iters=8", "--temperature=0", "--max_new_tokens=2000"]  # for seconds
     with start(folder, *flags, stderr=subprocess.PIPE) as process:
         first = os.read(process.stdout.fileno(), 1)
@@ -109,7 +108,7 @@ def test_text_comes_while_it_is_generated(folder):
         out, err = process.communicate()
     assert alive and process.returncode == -signal.SIGKILL and b"tokens/s" not in err
     out = first + out
-    assert 256 not in new and len(out) < len(whole) and whole.startswith(out)
+    assert len(out) < len(whole) and whole.startswith(out)
 
 
 def test_a_terminal_without_a_prompt_is_interactive(folder, cli):
@@ -127,40 +126,22 @@ def test_a_terminal_without_a_prompt_is_interactive(folder, cli):
     assert err.index(b"the prompt is empty") < err.index(b"tokens/s")
 
 
-def test_an_error_is_short(folder):
-    with start(folder, "--prompt=a", "--iters=0", stderr=subprocess.PIPE) as process:
-        out, err = process.communicate(timeout=300)
-    assert process.returncode == 2 and out == b""
-    assert err.startswith(b"error: iters=0") and len(err.splitlines()) <= 3
-
-
 @pytest.mark.parametrize(
     "args, message",
     [
         (["--prompt", ""], "the prompt is empty"),
         (["--prompt", "x" * 65], "65 tokens, the model's context 64"),
-        (["--prompt=a", "--iters=1000000000"], "1 to 128"),
-        (["--prompt=a", "--iters=two"], "invalid int value"),
-        (["--prompt=a", "--ckpt=strange"], "unknown tokenizer 'nonsense'"),
-        (["--prompt=a", "--ckpt=prompt.txt"], "is no checkpoint"),
-        (["--prompt=a", "--prompt_file=prompt.txt"], "not allowed with"),
         (["--prompt_file=latin.txt"], "no UTF-8"),
         (["--prompt=a", "--draft_iters=2"], "draft_iters=2 must be below iters=2"),
         (["--prompt=a", "--draft_iters=1", "--cache=last"], "drafting needs cache=full"),
         (["--prompt=a", "--draft_iters=1", "--exit=kl:1"], "exclude each other"),
-        (["--prompt=a", "--exit=entropy:1"], "give kl:1e-3"),
         (["--prompt=a", "--exit=kl:0"], "give kl:1e-3"),
         (["--prompt=a", "--exit=mean:2", "--iters=4"], "needs the model's training data"),
-        (["--prompt=a", "--temperature=-1"], "temperature=-1"),
         (["--prompt=a", "--temperature=nan"], "temperature=nan"),
         (["--prompt=a", "--top_p=0"], "top_p=0"),
-        (["--prompt=a", "--top_k=-1"], "top_k=-1"),
         (["--prompt=a", "--num_samples=0"], "num_samples=0"),
         (["--prompt=a", "--cache=half"], "neither full nor last"),
-        (["--prompt=a", "--dtype=int4"], "invalid choice: 'int4'"),
-        (["--prompt=a", "--compare=1,x"], "compare='1,x'"),
         (["--prompt=a", "--compare=1,2", "--iters=2"], "leave out --iters"),
-        (["--prompt=a", "--device=tpu"], "device=tpu cannot be used"),
         (["--promt=a"], "did you mean --prompt?"),
     ],
 )
