@@ -5,7 +5,6 @@ import os
 import statistics
 
 import pytest
-import torch
 from common import ROOT
 
 import bench
@@ -32,52 +31,47 @@ def run(capfd, *argv) -> dict:
 
 
 def test_training_is_measured_for_every_side_and_iters(capfd, tmp_path):
-    out = tmp_path / "result.json"
-    argv = ["train", *TOY, "--rounds=3", "--steps=1", "--iters=1,2,4", "--side", "iters=1 n_body_blocks=2"]
-    result = run(capfd, *argv, "--out", out)
+    out, other = tmp_path / "result.json", "iters=1 n_body_blocks=2"
+    options = ["--rounds=3", "--steps=1", "--iters=1,2,4", "--side", other, "--out", out]
+    result = run(capfd, "train", *TOY, *options)
     assert json.loads(out.read_text()) == result
-    cells, sides, can = result["cells"], result["sides"], result["machine"]
-    names = ["as given", "iters=1 n_body_blocks=2"]
-    assert [cell["side"] for cell in cells] == [names[0]] * 3 + [names[1]]
-    assert [cell["iters"] for cell in cells] == [1, 2, 4, 1]
+    cells = result["cells"]
+    what = [(cell["side"], cell["iters"]) for cell in cells]
+    assert what == [("as given", 1), ("as given", 2), ("as given", 4), (other, 1)]
 
     # FLOPs count the Body r times, so r = 2 of one Body block costs what two Body blocks cost.
     model = AbbIE(load_config(TOY).model_config(300))
-    assert [cell["flops_per_token"] for cell in cells[:3]] == [model.flops_per_token(r) for r in (1, 2, 4)]
-    assert cells[1]["flops_per_token"] == cells[3]["flops_per_token"]
-    assert sides[names[0]]["n_params"] == model.n_params() < sides[names[1]]["n_params"]
+    flops = [model.flops_per_token(r) for r in (1, 2, 4, 2)]
+    assert [cell["flops_per_token"] for cell in cells] == flops
+    assert result["sides"]["as given"]["n_params"] == model.n_params()
 
     for cell in cells:
         rates = cell["tokens_per_s_rounds"]
         assert len(rates) == 3 and cell["tokens_per_s"] == statistics.median(rates) > 0
-        assert cell["mfu"] == pytest.approx(cell["tokens_per_s"] * cell["flops_per_token"] / can["float32"])
-        assert cell["mfu_of"] == "measured matmul", "no data sheet for this CPU"
+        flops_per_s = cell["tokens_per_s"] * cell["flops_per_token"]
+        assert cell["mfu"] == pytest.approx(flops_per_s / result["machine"]["float32"])
         paired = [a / b for a, b in zip(rates, cells[0]["tokens_per_s_rounds"])]
         assert cell["tokens_per_s_to_first"] == pytest.approx(statistics.median(paired))
         assert cell["peak_memory_bytes"] > 2**26, "a process with PyTorch"
-    assert cells[0]["tokens_per_s_to_first"] == 1
-    assert result["versions"]["torch"] == torch.__version__
 
 
 def test_what_is_measured_is_the_training_step_of_train(monkeypatch):
-    seen, train_step = [], train.train_step
+    seen = []
 
-    def counted(net, optimizer, batches, iters, *rest):
+    def train_step(net, optimizer, batches, iters, *rest):
         seen.append((len(batches), tuple(batches[0][0].shape), iters))
-        return train_step(net, optimizer, batches, iters, *rest)
 
-    monkeypatch.setattr(train, "train_step", counted)
+    monkeypatch.setattr(train, "train_step", train_step)
     side = bench.train_side(load_config(TOY), [1, 3], 5)
     next(side)
     seen.clear()
-    measured = next(side)
+    next(side)
     assert seen == [(2, (2, 32), 1)] * 5 + [(2, (2, 32), 3)] * 5
-    assert all(figures["tokens_per_s"] > 0 for figures in measured)
 
 
-@pytest.mark.parametrize("batch, iters", [(1, 1), (4, 3)])
-def test_bytes_of_a_decoded_token(batch, iters):
+def test_bytes_of_a_decoded_token():
     """Every weight that a step reads, once per iteration and shared by the batch, and the row's cache."""
+    batch, iters = 4, 3
     [cell] = next(bench.decode_side(load_config(TOY), "", [batch], [iters], 0, 8))["cells"]
     D, M, V = 32, 64, 320
     weights = (2 + iters) * (4 * D * D + 3 * D * M + 2 * D) + V * D
