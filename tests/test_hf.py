@@ -25,7 +25,6 @@ from checkpoint import load_model
 from data import Shards, get_tokenizer
 from decode import generate
 from hf import export
-from hf.llama import to_llama
 from model import RULES, UserError
 
 END = "<|endoftext|>"
@@ -105,37 +104,32 @@ def test_every_rule_gives_our_logits_at_every_r_and_comes_back(tmp_path, rule):
     again = load_model(f"hf:{tmp_path / 'x'}")
     assert again.config == model.config and again.meta["tokenizer"] == "bytes"
     assert torch.equal(again(idx)[0], model(idx)[0])
-    recut = load_model(f"hf:{tmp_path / 'x'}", rule="recall", n_head_blocks=2, n_body_blocks=1)
-    assert cut(recut) == [2, 1, 1]
 
 
-@pytest.mark.parametrize("rule", ["abbie_d", "recall", "zero_pt"])
+@pytest.mark.parametrize("rule", ["abbie_d", "zero_pt"])
 def test_generate_is_our_decoding_with_either_cache_and_without_in_padded_batches(tmp_path, rule):
     model, theirs = exported(tmp_path / "x", rule=rule)
     for r in (1, 2, 4):  # more and fewer than config.iters
         expected = generate(model, PROMPTS, 12, r)
         assert greedy(theirs, iters=r) == expected == greedy(theirs, iters=r, use_cache=False)
-    beams = dict(num_beams=3, iters=4)
-    assert greedy(theirs, **beams) == greedy(theirs, use_cache=False, **beams)
+    beams = greedy(theirs, num_beams=3, iters=4)
+    assert beams == greedy(theirs, num_beams=3, iters=4, use_cache=False)
     last = load_theirs(tmp_path / "x", iters=4, cache_mode="last")
     assert greedy(last) == generate(model, PROMPTS, 12, 4, cache_mode="last") != greedy(theirs, iters=4)
 
 
 def test_the_cache_has_a_slot_per_iteration_and_block_and_knows_what_it_holds(tmp_path):
     _, theirs = exported(tmp_path / "x")
-    idx = tokens(vocab=257)
-    out = theirs(idx, iters=3)
-    cache = getattr(out, "cache", None) or out.past_key_values
-    assert len(cache) == 2 + 3 * 2 and theirs.config.num_hidden_layers == 2 + 2 * 2
+    assert theirs.config.num_hidden_layers == 2 + 2 * 2
     assert load_theirs(tmp_path / "x", cache_mode="last").config.num_hidden_layers == 2 + 2
-    more = theirs(idx[:, :3], past_key_values=cache, iters=3).logits  # several tokens after others
-    assert same(more, theirs(torch.cat((idx, idx[:, :3]), 1), iters=3).logits[:, -3:])
-    with pytest.raises(ValueError, match="holds 27 tokens, but not of so many iterations"):
+    idx, cache = tokens(vocab=257), transformers.DynamicCache()
+    whole = theirs(idx, iters=3).logits
+    parts = [theirs(part, past_key_values=cache, iters=3).logits for part in idx.split((20, 3, 1), 1)]
+    assert same(torch.cat(parts, 1), whole)
+    with pytest.raises(ValueError, match="holds 24 tokens, but not of so many iterations"):
         theirs(idx[:, :1], past_key_values=cache, iters=4)
     with pytest.raises(ValueError, match="33 tokens do not fit into a context of 32"):
         theirs(tokens(length=33))
-    with pytest.raises(ValueError, match="rule abbie_d runs at any integer from 1 to 128"):
-        theirs(idx, iters=0)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -186,26 +180,25 @@ def test_the_command_writes_a_folder_that_explains_itself(tmp_path, capsys):
     save(tmp_path / "run", 1, ours())
     command = ["--ckpt", str(tmp_path / "run"), "--out", str(tmp_path / "x"), "--iters=4"]
     export.main(command)
-    out, names = capsys.readouterr().out, {path.name for path in (tmp_path / "x").iterdir()}
-    assert "abbie_d, 1 + 2 x r + 1 blocks, iters 4" in out and all(name in out for name in names)
+    out = capsys.readouterr().out
+    assert "abbie_d, 1 + 2 x r + 1 blocks, iters 4" in out
+    assert all(path.name in out for path in (tmp_path / "x").iterdir())
     assert (tmp_path / "x/model.py").read_bytes() == (ROOT / "model.py").read_bytes()
     assert "--iters=4`" in (tmp_path / "x/README.md").read_text()
     assert load_theirs(tmp_path / "x").config.iters == 4
     refused("is there already, and no empty folder", export.main, command)
 
 
-FILES = ["config.json", "model.py", "modeling_abbie.py", "model.safetensors", "tokenizer.json"]
-
-
-@pytest.mark.parametrize("name", FILES)
-def test_a_changed_or_missing_file_is_refused(tmp_path, name):
+def test_a_changed_or_missing_file_is_refused(tmp_path):
     export.export(ours(), tmp_path / "x")
-    path = tmp_path / "x" / name
-    data = path.read_bytes()
-    path.write_bytes(data[:-2] + bytes([data[-2] ^ 1]) + data[-1:])
-    refused(f"{name} is missing or damaged", load_model, f"hf:{tmp_path / 'x'}")
-    path.unlink()
-    refused(f"{name} is missing or damaged", load_model, f"hf:{tmp_path / 'x'}")
+    for name in ("config.json", "model.py", "modeling_abbie.py", "model.safetensors", "tokenizer.json"):
+        path = tmp_path / "x" / name
+        data = path.read_bytes()
+        path.write_bytes(data[:-2] + bytes([data[-2] ^ 1]) + data[-1:])
+        refused(f"{name} is missing or damaged", load_model, f"hf:{tmp_path / 'x'}")
+        path.unlink()
+        refused(f"{name} is missing or damaged", load_model, f"hf:{tmp_path / 'x'}")
+        path.write_bytes(data)
 
 
 def test_the_tokenizer_of_bytes(tmp_path):
@@ -240,9 +233,7 @@ def write_llama(folder, max_shard_size="1GB", dtype=torch.float32, **keys):
             noise = torch.randn_like(p)
             p.copy_(noise / p.shape[-1] ** 0.5 if p.dim() == 2 else 1 + 0.2 * noise)
     model.to(dtype).save_pretrained(folder, max_shard_size=max_shard_size)
-    model = transformers.LlamaForCausalLM.from_pretrained(folder, torch_dtype=torch.float32).eval()
-    model.generation_config.eos_token_id = None
-    return model
+    return transformers.LlamaForCausalLM.from_pretrained(folder, torch_dtype=torch.float32).eval()
 
 
 def write_tokenizer(folder):
@@ -275,42 +266,25 @@ def damaged(llama, tmp_path):
     return Path(shutil.copytree(llama, tmp_path / "damaged"))
 
 
-def assert_the_same(model, theirs):
-    """At r = 1: logits, all gradients and greedy decoding."""
-    idx = tokens(vocab=257)
-    logits, loss = model(idx[:, :-1], idx[:, 1:], iters=1)
-    expected = theirs(idx, labels=idx)
-    assert same(logits, expected.logits[:, :-1])
-    loss.backward()
-    expected.loss.backward()
-    grads = to_llama(model.config, {name: p.grad for name, p in model.named_parameters()})
-    for name, p in theirs.named_parameters():
-        assert same(grads[name], p.grad), name
-    assert greedy(theirs) == generate(model, PROMPTS, 12, 1)
+SHAPES = [
+    dict(),
+    dict(tie_word_embeddings=False, num_key_value_heads=4, max_shard_size="20KB"),  # in several files
+    dict(rope_theta=5e5, rms_norm_eps=1e-2, num_hidden_layers=2, dtype=torch.bfloat16),
+]
 
 
-SHAPES = {
-    "tied, grouped heads": dict(),
-    "untied, sharded, no groups": dict(
-        tie_word_embeddings=False, num_key_value_heads=4, max_shard_size="20KB"
-    ),
-    "another base and epsilon": dict(rope_theta=5e5, rms_norm_eps=1e-2, num_key_value_heads=1),
-    "stretched wavelengths": rope(),
-    "bfloat16, two layers": dict(dtype=torch.bfloat16, num_hidden_layers=2),
-}
-
-
-@pytest.mark.parametrize("keys", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("keys", SHAPES)
 def test_one_iteration_is_the_llama(tmp_path, keys):
-    theirs, model = write_llama(tmp_path, **keys), load_model(f"hf:{tmp_path}")
-    assert_the_same(model, theirs)
-    assert not model.embed.weight[300:].any() and not model.unembed.weight[300:].any()  # padding
+    theirs, idx = write_llama(tmp_path, **keys), tokens(vocab=300)
+    model = load_model(f"hf:{tmp_path}")
+    assert same(model(idx, iters=1)[0], theirs(idx).logits)
 
 
 def test_a_long_context_is_as_exact(tmp_path):  # angles of a thousand radians show every rounding
     long = rope(original_max_position_embeddings=512, rope_theta=5e5)
     theirs = write_llama(tmp_path, hidden_size=128, max_position_embeddings=8192, **long)
-    model, idx = load_model(f"hf:{tmp_path}"), tokens(vocab=300, batch=1, length=2048)
+    model = load_model(f"hf:{tmp_path}")
+    idx = tokens(vocab=300, batch=1, length=2048)
     assert model.config.block_size == 2048  # of 8192: a cache holds as many
     assert same(model(idx, iters=1)[0], theirs(idx).logits)
 
@@ -324,7 +298,8 @@ def test_what_older_versions_write_is_understood(tmp_path):
     safetensors.torch.save_file(weights, path)
     scaling = {"type": "llama3", **{k: v for k, v in STRETCH.items() if k != "rope_type"}}
     edit(tmp_path, rope_parameters=None, rope_theta=500.0, rope_scaling=scaling)
-    assert_the_same(load_model(f"hf:{tmp_path}"), theirs)
+    idx = tokens(vocab=300)
+    assert same(load_model(f"hf:{tmp_path}")(idx, iters=1)[0], theirs(idx).logits)
     weights["lm_head.weight"][7, 7] += 1
     safetensors.torch.save_file(weights, path)
     refused("lm_head.weight is not the embedding, although", load_model, f"hf:{tmp_path}")
@@ -347,14 +322,10 @@ def test_the_cut_and_the_recurrence_are_chosen_at_loading(llama):
 REFUSED = [
     (dict(attention_bias=True, hidden_act="gelu"), "not have: hidden_act='gelu', attention_bias=True"),
     (dict(head_dim=16), "head_dim=16"),
-    (dict(model_type="mistral", auto_map={"AutoModel": "x.Y"}), "model_type='mistral', auto_map="),
     (rope(rope_type="yarn"), "rope_type='yarn'"),
     (rope(factor="8"), "factor='8' is no positive number"),
     (dict(num_hidden_layers=6), "disagree on 9 tensors\nmodel.layers.5"),
-    (dict(num_hidden_layers=4), "disagree on 9 tensors\nmodel.layers.4"),
     (dict(num_key_value_heads=3), "n_kv_heads=3"),
-    (dict(rms_norm_eps=float("nan")), "rms_norm_eps=nan"),
-    (dict(intermediate_size=96), "its weights do not fit its config\nsize mismatch"),
     (dict(intermediate_size=10**12), "its weights do not fit its config"),  # nor does it fit into memory
 ]
 
@@ -376,18 +347,13 @@ def test_a_damaged_folder_is_refused(damaged):
     refused("model.norm.weight is not finite", load_model, source)
     path.rename(damaged / "pytorch_model.bin")
     refused("has no model.safetensors\nweights must be .safetensors: no pickles", load_model, source)
-    (damaged / "config.json").write_text("{")
-    refused("config.json is missing or damaged", load_model, source)
     shutil.rmtree(damaged)
     refused("there is no such folder", load_model, source)
 
 
-@pytest.mark.parametrize("module", ["safetensors.torch", "tokenizers", "huggingface_hub"])
-def test_a_missing_package_is_named(llama, monkeypatch, module):
-    monkeypatch.setitem(sys.modules, module, None)
-    function = get_tokenizer if module == "tokenizers" else load_model
-    name = "hf:owner/repo" if module == "huggingface_hub" else f"hf:{llama}"
-    refused(f"pip install .*{module.split('.')[0]}", function, name)
+def test_a_missing_package_is_named(llama, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    refused("pip install .*tokenizers", get_tokenizer, f"hf:{llama}")
 
 
 def test_a_repository_is_downloaded_once_without_its_pickles(damaged, tmp_path, monkeypatch):
@@ -404,14 +370,14 @@ def test_a_repository_is_downloaded_once_without_its_pickles(damaged, tmp_path, 
     monkeypatch.setattr(constants, "ENDPOINT", hub.url)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    there = load_model("hf:owner/repo")
+    load_model("hf:owner/repo")
     hub.shutdown()
     hub.server_close()
     asked = [name for name, _ in hub.log]
     assert "model.safetensors" in asked and "pytorch_model.bin" not in asked
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    for again in (load_model("hf:owner/repo"), load_model(f"hf:{damaged}")):
-        assert torch.equal(again(tokens())[0], there(tokens())[0])
+    again, original = load_model("hf:owner/repo"), load_model(f"hf:{damaged}")
+    assert torch.equal(again(tokens())[0], original(tokens())[0])
     refused("hf:owner/other is no folder here, and cannot be downloaded", load_model, "hf:owner/other")
 
 
@@ -422,7 +388,8 @@ def test_the_tokenizer_reads_and_spells_exactly(llama):
     tokenizer = get_tokenizer(f"hf:{llama}")
     ids = tokenizer.encode_ordinary(TEXT)
     assert ids == BPE.encode_ordinary(TEXT)  # merges as in tiktoken, nothing cut or added, specials are text
-    assert tokenizer.name == f"hf:{llama}" and tokenizer.n_vocab == 300 and tokenizer.eot_token == 267
+    assert tokenizer.name == f"hf:{llama}"
+    assert tokenizer.n_vocab == 300
     assert tokenizer.decode(ids) == TEXT
     assert b"".join(tokenizer.decode_bytes([i]) for i in ids) == TEXT.encode()
     assert tokenizer.decode(tokenizer.encode_ordinary("🙂")[:1]) == "\ufffd"  # a part of a character
@@ -444,8 +411,6 @@ def test_a_sentencepiece_tokenizer_spells_exactly(damaged):
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a"))
     words.save(str(damaged / "tokenizer.json"))
     refused("does not spell bytes", get_tokenizer, f"hf:{damaged}")
-    (damaged / "tokenizer.json").write_text('{"model": 7}')
-    refused("tokenizer.json is missing or damaged", get_tokenizer, f"hf:{damaged}")
 
 
 def test_the_token_that_ends_a_text(damaged):
@@ -459,24 +424,21 @@ def test_the_token_that_ends_a_text(damaged):
 # --------------------------------------------------------------------------------- Llama's folders out
 
 
-@pytest.mark.parametrize(
-    "keys", [dict(rule="abbie_c", n_kv_heads=1), dict(rope_scaling=STRETCH, tie_embeddings=False)]
-)
+@pytest.mark.parametrize("keys", [dict(n_kv_heads=1), dict(rope_scaling=STRETCH, tie_embeddings=False)])
 def test_one_iteration_goes_out_as_a_llama_and_comes_back(tmp_path, keys):
-    model, path = ours(**keys), tmp_path / "x"
-    export.export(model, path, "llama")
-    theirs, report = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True)
+    model, idx = ours(rule="abbie_c", **keys), tokens(vocab=257)
+    export.export(model, tmp_path / "x", "llama")
+    theirs, report = AutoModelForCausalLM.from_pretrained(tmp_path / "x", output_loading_info=True)
     assert isinstance(theirs, transformers.LlamaForCausalLM) and not any(report.values())
-    theirs.generation_config.eos_token_id = None
-    assert_the_same(model, theirs.eval())
-    c = model.config
-    again = load_model(f"hf:{path}", rule=c.rule, n_head_blocks=1, n_body_blocks=2)
-    assert again.config == c and torch.equal(model(tokens(), iters=4)[0], again(tokens(), iters=4)[0])
+    assert same(theirs.eval()(idx).logits, model(idx, iters=1)[0])
+    again = load_model(f"hf:{tmp_path / 'x'}", rule="abbie_c", n_head_blocks=1, n_body_blocks=2)
+    assert again.config == model.config
+    assert torch.equal(again(idx, iters=4)[0], model(idx, iters=4)[0])
 
 
-@pytest.mark.parametrize("rule", ["abbie_d_literal", "zero_pt"])
-def test_rules_that_are_no_llama_are_not_exported_as_one(tmp_path, rule):
-    refused(f"rule {rule} is no Llama at r = 1", export.export, ours(rule=rule), tmp_path / "x", "llama")
+def test_a_rule_that_is_no_llama_is_not_exported_as_one(tmp_path):
+    model = ours(rule="zero_pt")
+    refused("rule zero_pt is no Llama at r = 1", export.export, model, tmp_path / "x", "llama")
     assert not (tmp_path / "x").exists()
 
 
