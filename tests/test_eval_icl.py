@@ -20,7 +20,7 @@ from common import ROOT, make, save
 import eval_icl
 from data import EVAL_SETS, Shards, documents, get_tokenizer
 from decode import KVCache, Stats, parse_exit, resolve_exit, step
-from eval_icl import BUILT_IN, TASKS, Example, encode_requests, load_tasks, main, run_tasks, score
+from eval_icl import BUILT_IN, Example, encode_requests, load_tasks, main, run_tasks, score
 from model import AbbIE, UserError
 
 SHAPE = {"vocab_size": 257, "block_size": 96}
@@ -150,16 +150,6 @@ def test_requests_are_the_harness_strings(name, icl):
     assert examples_of(name, icl)[-1] == REQUESTS[name]
 
 
-def test_the_docstring_shows_what_the_code_does():
-    text = eval_icl.__doc__
-    row = json.loads(text[text.index("{") : text.index("}}") + 2])
-    lines = [line.strip() for line in text.splitlines() if line.startswith('    "Question')]
-    requests = TASKS["arc_easy"].render(row).requests
-    assert len(lines) == len(requests) == 2
-    for (context, continuation), line in zip(requests, lines):
-        assert line.startswith(f"{json.dumps(context)}  {json.dumps(continuation)}")
-
-
 def test_whitespace_and_empty_contexts(tokenizer):
     assert encode_requests(tokenizer, [("a b  ", " c")]) == [(list(b"a b"), list(b"   c"))]
     assert encode_requests(tokenizer, [("", "word")]) == [([256], list(b"word"))]
@@ -175,11 +165,14 @@ def test_scores_equal_one_request_at_a_time(rule, batch_size, icl, tokenizer):
     model, iters = make(**SHAPE, rule=rule), [1, 2, 5]
     pairs = pairs_of(icl, tokenizer, *ROWS)
     pairs += encode_requests(tokenizer, [("x" * 150, " long"), ("", "none")])
+    context = list(b"The bee")
+    pairs.append((context, greedy_text(model, context, 4, iters=2)))
     scores, greedy, truncated, _ = score(model, pairs, iters, batch_size)
     expected = [[by_hand(model, pair, r) for r in iters] for pair in pairs]
     assert np.abs(scores - [[nats for nats, _ in row] for row in expected]).max() < 1e-4
     assert (greedy == [[hit for _, hit in row] for row in expected]).all()
-    assert truncated == [len(pairs) - 2]
+    assert truncated == [len(pairs) - 3]
+    assert greedy[-1, 1] and not greedy.all()
     assert np.abs(scores[:, 0] - scores[:, 2]).max() > 0.1  # r matters here
 
 
@@ -187,7 +180,7 @@ def test_scores_equal_one_request_at_a_time(rule, batch_size, icl, tokenizer):
 def adaptively_by_hand(model, context, continuation, exit, iters) -> tuple[float, Counter]:
     """A request read token by token with the full cache -> log-likelihood, and how many tokens ran so many
     iterations."""
-    cache, stats, total = KVCache(model, 1, iters, looks=exit.startswith("kl")), Stats(), 0.0
+    cache, stats, total = KVCache(model, 1, iters, looks=True), Stats(), 0.0
     idx = [*context, *continuation]
     for t, token in enumerate(idx[:-1]):
         logits = step(model, torch.tensor([[token]]), cache, rule=parse_exit(exit), stats=stats)
@@ -196,17 +189,16 @@ def adaptively_by_hand(model, context, continuation, exit, iters) -> tuple[float
     return total, stats.iters
 
 
-@pytest.mark.parametrize("exit", ["kl:3e-3", "u:5e-2"])
-def test_adaptive_scores_equal_token_by_token_reading(exit, icl, tokenizer):
-    model = make(**SHAPE, rule="abbie_d")
+def test_adaptive_scores_equal_token_by_token_reading(model, icl, tokenizer):
+    exit = "kl:3e-3"
     pairs = pairs_of(icl, tokenizer, "hellaswag")[:4] + pairs_of(icl, tokenizer, "arc_easy")[:6]
     scores, *_ = score(model, pairs, [1, 6, exit], batch_size=5)
     assert np.allclose(scores[:, :2], score(model, pairs, [1, 6])[0], atol=1e-5)
     found = [adaptively_by_hand(model, *pair, exit, 6) for pair in pairs]
     assert np.abs(scores[:, 2] - [nats for nats, _ in found]).max() < 1e-3
-    assert len(set().union(*(ran for _, ran in found))) > 1
-    mean_iters = np.mean(list(found[0][1].elements()))
-    assert score(model, pairs[:1], [6, exit])[3] == [6, pytest.approx(mean_iters)]
+    ran = list(found[0][1].elements())
+    assert score(model, pairs[:1], [6, exit])[3] == [6, pytest.approx(np.mean(ran))]
+    assert len(set(ran)) > 1
 
 
 def test_perplexity_at_adaptive_depth(model, corpus):
@@ -218,27 +210,13 @@ def test_perplexity_at_adaptive_depth(model, corpus):
 
 
 def test_a_threshold_for_the_wanted_mean(corpus):
-    shards = Shards(corpus, "val", 96)
-    model = make(**SHAPE, rule="abbie_d")
+    model = make(**SHAPE)
     model.meta = {"data": str(corpus)}
     exit = resolve_exit(model, "mean:3.2", 8)
-    found = eval_icl.perplexity(model, shards, [8, exit])["iters"][exit]
+    found = eval_icl.perplexity(model, Shards(corpus, "val", 96), [8, exit])["iters"][exit]
     assert found["mean_iters"] == pytest.approx(3.2, abs=0.2)
-    assert resolve_exit(model, "kl:1e-2", 8) == "kl:1e-2"
     with pytest.raises(UserError, match="between 2 and iters=8"):
         resolve_exit(model, "mean:9", 8)
-    model.meta = {"data": "data/gone"}
-    with pytest.raises(UserError, match="training data, data/gone\ngive a threshold"):
-        resolve_exit(model, "mean:3", 8)
-
-
-def test_greedy_is_seen(model):
-    """A continuation made of argmaxes is greedy, and one wrong token ends that."""
-    context = list(b"The bee")
-    best = greedy_text(model, context, 4, iters=3)
-    wrong = [*best[:-1], (best[-1] + 1) % 256]
-    _, greedy, *_ = score(model, [(context, best), (context, wrong)], [3])
-    assert greedy[:, 0].tolist() == [True, False]
 
 
 def test_one_sweep_and_shared_contexts(icl, tokenizer):
@@ -264,30 +242,23 @@ def test_validation_loss_is_the_model_s(model, corpus):
         assert loss == pytest.approx(model(*shards.batch(chosen), iters=r)[1].item(), abs=1e-5)
 
 
-def test_logits_are_held_in_parts(corpus, tokenizer, icl, monkeypatch):
+def test_logits_are_held_in_parts(corpus, monkeypatch):
     model, shards, widths = make(**SHAPE), Shards(corpus, "val", 96), []
-    pairs = pairs_of(icl, tokenizer, "hellaswag")[:4]
-    whole = eval_icl.evaluate_loss(model, shards, [2], n_windows=4), score(model, pairs, [2])[0]
+    whole = eval_icl.evaluate_loss(model, shards, [2], n_windows=4)
     monkeypatch.setattr(eval_icl, "LOGITS_AT_A_TIME", 257 * 10)
     model.unembed.register_forward_pre_hook(lambda _, args: widths.append(args[0].shape[:-1].numel()))
-    parts = eval_icl.evaluate_loss(model, shards, [2], n_windows=4), score(model, pairs, [2])[0]
+    assert eval_icl.evaluate_loss(model, shards, [2], n_windows=4) == pytest.approx(whole, abs=1e-5)
     assert max(widths) == 10
-    assert parts[0][2] == pytest.approx(whole[0][2], abs=1e-5)
-    assert np.allclose(parts[1], whole[1], atol=1e-4)
 
 
 # -------------------------------------------------------------------------------------------------- metrics
 
 
-def test_acc_compares_sums_and_acc_norm_sums_per_character():
-    """Columns are r: per character -4/5 against -3/4, then -2/5 against -4/4, then two equal scores."""
+def test_acc_norm_is_per_character_without_the_space():
     example = Example([("Bees make", " honey"), ("Bees make", " iron")], 0)
-    scores, greedy = np.array([[-4.0, -2.0, -4.0], [-3.0, -4.0, -4.0]]), np.zeros((2, 3), bool)
-    assert eval_icl.is_right(example, scores, greedy, "acc").tolist() == [False, True, True]
-    assert eval_icl.is_right(example, scores, greedy, "acc_norm").tolist() == [False, True, True]
-    longer = np.array([[-4.9], [-4.0]])  # -0.98 a character against -1
-    assert eval_icl.is_right(example, longer, greedy, "acc").tolist() == [False]
-    assert eval_icl.is_right(example, longer, greedy, "acc_norm").tolist() == [True]
+    scores, greedy = np.array([[-4.9], [-4.0]]), np.zeros((2, 1), bool)  # -0.98 a character against -1
+    assert not eval_icl.is_right(example, scores, greedy, "acc")
+    assert eval_icl.is_right(example, scores, greedy, "acc_norm")
 
 
 def test_metrics_follow_from_the_samples(model, icl, tokenizer, tmp_path):
@@ -405,51 +376,32 @@ def test_three_ranks_end_with_one_error_and_status_2(ckpt, icl, tmp_path):
     assert err.startswith("error: ") and "prepare_data.py icl" in err and len(err.splitlines()) <= 3
 
 
-def test_errors_name_what_is_wrong(ckpt, icl, tmp_path, monkeypatch):
+def test_errors_name_what_is_wrong(ckpt, tmp_path, monkeypatch):
     def refused(*args, match):
-        with pytest.raises((UserError, OSError), match=match) as error:
+        with pytest.raises(UserError, match=match) as error:
             main([f"--ckpt={ckpt}", *args])
         assert len(str(error.value).splitlines()) <= 3
 
     refused("--tasks=arc_esy", match="did you mean arc_easy")
-    refused("--iters=0", match="iters")
-    refused("--iters=129", match="iters")
     refused("--limit=0", match="at least 1")
-    refused("--device=toaster", match="cannot be used")
     refused("--tasks=arc_easy", f"--data_dir={tmp_path}", match="python prepare_data.py icl")
-    refused(f"--ppl={tmp_path}", match="python prepare_data.py")
     monkeypatch.setitem(sys.modules, "lm_eval", None)  # as where it is not installed
     refused("--lm_eval=mmlu", match="pip install lm_eval")
 
 
-@pytest.mark.parametrize(
-    "row, why",
-    [
-        ('{"goal": "x"}', "KeyError"),
-        ("{", "JSONDecodeError"),
-        ("[]", "TypeError"),
-        (json.dumps({**ROWS["piqa"][0], "label": 2}), "no choice 2"),
-        (json.dumps({**ROWS["piqa"][0], "sol1": ""}), "an empty choice"),
-    ],
-)
-def test_a_bad_row_is_named(row, why, tmp_path):
-    (tmp_path / "piqa").mkdir()
-    path = tmp_path / "piqa" / "validation.jsonl"
-    path.write_text(f"{json.dumps(ROWS['piqa'][0])}\n{row}\n")
-    with pytest.raises(UserError, match=f"line 2, is no row of piqa .*{why}"):
-        load_tasks(["piqa"], None, tmp_path, 96, None)
-    assert len(load_tasks(["piqa"], None, tmp_path, 96, limit=1)["piqa"]) == 1
+def test_unusable_rows_are_named(model, tokenizer, tmp_path):
+    def refused(*rows, match):
+        write_rows(tmp_path / "piqa/validation.jsonl", rows)
+        with pytest.raises(UserError, match=match):
+            run_tasks(model, tokenizer, ["piqa"], [1], None, tmp_path)
 
-
-def test_unusable_files_are_named(model, tokenizer, tmp_path):
     (tmp_path / "piqa").mkdir()
-    rows = tmp_path / "piqa" / "validation.jsonl"
-    rows.write_text("")
-    with pytest.raises(UserError, match="no rows"):
-        load_tasks(["piqa"], None, tmp_path, 96, None)
-    write_rows(rows, [{**ROWS["piqa"][0], "sol1": "ask " * 30}])
-    with pytest.raises(UserError, match="does not fit into a context of 96"):
-        run_tasks(model, tokenizer, ["piqa"], [1], None, tmp_path)
+    sound = ROWS["piqa"][0]
+    refused(match="no rows")
+    refused(sound, {"goal": "x"}, match="line 2, is no row of piqa .*KeyError")
+    refused(sound, {**sound, "label": 2}, match="line 2, is no row of piqa .*no choice 2")
+    refused(sound, {**sound, "sol1": ""}, match="line 2, is no row of piqa .*an empty choice")
+    refused({**sound, "sol1": "ask " * 30}, match="does not fit into a context of 96")
 
 
 # --------------------------------------------------------------------------------------------- the harness
