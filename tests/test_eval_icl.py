@@ -9,7 +9,6 @@ import random
 import socket
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,7 @@ from common import ROOT, make, save
 
 import eval_icl
 from data import EVAL_SETS, Shards, documents, get_tokenizer
-from decode import KVCache, Stats, parse_exit, resolve_exit, step
+from decode import resolve_exit
 from eval_icl import BUILT_IN, Example, encode_requests, load_tasks, main, run_tasks, score
 from model import AbbIE, UserError
 
@@ -118,15 +117,15 @@ def examples_of(name: str, icl: Path) -> list[Example]:
 
 def pairs_of(icl: Path, tokenizer, *names: str) -> list:
     """All requests of some tasks, as tokens."""
-    requests = [
-        request for name in names for example in examples_of(name, icl) for request in example.requests
-    ]
+    requests = []
+    for name in names:
+        for example in examples_of(name, icl):
+            requests += example.requests
     return encode_requests(tokenizer, requests)
 
 
-def by_hand(model, pair, iters: int) -> tuple[float, bool]:
+def by_hand(model, context, continuation, iters: int) -> tuple[float, bool]:
     """One request alone: full logits, log-softmax, the last positions."""
-    context, continuation = pair
     ids = (context + continuation)[-(model.config.block_size + 1) :]
     logits = model(torch.tensor([ids[:-1]]), iters=iters)[0][0, -len(continuation) :]
     target = torch.tensor(continuation)
@@ -140,6 +139,13 @@ def greedy_text(model, ids: list[int], n: int, iters: int) -> list[int]:
     for _ in range(n):
         new.append(model(torch.tensor([new]), iters=iters)[0][0, -1].argmax().item())
     return new[len(ids) :]
+
+
+def calls_of(part) -> list[int]:
+    """The tokens of every call from now on."""
+    calls = []
+    part.register_forward_pre_hook(lambda _, args: calls.append(args[0].shape[:-1].numel()))
+    return calls
 
 
 # ------------------------------------------------------------------------------------------------ requests
@@ -168,7 +174,7 @@ def test_scores_equal_one_request_at_a_time(rule, batch_size, icl, tokenizer):
     context = list(b"The bee")
     pairs.append((context, greedy_text(model, context, 4, iters=2)))
     scores, greedy, truncated, _ = score(model, pairs, iters, batch_size)
-    expected = [[by_hand(model, pair, r) for r in iters] for pair in pairs]
+    expected = [[by_hand(model, *pair, r) for r in iters] for pair in pairs]
     assert np.abs(scores - [[nats for nats, _ in row] for row in expected]).max() < 1e-4
     assert (greedy == [[hit for _, hit in row] for row in expected]).all()
     assert truncated == [len(pairs) - 3]
@@ -176,37 +182,16 @@ def test_scores_equal_one_request_at_a_time(rule, batch_size, icl, tokenizer):
     assert np.abs(scores[:, 0] - scores[:, 2]).max() > 0.1  # r matters here
 
 
-@torch.no_grad()
-def adaptively_by_hand(model, context, continuation, exit, iters) -> tuple[float, Counter]:
-    """A request read token by token with the full cache -> log-likelihood, and how many tokens ran so many
-    iterations."""
-    cache, stats, total = KVCache(model, 1, iters, looks=True), Stats(), 0.0
-    idx = [*context, *continuation]
-    for t, token in enumerate(idx[:-1]):
-        logits = step(model, torch.tensor([[token]]), cache, rule=parse_exit(exit), stats=stats)
-        if t + 1 >= len(context):
-            total += logits[0].log_softmax(-1)[idx[t + 1]].item()
-    return total, stats.iters
-
-
-def test_adaptive_scores_equal_token_by_token_reading(model, icl, tokenizer):
-    exit = "kl:3e-3"
+@pytest.mark.parametrize("exit", ["kl:3e-3", "u:5e-2"])
+def test_adaptive_scores_do_not_depend_on_neighbours(exit, model, icl, tokenizer):
     pairs = pairs_of(icl, tokenizer, "hellaswag")[:4] + pairs_of(icl, tokenizer, "arc_easy")[:6]
-    scores, *_ = score(model, pairs, [1, 6, exit], batch_size=5)
-    assert np.allclose(scores[:, :2], score(model, pairs, [1, 6])[0], atol=1e-5)
-    found = [adaptively_by_hand(model, *pair, exit, 6) for pair in pairs]
-    assert np.abs(scores[:, 2] - [nats for nats, _ in found]).max() < 1e-3
-    ran = list(found[0][1].elements())
-    assert score(model, pairs[:1], [6, exit])[3] == [6, pytest.approx(np.mean(ran))]
-    assert len(set(ran)) > 1
-
-
-def test_perplexity_at_adaptive_depth(model, corpus):
-    shards = Shards(corpus, "val", 96)
-    found = eval_icl.perplexity(model, shards, [1, 2, 6, "kl:1e-30", "u:1e9"])["iters"]
-    assert found["kl:1e-30"]["loss"] == pytest.approx(found["6"]["loss"], abs=1e-5)
-    assert found["u:1e9"]["loss"] == pytest.approx(found["2"]["loss"], abs=1e-5)
-    assert [entry["mean_iters"] for entry in found.values()] == [1, 2, 6, 6, 2]
+    scores, _, _, mean_iters = score(model, pairs, [1, 2, 6, exit, "kl:1e-30", "u:1e9"], batch_size=5)
+    assert np.allclose(scores[:, :3], score(model, pairs, [1, 2, 6])[0], atol=1e-5)
+    assert np.allclose(scores[:, 4:], scores[:, [2, 1]], atol=1e-4)  # nothing exits, everything at once
+    assert mean_iters[4:] == [6, 2] and 2 < mean_iters[3] < 6
+    for pair, row in zip(pairs, scores):
+        alone, *_ = score(model, [pair], [6, exit])
+        assert row[3] == pytest.approx(alone[0, 1], abs=1e-3)
 
 
 def test_a_threshold_for_the_wanted_mean(corpus):
@@ -222,9 +207,8 @@ def test_a_threshold_for_the_wanted_mean(corpus):
 def test_one_sweep_and_shared_contexts(icl, tokenizer):
     """A sweep costs max(iters) Bodies and a Tail per entry; a context, and what all its continuations begin
     with, is read once for all."""
-    model, body, tail = make(**SHAPE), [], []  # tokens of every call
-    model.body[0].register_forward_pre_hook(lambda _, args: body.append(args[0].shape[:2].numel()))
-    model.tail[0].register_forward_pre_hook(lambda _, args: tail.append(args[0].shape[:2].numel()))
+    model = make(**SHAPE)
+    body, tail = calls_of(model.body[0]), calls_of(model.tail[0])
     pairs = pairs_of(icl, tokenizer, "hellaswag")[:4]
     score(model, pairs, [1, 2, 4, 8])
     assert (len(body), len(tail)) == (8, 4)
@@ -243,12 +227,13 @@ def test_validation_loss_is_the_model_s(model, corpus):
 
 
 def test_logits_are_held_in_parts(corpus, monkeypatch):
-    model, shards, widths = make(**SHAPE), Shards(corpus, "val", 96), []
+    model = make(**SHAPE)
+    shards = Shards(corpus, "val", 96)
     whole = eval_icl.evaluate_loss(model, shards, [2], n_windows=4)
     monkeypatch.setattr(eval_icl, "LOGITS_AT_A_TIME", 257 * 10)
-    model.unembed.register_forward_pre_hook(lambda _, args: widths.append(args[0].shape[:-1].numel()))
+    parts = calls_of(model.unembed)
     assert eval_icl.evaluate_loss(model, shards, [2], n_windows=4) == pytest.approx(whole, abs=1e-5)
-    assert max(widths) == 10
+    assert max(parts) == 10
 
 
 # -------------------------------------------------------------------------------------------------- metrics
@@ -279,7 +264,8 @@ def test_metrics_follow_from_the_samples(model, icl, tokenizer, tmp_path):
             assert found["perplexity"] == pytest.approx(math.exp(-np.mean(nats)))
         if "acc_norm" in found:
             lengths = [[len(text[1:]) for _, text in e.requests] for e in examples_of(name, icl)]
-            right["acc_norm"] = [np.argmax(np.divide(*row)) for row in zip(nats, lengths)] == np.array(gold)
+            best = [np.argmax(np.divide(*row)) for row in zip(nats, lengths)]
+            right["acc_norm"] = best == np.array(gold)
         for metric, hits in right.items():
             stderr = np.std(hits, ddof=1) / len(hits) ** 0.5 if len(hits) > 1 else "N/A"
             assert found[metric] == pytest.approx(np.mean(hits))
@@ -315,7 +301,8 @@ def test_built_in_tasks_are_made_of_validation_text(corpus, tokenizer):
     assert {example.gold for example in tasks["cloze"]} == {0, 1, 2, 3}
     for example in tasks["cloze"]:
         context, continuation = example.requests[example.gold]
-        assert len(example.requests) == 4 and context + continuation in text and len(context) <= 48
+        assert len(example.requests) == 4
+        assert context + continuation in text and len(context) <= 48
     for example in tasks["lastword"]:
         [(context, word)] = example.requests
         assert context + word + "\n" in text and " " not in word[1:]
@@ -431,13 +418,15 @@ def test_the_harness_runs_its_tasks_on_our_models(ckpt, model, tokenizer, tmp_pa
     }
     (tmp_path / "endings.yaml").write_text(json.dumps(task))  # JSON is YAML
     args = [f"--ckpt={ckpt}", "--iters=1,3", f"--include_path={tmp_path}", f"--out={tmp_path}/r.json"]
-    main([*args, "--lm_eval=endings", "--num_fewshot=1", "--limit=2", "--bootstrap_iters=10"])
+    args += ["--num_fewshot=1", "--limit=2", "--bootstrap_iters=10"]
+    main([*args, "--lm_eval=endings"])
     assert "endings" in capsys.readouterr().out
     found = json.loads((tmp_path / "r.json").read_text())["lm_eval"]
-    requests = [("A cat purrs\n\n" + row["text"], row["end"]) for row in rows[:2]]
-    pairs = encode_requests(tokenizer, requests)
+    shot = "A cat purrs\n\n"
+    pairs = encode_requests(tokenizer, [(shot + row["text"], row["end"]) for row in rows[:2]])
     for r in (1, 3):
-        expected = math.exp(-np.mean([by_hand(model, pair, r)[0] for pair in pairs]))
+        nats = [by_hand(model, *pair, r)[0] for pair in pairs]
+        expected = math.exp(-np.mean(nats))
         assert found[str(r)]["endings"]["perplexity,none"] == pytest.approx(expected, rel=1e-4)
     with pytest.raises(UserError, match="did you mean endings"):
         main([*args, "--lm_eval=ending"])
