@@ -3,6 +3,7 @@ logits and gradients at r = 1 are those of transformers' Llama, in test_hf.py.""
 
 import ast
 import copy
+import itertools
 import math
 import sys
 
@@ -16,8 +17,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from model import RULES, AbbIE, AbbIEConfig, UserError, parse_iters
 
-STD_AT_1 = ("abbie_d", "abbie_c", "recall")  # the rules that promise a standard Transformer at r = 1
-
 
 def gradients(model, loss) -> dict:
     model.zero_grad()
@@ -28,7 +27,7 @@ def gradients(model, loss) -> dict:
 # ------------------------------------------------------------------------------------- r = 1 is a Transformer
 
 
-@pytest.mark.parametrize("rule", STD_AT_1)
+@pytest.mark.parametrize("rule", ["abbie_d", "abbie_c", "recall"])
 def test_one_iteration_is_a_standard_transformer_bit_for_bit(rule):
     model, idx = make(rule=rule), tokens()
     x, rope = model.embed(idx), model.rope(idx)
@@ -77,10 +76,9 @@ def unrolled(model, copies, idx, backprop_iters=0):
     return F.linear(model.norm(u), model.unembed.weight[: model.config.vocab_size])
 
 
-@pytest.mark.parametrize("backprop_iters", [0, 1, 2])
-@pytest.mark.parametrize("iters", [1, 2, 3])
+@pytest.mark.parametrize("iters, backprop_iters", [(1, 0), (3, 0), (3, 1)])
 @pytest.mark.parametrize("rule", RULES)
-def test_iterations_equal_untied_copies_and_tied_gradients_are_the_copies_summed(rule, iters, backprop_iters):
+def test_iterations_equal_untied_copies_and_their_gradients_are_summed(rule, iters, backprop_iters):
     model, idx = make(rule=rule, backprop_iters=backprop_iters).double(), tokens()
     copies = [copy.deepcopy(model.body) for _ in range(iters)]
     logits, expected = model(idx, iters=iters)[0], unrolled(model, copies, idx, backprop_iters)
@@ -90,16 +88,15 @@ def test_iterations_equal_untied_copies_and_tied_gradients_are_the_copies_summed
     model.zero_grad()
     expected.pow(3).mean().backward()
     for name, p in model.named_parameters():
+        used = [p.grad]
         if name.startswith("body."):
             used = [body.get_parameter(name[5:]).grad for body in copies]
-            assert used[-1] is not None, name
-            assert torch.allclose(tied[name], sum(g for g in used if g is not None), atol=1e-10, rtol=0), name
-        else:
-            assert torch.allclose(tied[name], p.grad, atol=1e-10, rtol=0), name
         assert tied[name].any(), f"{name} gets no gradient"
+        summed = sum(grad for grad in used if grad is not None)
+        assert torch.allclose(tied[name], summed, atol=1e-10, rtol=0), name
 
 
-@pytest.mark.parametrize("iters", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("iters", [2, 3, 8])
 def test_abbie_d_is_the_papers_formula_on_the_raw_state(iters):
     model, idx = make(norm_eps=1e-24).double(), tokens()
     rope = model.rope(idx)
@@ -109,18 +106,6 @@ def test_abbie_d_is_the_papers_formula_on_the_raw_state(iters):
     u = model.run_body(x, k=0, rope=rope) / 2 ** (iters - 1)
     expected = model.logits(model.run_tail(u, rope))
     assert torch.allclose(model(idx, iters=iters)[0], expected, atol=1e-6, rtol=0)
-
-
-@pytest.mark.parametrize(
-    "weights", [(1,), (1 / 2, 1 / 2), (1 / 2, 1 / 4, 1 / 4), (1 / 2, 1 / 4, 1 / 8, 1 / 8)]
-)
-def test_the_tail_of_abbie_d_reads_a_geometric_average_of_the_bodys_updates(weights):
-    model, x = make(), torch.zeros(1)
-    updates = torch.randn(len(weights))
-    left = iter(updates)
-    for k in range(len(weights)):
-        u, x = model.iterate(x, x, k, lambda x, c: x + c * next(left))
-    assert torch.allclose(u, updates @ torch.tensor(weights, dtype=torch.float), atol=1e-6)
 
 
 def test_recall_at_two_iterations_is_the_explicit_midpoint_method():
@@ -134,59 +119,16 @@ def test_recall_at_two_iterations_is_the_explicit_midpoint_method():
     assert torch.allclose(u, h + (h + h.sin() / 2).sin(), atol=1e-6)
 
 
-@pytest.mark.parametrize("rule", RULES)
-def test_iterations_in_two_goes_equal_one_go(rule):
-    """Drafting, early exit and one sweep for many r rely on it."""
-    model, idx = make(rule=rule), tokens()
-    rope = model.rope(idx)
-    h = model.run_head(idx, rope)
-    whole = model.advance(model.start(h), h, 0, 5, rope)
-    for cut in range(1, 5):
-        _, x = model.advance(model.start(h), h, 0, cut, rope)
-        for ours, theirs in zip(model.advance(x, h, cut, 5, rope), whole, strict=True):
-            assert torch.equal(ours, theirs)
+def test_abbie_d_converges_by_construction_and_abbie_c_does_not():
+    """Each further iteration of abbie_d changes the logits a quarter as much as the one before."""
 
+    def ratios(model):
+        logits = torch.stack(list(model.double().logits_at(tokens(), list(range(1, 17)))))
+        change = logits.diff(dim=0).flatten(1).norm(dim=1)
+        return change[1:] / change[:-1]
 
-def ratios(model, idx, iters):
-    """Ratios of successive changes of u, what the Tail reads, and of the state x: (iters - 2,) each."""
-    rope = model.rope(idx)
-    h = model.run_head(idx, rope)
-    x, us, xs = model.start(h), [], []
-    for k in range(iters):
-        u, x = model.advance(x, h, k, k + 1, rope)
-        us.append(u)
-        xs.append(x)
-    changes = [torch.stack(states).diff(dim=0).flatten(1).norm(dim=1) for states in (us, xs)]
-    return [change[1:] / change[:-1] for change in changes]
-
-
-def train(model, steps, batch=8, iters=2, lr=3e-3):
-    """A few steps on fixed tokens -> the last loss."""
-    idx = tokens(batch, 25, seed=3, vocab=model.config.vocab_size)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
-    for _ in range(steps):
-        loss = model(idx[:, :-1], idx[:, 1:].contiguous(), iters=iters)[1]
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return loss.item()
-
-
-@pytest.mark.parametrize("steps", [0, 30], ids=["untrained", "trained"])
-def test_abbie_d_converges_by_construction_and_abbie_c_does_not(steps):
-    models = [make(), make(rule="abbie_c")]
-    for model in models if steps else []:
-        train(model, steps)
-    (u, x), (u_of_c, _) = (ratios(model.double(), tokens(), 25) for model in models)
-    assert (x[12:] - 1 / 2).abs().max() < 0.01 and (u[12:] - 1 / 4).abs().max() < 0.02
-    assert u_of_c[12:].mean() > 0.85
-
-
-def test_abbie_d_has_reached_its_limit_at_32_iterations():
-    model, idx = make(), tokens()
-    at2, at32, at64, at128 = model.logits_at(idx, [2, 32, 64, 128])
-    assert (at32 - at128).abs().max() < 1e-4 and (at64 - at128).abs().max() < 1e-4
-    assert (at2 - at128).abs().max() > 0.01  # and 2 is not yet there
+    assert (ratios(make())[6:] - 1 / 4).abs().max() < 0.02
+    assert ratios(make(rule="abbie_c"))[6:].mean() > 0.8
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -204,7 +146,8 @@ def test_the_residual_stream_keeps_its_precision_under_autocast(rule):
 def test_every_rule_is_finite_at_all_the_iterations_that_it_allows(rule, most, dtype):
     model, idx = make(rule=rule).to(dtype), tokens(1, 8)
     with torch.no_grad():
-        assert all(logits.isfinite().all() for logits in model.logits_at(idx, [1, 2, 8, most // 2, most]))
+        for logits in model.logits_at(idx, [1, 2, 8, most // 2, most]):
+            assert logits.isfinite().all()
     with pytest.raises(UserError, match=f"from 1 to {most}"):
         model(idx, iters=most + 1)
     grads = gradients(model, model(idx, idx, iters=most)[1])
@@ -220,13 +163,12 @@ def test_parameters_do_not_grow_with_the_iterations_and_embeddings_may_be_tied()
     assert tied.unembed.weight is tied.embed.weight and untied.unembed.weight is not untied.embed.weight
 
 
-@pytest.mark.parametrize("iters", [1, 2, 4])
 @pytest.mark.parametrize("rule", RULES)
-def test_no_position_sees_a_later_one(rule, iters):
+def test_no_position_sees_a_later_one(rule):
     model, idx = make(rule=rule), tokens()
     changed = idx.clone()
     changed[:, 11] = (idx[:, 11] + 1) % 97
-    before, after = model(idx, iters=iters)[0], model(changed, iters=iters)[0]
+    before, after = model(idx, iters=3)[0], model(changed, iters=3)[0]
     assert torch.allclose(before[:, :11], after[:, :11], atol=1e-6, rtol=0)
     assert ((before[:, 11:] - after[:, 11:]).abs().amax(dim=-1) > 1e-4).all()  # all later ones see the change
 
@@ -244,13 +186,10 @@ def test_logits_at_equals_separate_calls_from_one_sweep(rule):
             assert torch.equal(logits, model(idx, iters=r)[0])
 
 
-@pytest.mark.parametrize(
-    "iters, mean", [(3, 3), ("1-3", 2), ("1-4", 3), ("poisson:4", 4), ("poisson:2.4", 2)]
-)
+@pytest.mark.parametrize("iters, mean", [(3, 3), ("1-4", 3), ("poisson:2.4", 2)])
 def test_no_iters_means_the_rounded_mean_of_the_schedule(iters, mean):
     model, idx = make(iters=iters), tokens()
     assert torch.equal(model(idx)[0], model(idx, iters=mean)[0])
-    assert not torch.equal(model(idx)[0], model(idx, iters=mean + 1)[0])
 
 
 def test_loss_is_the_mean_nll_of_the_counted_targets():
@@ -288,46 +227,46 @@ def test_initial_weights_follow_the_table():
     }  # fmt: skip
     for name, p in model.named_parameters():
         if "norm" in name:
-            assert torch.equal(p, torch.ones_like(p))
+            assert (p == 1).all()
         else:
-            assert math.isclose(p.std().item(), std[name.split(".")[-2]], rel_tol=0.05), name
-            assert abs(p.mean().item()) < 0.05 * p.std().item()
+            expected = std[name.split(".")[-2]]
+            assert math.isclose(p.std().item(), expected, rel_tol=0.05), name
 
 
 @pytest.mark.parametrize("rule", RULES)
 def test_a_batch_can_be_overfitted(rule):
     torch.manual_seed(0)
-    model = AbbIE(AbbIEConfig(**{**TINY, "rule": rule}))
-    assert train(model, 60, batch=4, lr=2e-2) < 0.1
+    model, idx = AbbIE(AbbIEConfig(**{**TINY, "rule": rule})), tokens(4, 25)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-2)
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss = model(idx[:, :-1], idx[:, 1:])[1]
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.1
 
 
-@pytest.mark.parametrize(
-    "keys", [dict(), dict(rule="zero_pt"), dict(backprop_iters=2), dict(n_kv_heads=4, ffn_dim=64)]
-)
+@pytest.mark.parametrize("keys", [dict(), dict(rule="zero_pt"), dict(backprop_iters=2)])
 def test_flops_per_token_equal_a_count_of_the_operations(keys):
     model, idx = make(**keys), tokens(2, 32)
-    for iters in (1, 2, 5):
-        for training in (False, True):
-            # This backend computes all T x T scores: what a causal mask shows on average in a context of 2 T.
-            with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-                loss = model(idx, idx, iters=iters)[1]
-                if training:
-                    loss.backward()
-            expected = model.flops_per_token(iters, context=2 * 32, training=training) * idx.numel()
-            assert counter.get_total_flops() == expected, (iters, training)
+    for iters, training in itertools.product((1, 2, 5), (False, True)):
+        # This backend computes all T x T scores: what a causal mask shows on average in a context of 2 T.
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            loss = model(idx, idx, iters=iters)[1]
+            if training:
+                loss.backward()
+        expected = model.flops_per_token(iters, context=2 * 32, training=training) * idx.numel()
+        assert counter.get_total_flops() == expected, (iters, training)
     assert model.flops_per_token(2) == model.flops_per_token(2, context=32, training=True)
 
 
 @pytest.mark.parametrize("rule", RULES)
 def test_activation_checkpointing_changes_nothing(rule):
     model, idx, targets = make(rule=rule, backprop_iters=3), tokens(), tokens(seed=2)
-    results = []
-    for model.activation_checkpointing in (False, True):
-        loss = model(idx, targets, iters=4)[1]
-        results.append((loss, gradients(model, loss)))
-    (loss, grads), (loss_again, grads_again) = results
-    assert torch.equal(loss, loss_again)
-    assert all(torch.equal(grad, grads_again[name]) for name, grad in grads.items())
+    grads = gradients(model, model(idx, targets, iters=4)[1])
+    model.activation_checkpointing = True
+    again = gradients(model, model(idx, targets, iters=4)[1])
+    assert all(torch.equal(grad, again[name]) for name, grad in grads.items())
 
 
 # ----------------------------------------------------------------------------------------------------- errors
@@ -338,9 +277,8 @@ def test_activation_checkpointing_changes_nothing(rule):
     [
         (dict(n_embd=36), "n_embd=36.* n_attn_heads=4"),
         (dict(n_body_blocks=0), "n_body_blocks=0 must be at least 1"),
-        (dict(block_size=1), "block_size=1 must be at least 2"),
         (dict(rope_base=float("nan")), "rope_base=nan must be at least 1e-09"),
-        (dict(rope_scaling={"rope_type": "yarn", "factor": 2.0}), "rope_scaling needs rope_type 'llama3'"),
+        (dict(rope_scaling={"rope_type": "yarn"}), "rope_scaling needs rope_type 'llama3'"),
         (dict(rule="abbie_d_literal", iters="2-64"), "allows iters up to 48, not 2-64"),
         (dict(vocab_size=0), "vocab_size is not known"),
     ],
@@ -354,27 +292,23 @@ def test_iteration_schedules():
     assert parse_iters(2) == parse_iters("2") == ("fixed", 2, 2)
     assert parse_iters("1-3") == ("uniform", 1, 3)
     assert parse_iters("poisson:4") == ("poisson", 4.0, 128)
-    wrong = [0, 129, -1, 2.0, True, None, "", "x", "3-1", "0-2", "1-129", "1-2-3"]
-    for spec in [*wrong, "poisson:", "poisson:1", "poisson:nan", "poisson:129"]:
-        with pytest.raises(UserError, match="give an integer from 1 to 128, a range .*1-3.* or 'poisson:4'"):
-            parse_iters(spec)
+    for wrong in (0, 129, 2.0, "", "3-1", "0-2", "1-129", "1-2-3", "poisson:1", "poisson:nan"):
+        with pytest.raises(UserError, match="give an integer from 1 to 128"):
+            parse_iters(wrong)
 
 
 def test_bad_calls_are_refused():
     model, idx = make(), tokens()
-    for iters in (0, 129, -1, 2.0, "2", True):
+    for iters in (0, 2.0, True):
         with pytest.raises(UserError, match="rule abbie_d runs at any integer from 1 to 128"):
-            model(idx, iters=iters)
-        with pytest.raises(UserError, match="rule abbie_d runs at any integer"):
             list(model.logits_at(idx, [1, iters]))
-    for bad in (idx.float(), idx.int(), idx[0], tokens(1, 33), idx[:, :0]):
-        with pytest.raises(UserError, match=r"token ids must be int64 .*\(B, T\) with 1 <= T <= 32"):
+    for bad in (idx.int(), idx[0], tokens(1, 33), idx[:, :0]):
+        with pytest.raises(UserError, match="token ids must be int64 .* 1 <= T <= 32"):
             model(bad)
-    for token in (-1, 97, 127):  # 127 is a padded row
-        bad = idx.clone()
-        bad[1, 5] = token
+    for token in (-1, 97):  # which has a padded row
+        idx[1, 5] = token
         with pytest.raises(UserError, match=f"token id {token} .* vocabulary of 97"):
-            model(bad)
+            model(idx)
 
 
 def test_the_file_can_be_copied_and_used_alone():
