@@ -41,26 +41,22 @@ def test_both_spellings_of_a_flag_and_every_type():
     assert (config.max_steps, config.lr, config.min_lr, config.n_kv_heads) == (3, 1e-3, 0.0, 2)
     assert (config.force, config.tie_embeddings, config.rope_scaling) == (True, False, None)
     assert (config.iters, config.data) == ("1-3", "a=b")
-    assert load_config([TINY, "--iters=4"]).iters == 4
-    assert load_config([TINY, "--warmup_steps", "-1"]).warmup_steps == -1
+    config = load_config([TINY, "--iters=4", "--warmup_steps", "-1"])
+    assert (config.iters, config.warmup_steps) == (4, -1)
 
 
 @pytest.mark.parametrize(
     "flag, part",
     [
         ("--itrs=2", "did you mean --iters"),
-        ("--lr=fast", "--lr=fast is not float"),
         ("--max_steps=1.5", "--max_steps=1.5 is not int"),
         ("--max_steps", "--max_steps: expected one argument"),
         ("--force=maybe", "--force=maybe is not bool"),
         ("--rule=abie_d", "rule='abie_d' is none of abbie_d"),
-        ("--iters=2.5", "2.5"),
-        ("--micro_batch=0", "micro_batch=0 must be at least 1"),
-        ("--tokens_per_step=77", "tokens_per_step=77"),
-        ("--eval_iters=1,x", "eval_iters"),
-        ("--dtype=float16", "float16"),
+        ("--tokens_per_step=77", "tokens_per_step=77 is no multiple"),
+        ("--eval_iters=1,x", "eval_iters='1,x'"),
         ("--decay_frac=2", "decay_frac=2.0 must be at most 1"),
-        ("--lr=nan", "lr=nan"),
+        ("--lr=nan", "lr=nan must be at least 0"),
     ],
 )
 def test_values_that_cannot_be(flag, part):
@@ -74,7 +70,6 @@ def test_a_config_file_that_is_missing_misspelt_or_broken(tmp_path):
     for text, part in (
         ("n_embd = = 3\n", "SyntaxError"),
         ("n_embed = 3\n", "unknown key n_embed (did you mean n_embd?)"),
-        ("lr = '1'\n", "lr='1' is not float"),
         ("seed = 1.0\n", "seed=1.0 is not int"),
     ):
         broken.write_text(text)
@@ -118,6 +113,6 @@ def test_the_vocabulary_follows_the_data_unless_set():
 
 def test_lists_of_iters():
     assert parse_list("1,2,8", "iters") == [1, 2, 8]
-    for text in ("", "1,,2", "0", "1,129", "a"):
+    for text in ("", "1,,2", "0", "1,129"):
         with pytest.raises(UserError, match="iters"):
             parse_list(text, "iters")
