@@ -35,10 +35,6 @@ def assert_best(logits, new, margin=1e-4):
     assert (logits.max(-1).values - chosen).max() < margin
 
 
-def assert_greedy(model, prompt, new, iters):
-    assert_best(uncached_logits(model, prompt, new, iters), new)
-
-
 def count_body_calls(model) -> list[tuple]:
     shapes = []
     model.body[0].register_forward_hook(lambda block, args, out: shapes.append(tuple(args[0].shape[:2])))
@@ -68,7 +64,7 @@ def test_cached_decoding_equals_uncached_in_a_ragged_batch_past_the_context(rule
     for iters in (1, 2, 3, 8):
         for prompt, new in zip(PROMPTS, generate(model, PROMPTS, S + 6, iters)):
             assert len(new) == S + 6
-            assert_greedy(model, prompt, new, iters)
+            assert_best(uncached_logits(model, prompt, new, iters), new)
 
 
 ALONE = [{"early_exit": early_exit} for early_exit in EXITS]
@@ -253,7 +249,7 @@ def test_drafting_changes_no_token_past_the_context(rule):
         keys = dict(draft_iters=draft_iters, draft_tokens=draft_tokens)
         for prompt, new in zip(prompts, generate(model, prompts, S + 6, iters, **keys)):
             assert len(new) == S + 6
-            assert_greedy(model, prompt, new, iters)
+            assert_best(uncached_logits(model, prompt, new, iters), new)
 
 
 def test_the_drafts_iterations_are_not_repeated():
@@ -315,14 +311,17 @@ def test_laying_out_for_decoding_changes_no_value():
 
 def test_distribution():
     logits = torch.tensor([[2.0, 1.0, 0.0, -1.0], [0.0, 3.0, 3.0, 1.0]])
-    p = distribution(logits, 0.5, 0, 1.0)
-    assert_close(p, (logits.double() / 0.5).softmax(-1))
+    assert_close(distribution(logits, 0.5, 0, 1.0), (logits.double() / 0.5).softmax(-1))
     assert distribution(logits, 0, 3, 0.5).tolist() == [[1, 0, 0, 0], [0, 1, 0, 0]]
-    assert (distribution(logits, 1.0, 2, 1.0) > 0).tolist() == [[1, 1, 0, 0], [0, 1, 1, 0]]
-    assert (distribution(logits, 1.0, 0, 0.7) > 0).tolist() == [[1, 1, 0, 0], [0, 1, 1, 0]]  # 0.64 + 0.24
-    assert (distribution(logits, 1.0, 0, 0.6) > 0).tolist() == [[1, 0, 0, 0], [0, 1, 1, 0]]
+    for top_k, top_p, kept in (
+        (2, 1.0, [[1, 1, 0, 0], [0, 1, 1, 0]]),
+        (0, 0.7, [[1, 1, 0, 0], [0, 1, 1, 0]]),  # 0.64 + 0.24
+        (0, 0.6, [[1, 0, 0, 0], [0, 1, 1, 0]]),
+    ):
+        p = distribution(logits, 1.0, top_k, top_p)
+        assert (p > 0).tolist() == kept
+        assert_close(p.sum(-1), torch.ones(2).double())
     assert distribution(logits, 1e-300, 0, 1.0)[0].tolist() == [1, 0, 0, 0]
-    assert_close(distribution(logits, 1.0, 3, 0.9).sum(-1), torch.ones(2, dtype=torch.float64))
 
 
 def test_draws_follow_the_distribution_and_never_hit_a_zero():
