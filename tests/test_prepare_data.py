@@ -81,16 +81,13 @@ def corpus(tmp_path_factory) -> Path:
 # -------------------------------------------------------------------------------------------------- the split
 
 
-def is_val(text: str, fraction: float) -> bool:
-    return int(hashlib.sha256(text.encode()).hexdigest()[:16], 16) / 2**64 < fraction
-
-
 def test_a_document_goes_to_validation_by_its_hash_whatever_is_added_later(tmp_path, corpus):
     small = prepare(tmp_path / "small", write_jsonl(tmp_path / "b.jsonl", FOUND[:250]), val_fraction=0.1)
     large = prepare(tmp_path / "large", corpus, val_fraction=0.1)
-    val = [text for text in FOUND if is_val(text, 0.1)]
+    tenth = "1999999999999999"  # 0.1 in hexadecimal digits
+    val = [text for text in FOUND if hashlib.sha256(text.encode()).hexdigest() < tenth]
     assert texts(large, "val") == val
-    assert texts(large, "train") == [text for text in FOUND if not is_val(text, 0.1)]
+    assert texts(large, "train") == [text for text in FOUND if text not in val]
     assert texts(small, "val") == [text for text in val if text in FOUND[:250]]
     meta, n_bytes = json.loads((large / "meta.json").read_text()), len("".join(val).encode())
     entry = meta["splits"]["val"]
@@ -117,7 +114,6 @@ def test_too_little_text_for_chance_still_has_validation_text(tmp_path):
     out = prepare(tmp_path / "out", write_jsonl(tmp_path / "poems.jsonl", poems), val_fraction=1e-9)
     smallest = min(poems, key=lambda text: hashlib.sha256(text.encode()).digest())
     assert texts(out, "val") == [smallest] and sorted(both(out)) == poems
-    assert set(contents(out)) == {"meta.json", "train_00000.bin", "val_00000.bin"}
     with pytest.raises(UserError, match="no document is left for the train split\n.*--val_input"):
         prepare(tmp_path / "one", write_jsonl(tmp_path / "one.jsonl", ["alone"]))
 
@@ -190,11 +186,10 @@ def test_bad_documents_are_an_error_or_a_counted_skip(tmp_path, capfd, name):
     assert len(texts(out, "train")) == 1 + n_left and what in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("package, command", [("pyarrow", "fineweb_edu"), ("huggingface_hub", "c4")])
-def test_a_missing_package_is_one_clear_line_before_anything_is_done(tmp_path, monkeypatch, package, command):
-    for name in (package, f"{package}.parquet"):
-        monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(UserError, match=f"pip install {package}"):
+@pytest.mark.parametrize("module, command", [("pyarrow.parquet", "fineweb_edu"), ("huggingface_hub", "c4")])
+def test_a_missing_package_is_one_clear_line_before_anything_is_done(tmp_path, monkeypatch, module, command):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(UserError, match=f"pip install {module.split('.')[0]}"):
         run(command, out=tmp_path / "out", tokenizer="bytes")
     assert not (tmp_path / "out").exists()
 
@@ -317,8 +312,7 @@ def test_a_download_cut_off_goes_on_by_range_and_disk_is_freed_file_by_file(tmp_
     hub.on_get = lambda: on_disk.extend(out.rglob("*.json.gz"))
     hub.faults = [None, "cut"]
     fetch(out)
-    assert texts(out, "train") == [text for text in FOUND if not is_val(text, 0.05)]
-    assert texts(out, "val") == [text for text in FOUND if is_val(text, 0.05)]
+    assert sorted(both(out)) == sorted(FOUND)
     assert hub.log[:2] == [(FIRST, None), (SECOND, None)] and len(hub.log) == 3
     assert re.fullmatch(r"bytes=[1-9]\d{4,}-", hub.log[2][1])  # what had come is not asked for again
     assert not on_disk and not (out / "download").exists()
