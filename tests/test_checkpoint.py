@@ -179,6 +179,7 @@ def test_a_save_cut_short_anywhere_leaves_the_old_state_or_the_new_one_whole(tmp
         if process.exitcode == 0:
             break
         save_number(tmp_path, 2)  # the same save can be repeated, and clears up
-        assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000001", "step_00000002"]
+        names = sorted(path.name for path in tmp_path.iterdir())
+        assert names == ["step_00000001", "step_00000002"]
         shutil.rmtree(tmp_path / "step_00000002")
     assert len(outcomes) > 12 and set(outcomes) == {1, 2} and outcomes == sorted(outcomes)

@@ -30,9 +30,10 @@ def test_a_flag_beats_the_file_which_beats_the_default(tmp_path):
     file.write_text("from config.abbie_tiny import *\nseed = 7\nlr = 1\n")
     config = load_config([str(file)])
     assert (config.seed, load_config([str(file), "--seed=8"]).seed) == (7, 8)
-    assert (config.grad_clip, config.n_embd) == (Config.grad_clip, load_config([TINY]).n_embd)
+    assert config.grad_clip == Config.grad_clip
+    assert config.n_embd == load_config([TINY]).n_embd
     assert isinstance(config.lr, float), "an integer may stand for a float"
-    assert (config.out_dir, load_config([TINY]).out_dir) == ("out/mine", "out/abbie_tiny")
+    assert config.out_dir == "out/mine"
 
 
 def test_both_spellings_of_a_flag_and_every_type():
@@ -94,7 +95,7 @@ def test_the_sizes_that_the_configs_promise(name, parameters):
     config = named(name)
     with torch.device("meta"):
         assert AbbIE(config.model_config(50257)).n_params() == parameters
-    assert config.tokens_per_step == 2**19 and config.block_size == 1024 and config.data == "data/c4"
+    assert (config.tokens_per_step, config.block_size, config.data) == (2**19, 1024, "data/c4")
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "config").glob("[!_]*.py")), ids=lambda path: path.stem)
