@@ -102,6 +102,8 @@ CONTROLS = {
     "std_ten": "Std of ten blocks, equal FLOPs and tokens",
     "std_more": "Std, equal parameters and FLOPs, 2.4 times the tokens",
 }
+# x of a control's seeds, and how far from its line the label is kept off the curves, in points.
+SEEDS_AT = {"std_8k": (39, 2), "std_ten": (46, 2), "std_more": (54, -40)}
 
 
 def more_iterations(folder: Path, path: Path):
@@ -140,14 +142,19 @@ def more_iterations(folder: Path, path: Path):
     for row, label in CONTROLS.items():
         if row not in found:
             continue
-        loss = statistics.mean(run["val_loss"]["1"] for run in found[row])
+        losses = [run["val_loss"]["1"] for run in found[row]]
+        loss, label = statistics.mean(losses), f"{label} ({len(losses)})"
         left.axhline(loss, color=grey, linestyle="--", linewidth=1)
-        left.text(32, loss, f"{label}: {loss:.3f}", ha="right", color="#333333", **small)
+        place, below = SEEDS_AT[row]
+        left.plot([place] * len(losses), losses, "_", color=grey, markersize=9)  # each seed
+        text = {"color": "#333333", "ha": "right", "textcoords": "offset points", **small}
+        left.annotate(f"{label}: {loss:.3f}", (32, loss), (0, below), **text)
         for task in tasks:
             runs = [run["tasks"][task]["iters"]["1"]["acc"] for run in found[row]]
             right.axhline(100 * statistics.mean(runs), color=grey, linestyle="--", linewidth=1)
-            name = label.partition(",")[0] if row == "std_ten" else label.rpartition(", ")[2]
-            beside = {**small, "va": "top"} if row == "std_8k" else small  # of its line: no curve is there
+            name = CONTROLS[row].partition(",")[0] if row == "std_ten" else CONTROLS[row].rpartition(", ")[2]
+            under = row == "std_8k" or task == "cloze"  # its line: no curve is there
+            beside = {**small, "va": "top"} if under else small
             right.text(8, 100 * statistics.mean(runs), f"Std, {name}", ha="right", color="#333333", **beside)
     set_iters(left, iters, ylabel="validation loss, nats per byte")
     set_iters(right, [1, 2, 4, 8], ylabel="accuracy in %")
@@ -160,10 +167,12 @@ def exits(folder: Path, path: Path):
     """Loss, and accuracy, against iterations per token: at fixed r and with early exit."""
     found = read("exits", folder)
     check(bool(found), "results/exits.jsonl is not there yet")
+    with_tasks = any("tasks" in run for run in found)
+    n_rows, width = 1 + with_tasks, 5.5 * len(found)
     figure, panels = plt.subplots(
-        2, len(found), figsize=(5.5 * len(found), 8), layout="constrained", squeeze=False
+        n_rows, len(found), figsize=(width, 4.4 * n_rows), layout="constrained", squeeze=False
     )
-    for (above, below), run in zip(panels.T, found):
+    for run, (above, *below) in zip(found, panels.T):
         fixed, rules = ["2", "3", "4", "6", "8"], [name for name in run["full"] if name.startswith("kl")]
         colour = colour_of(run["rule"])
 
@@ -176,16 +185,16 @@ def exits(folder: Path, path: Path):
             of = f"cache {cache}"
             draw(above, fixed, run[cache], "loss", marker, color="#555555", ls=":", label=f"fixed r, {of}")
             draw(above, rules, run[cache], "loss", marker, color=colour, label=f"early exit (kl), {of}")
-        for task, marker in zip(run.get("tasks", {}), "o^"):
-            points = run["tasks"][task]
-            draw(below, fixed, points, "acc", marker, color="#555555", ls=":", label=f"{task}, fixed r")
-            draw(below, rules, points, "acc", marker, color=colour, label=f"{task}, early exit (kl)")
         above.set(title=f"{run['ckpt']}, {run['data']}", ylabel="validation loss, nats per byte")
-        below.set(xlabel="iterations per token, mean", ylabel="accuracy")
-        if "tasks" in run:
-            legend_below(below)
-        else:
-            below.set_visible(False)
+        for ax in below:
+            ax.set_visible("tasks" in run)
+            for task, marker in zip(run.get("tasks", {}), "o^"):
+                points = run["tasks"][task]
+                draw(ax, fixed, points, "acc", marker, color="#555555", ls=":", label=f"{task}, fixed r")
+                draw(ax, rules, points, "acc", marker, color=colour, label=f"{task}, early exit (kl)")
+            ax.set_ylabel("accuracy")
+            legend_below(ax)
+        panels[-1, 0].set_xlabel("iterations per token, mean")
     legend_below(panels[0, 0])
     save(figure, path)
 

@@ -99,7 +99,7 @@ def test_rows_that_end_leave_the_batch_and_the_others_do_not_notice():
     assert generate(model, PROMPTS, 20, 2, stop_token=stop, draft_iters=1) == end
 
 
-@pytest.mark.parametrize("options", [{}, {"draft_iters": 1}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"draft_iters": 1}, {"early_exit": "kl:1e-30"}], ids=str)
 @pytest.mark.parametrize("lower, margin", [(torch.nn.Module.bfloat16, 0.1), (decode.quantize, 0.3)])
 def test_lower_precision_chooses_as_float32_does_within_its_own(lower, margin, options):
     exact, model = make(block_size=64), lower(make(block_size=64))

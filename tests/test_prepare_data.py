@@ -165,8 +165,11 @@ def test_another_field_a_folder_in_the_order_of_names_and_validation_text_of_its
 BAD = {  # file name: its content, what is said of it, documents that are left with --skip_bad
     "empty.txt": (b"", "an empty document", 0),
     "json.jsonl": (b'{"text": "good"}\n{"text": "cut of\n{"text": "fine"}', "row 2 is no JSON in UTF-8", 2),
+    "deep.jsonl": (b"[" * 100_000 + b'\n{"text": "good"}', "row 1 is no JSON", 1),
+    "number.jsonl": (b'{"text": 3}\n{"text": "good"}\n', "row 1 has no text", 1),
     "field.jsonl": (b'{"text": "good"}\n{"body": "x"}\n', "row 2 has no text under 'text'", 1),
     "latin1.txt": (b"caf\xe9 au lait", "invalid UTF-8, bytes e9", 0),
+    "no.parquet": (b"PAR1 not parquet PAR1", "broken file", 0),
     "cut.jsonl.gz": (gzip.compress(b'{"text": "good"}\n' * 9)[:-9], "broken file", 9),
 }
 
@@ -174,6 +177,8 @@ BAD = {  # file name: its content, what is said of it, documents that are left w
 @pytest.mark.parametrize("name", BAD)
 def test_bad_documents_are_an_error_or_a_counted_skip(tmp_path, capfd, name):
     content, what, n_left = BAD[name]
+    if name.endswith(".parquet"):
+        pytest.importorskip("pyarrow")
     (tmp_path / name).write_bytes(content)
     (tmp_path / "good.md").write_text("good")
     args, val = (tmp_path / "out", tmp_path / "good.md", tmp_path / name), tmp_path / "good.md"

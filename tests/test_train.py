@@ -435,6 +435,7 @@ def test_the_main_job_end_to_end(tmp_path):
     [
         (["--data=data/c4"], "prepare_data.py c4"),
         (["--itrs=2"], "did you mean --iters"),
+        (["--resume=nowhere"], "nowhere"),
         (["--init_from=nowhere"], "nowhere"),
         (["--out_dir=/dev/null/run"], "Not a directory"),
         (["--micro_batch=3"], "micro_batch"),
