@@ -698,11 +698,14 @@ def prepare(args, rank: int, world: int, model_class=AbbIE) -> tuple:
         shards, tokenizer = Shards(args.ppl or own, "val", T), model.meta["tokenizer"]
         why = f"{shards.folder} holds {shards.tokenizer} tokens, but the model reads {tokenizer}"
         check(shards.tokenizer == tokenizer, f"{why}\nprepare it with --tokenizer {tokenizer}")
-    why = (
-        "--lm_eval runs in one process\nor export the model: accelerate launch -m lm_eval --model hf (README)"
-    )
-    check(not args.lm_eval or world == 1, why)
-    manager = find_harness_tasks(args.lm_eval, args.include_path) if args.lm_eval else None
+    manager = None
+    if args.lm_eval:
+        why = "--lm_eval runs in one process\nin several: python -m hf.export, then lm_eval --model hf"
+        check(world == 1, why)
+        name = model.meta["tokenizer"]
+        exported = name in ("bytes", "gpt2") or name.startswith("hf:")
+        check(exported, f"--lm_eval runs models of bytes, gpt2 and hf: tokens, not of {name}")
+        manager = find_harness_tasks(args.lm_eval, args.include_path)
     for path in (args.out, args.log_samples):
         if path and rank == 0:
             open(path, "a").close()  # it can be written

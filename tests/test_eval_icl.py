@@ -374,6 +374,8 @@ def test_errors_name_what_is_wrong(ckpt, tmp_path, monkeypatch):
     refused("--tasks=arc_easy", f"--data_dir={tmp_path}", match="python prepare_data.py icl")
     monkeypatch.setitem(sys.modules, "lm_eval", None)  # as where it is not installed
     refused("--lm_eval=mmlu", match="pip install lm_eval")
+    strange = save(tmp_path / "strange", 1, make(**SHAPE), tokenizer="p50k_base")
+    refused(f"--ckpt={strange}", "--lm_eval=mmlu", match="not of p50k_base")
 
 
 def test_unusable_rows_are_named(model, tokenizer, tmp_path):
