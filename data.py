@@ -1,4 +1,4 @@
-"""Token shards on disk -> windows to train on; tokenizers; where the evaluation sets come from.
+"""Token shards on disk -> windows to train on; tokenizers.
 
     data/NAME/{train,val}_00000.bin, ...    token ids, little-endian uint16, or uint32 where the vocabulary
                                             needs it, an end-of-text token after each document
@@ -11,7 +11,6 @@ T-th token of a shard; what is left at a shard's end is dropped. prepare_data.py
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import tiktoken
@@ -20,40 +19,6 @@ from torch import Tensor
 
 from checkpoint import sha256, write_json
 from model import UserError, check
-
-CONVERTED = "refs/convert/parquet"  # the branch in which the Hub keeps datasets as CONFIG/SPLIT/0000.parquet
-
-
-class EvalSet(NamedTuple):
-    """A split of an evaluation set: a file of a dataset repository on the Hugging Face Hub."""
-
-    repo: str
-    file: str
-    split: str
-    n_rows: int
-    revision: str = CONVERTED
-    sha256: str = ""  # "": what the Hub says it is
-
-
-HELLASWAG = "218ec52e09a7e7462a5400043bb9a69a41d06b76"  # a revision that has all rows
-LAMBADA = "4aa8d02cd17c719165fc8a7887fddd641f43fcafa4b1c806ca8abc31fabdb226"  # SHA-256 of OpenAI's file
-# By task. The names of the converted files follow the Hub's rule; the configuration of piqa's is a guess.
-EVAL_SETS = {
-    "hellaswag": EvalSet(
-        "Rowan/hellaswag", "data/validation-00000-of-00001.parquet", "validation", 10042, HELLASWAG
-    ),
-    "lambada_openai": EvalSet(
-        "EleutherAI/lambada_openai", "data/lambada_test.jsonl", "test", 5153, "main", LAMBADA
-    ),
-    "arc_easy": EvalSet("allenai/ai2_arc", "ARC-Easy/test/0000.parquet", "test", 2376),
-    "arc_challenge": EvalSet("allenai/ai2_arc", "ARC-Challenge/test/0000.parquet", "test", 1172),
-    "commonsense_qa": EvalSet("tau/commonsense_qa", "default/validation/0000.parquet", "validation", 1221),
-    "piqa": EvalSet("baber/piqa", "default/validation/0000.parquet", "validation", 1838),
-    "openbookqa": EvalSet("allenai/openbookqa", "main/test/0000.parquet", "test", 500),
-    "sciq": EvalSet("allenai/sciq", "default/test/0000.parquet", "test", 1000),
-    "winogrande": EvalSet("allenai/winogrande", "winogrande_xl/validation/0000.parquet", "validation", 1267),
-}
-
 
 # ------------------------------------------------------------------------------------------------- tokenizers
 

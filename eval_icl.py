@@ -33,11 +33,9 @@ Shapes: B rows, T tokens, D n_embd, V vocab_size, M scored tokens, N requests (w
 import json
 import math
 import random
-import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import nullcontext
 from functools import lru_cache
-from itertools import islice
 from os.path import commonprefix
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -52,9 +50,10 @@ from tqdm import tqdm
 
 from checkpoint import load_model
 from config import ArgumentParser, choose_device, cli, nearest, optional, parse_list, start_ranks, together
-from data import EVAL_SETS, Shards, documents, get_tokenizer, read_meta
+from data import Shards, get_tokenizer
 from decode import Chunk, KVCache, adaptive_states, parse_exit, resolve_exit
-from model import AbbIE, UserError, check
+from model import AbbIE, check
+from tasks import BUILT_IN, TASKS, Example, load_tasks
 
 LOGITS_AT_A_TIME = 1 << 24  # so that memory grows neither with the batch nor with the vocabulary
 
@@ -154,179 +153,6 @@ def perplexity(model: AbbIE, shards: Shards, iters: list[int | str], **options) 
         entry["bits_per_byte"] = mean / math.log(2) * shards.n_tokens / shards.n_bytes
         entry["mean_iters"] = mean_iters
     return result
-
-
-# --------------------------------------------------------------------------- tasks: row -> requests (strings)
-
-
-class Example(NamedTuple):
-    requests: list[tuple[str, str]]  # (context, continuation)
-    gold: int  # number of the right one
-
-
-def choose(context: str, choices: list[str], gold: int) -> Example:
-    return Example([(context, " " + choice) for choice in choices], gold)
-
-
-def last_word(text: str) -> Example:
-    context, _, word = text.rpartition(" ")
-    return Example([(context, " " + word)], 0)
-
-
-def hellaswag(row: dict) -> Example:
-    def clean(text):  # the order matters: an ending may keep a space in front
-        text = text.strip().replace(" [title]", ". ")
-        return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
-
-    context = f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"
-    return choose(clean(context), [clean(ending) for ending in row["endings"]], int(row["label"]))
-
-
-def labelled(context: str, row: dict) -> Example:
-    gold = row["choices"]["label"].index(row["answerKey"].strip())
-    return choose(context, row["choices"]["text"], gold)
-
-
-def arc(row: dict) -> Example:
-    return labelled(f"Question: {row['question']}\nAnswer:", row)
-
-
-def commonsense_qa(row: dict) -> Example:
-    letters, texts = list("ABCDE"), row["choices"]["text"]
-    listed = "\n".join(f"{letter}. {texts[i]}" for i, letter in enumerate(letters))
-    context = f"Question: {row['question'].strip()}\n{listed}\nAnswer:"
-    return choose(context, letters, letters.index(row["answerKey"]))
-
-
-def piqa(row: dict) -> Example:
-    return choose(f"Question: {row['goal']}\nAnswer:", [row["sol1"], row["sol2"]], int(row["label"]))
-
-
-def sciq(row: dict) -> Example:
-    choices = [row[name] for name in ("distractor1", "distractor2", "distractor3", "correct_answer")]
-    return choose(f"{row['support'].lstrip()}\nQuestion: {row['question']}\nAnswer:", choices, 3)
-
-
-def winogrande(row: dict) -> Example:
-    """Two contexts and one continuation: which option makes the rest of the sentence likelier?"""
-    before, after = row["sentence"].split("_", 1)
-    contexts = [before + row["option1"], before + row["option2"]]
-    return Example([(context, " " + after.strip()) for context in contexts], int(row["answer"]) - 1)
-
-
-def draw(spots: list, n: int) -> list:
-    """n of the spots by chance (all, if there are fewer); the first of them are the same for every n."""
-    rng, chosen = random.Random(1234), {}
-    while len(chosen) < min(n, len(spots)):
-        chosen[rng.randrange(len(spots))] = True
-    return [spots[i] for i in chosen]
-
-
-def make_cloze(texts: list[str], n: int, before: int) -> list[Example]:
-    """HellaSwag's form: the next 32 characters or so, and three others from elsewhere."""
-    space = re.compile(r"(?s)(?<=\S) (?=\S.{47})")
-    spots = [(text, match.start()) for text in texts for match in space.finditer(text)]
-    spots = draw(spots, min(4 * n, len(spots) // 4 * 4))
-    stretches = [re.match(r"(?s).{32}\S{,16}", text[at + 1 : at + 49]).group() for text, at in spots]
-    examples = []
-    for i in range(0, len(spots), 4):
-        (text, at), choices = spots[i], stretches[i + 1 : i + 4]
-        gold = i // 4 % 4  # the right one takes every place in turn
-        choices.insert(gold, stretches[i])
-        examples.append(choose(text[max(0, at - before) : at], choices, gold))
-    return examples
-
-
-def make_last_word(texts: list[str], n: int, before: int) -> list[Example]:
-    """LAMBADA's form: the last word of a line of four words or more."""
-    word, spots = re.compile(r"(?m)(?<=\S) [^\W\d_]{1,20}[.,:;]?$"), []  # letters, and a point at most
-    for text in texts:
-        for match in word.finditer(text):
-            end = match.end()
-            line = text[text.rfind("\n", 0, end) + 1 : end]
-            if len(line.split()) >= 4:
-                spots.append((text, end))
-    return [last_word(text[max(0, end - before) : end]) for text, end in draw(spots, n)]
-
-
-class Task(NamedTuple):
-    metrics: tuple[str, ...]
-    render: Callable  # a row -> Example; of a built-in one: texts, how many, characters before -> Examples
-
-
-TASKS = {  # file, split and number of rows of the others than the first two stand in data.EVAL_SETS
-    "cloze": Task(("acc", "acc_norm"), make_cloze),
-    "lastword": Task(("perplexity", "acc"), make_last_word),
-    "hellaswag": Task(("acc", "acc_norm"), hellaswag),
-    "lambada_openai": Task(("perplexity", "acc"), lambda row: last_word(row["text"])),
-    "arc_easy": Task(("acc", "acc_norm"), arc),
-    "arc_challenge": Task(("acc", "acc_norm"), arc),
-    "commonsense_qa": Task(("acc",), commonsense_qa),
-    "piqa": Task(("acc", "acc_norm"), piqa),
-    "openbookqa": Task(("acc", "acc_norm"), lambda row: labelled(row["question_stem"], row)),
-    "sciq": Task(("acc", "acc_norm"), sciq),
-    "winogrande": Task(("acc",), winogrande),
-}
-BUILT_IN = ["cloze", "lastword"]
-N_BUILT_IN = 300  # examples of each, where no limit is given
-
-
-def load_tasks(
-    names: list[str], data: str | Path | None, data_dir: str | Path, block_size: int, limit: int | None
-) -> dict[str, list[Example]]:
-    """The examples of all tasks, or a UserError before anything is scored."""
-    loaded = {}
-    for name in names:
-        other = f"there are {', '.join(TASKS)}\nany other task of the harness: --lm_eval {name}"
-        check(name in TASKS, f"unknown task {name!r}{nearest(name, TASKS)}; {other}")
-        if name in BUILT_IN:
-            loaded[name] = make_task(name, data, block_size, limit)
-        else:
-            loaded[name] = read_task(name, data_dir, limit)
-    return loaded
-
-
-def read_task(name: str, data_dir: str | Path, limit: int | None) -> list[Example]:
-    """The first `limit` rows of DATA_DIR/TASK/SPLIT.jsonl. Raises UserError for a missing file and for the
-    first row that is not one of the task's."""
-    path = Path(data_dir, name, f"{EVAL_SETS[name].split}.jsonl")
-    command, examples = f"python prepare_data.py icl --out {data_dir}", []
-    again = f"remove it and get it again: {command}"
-    check(path.is_file(), f"{path} is missing\n{command}")
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(islice(file, limit), 1):
-            try:
-                examples.append(read_row(name, line))
-            except (KeyError, IndexError, ValueError, TypeError, AttributeError, RecursionError) as error:
-                why = f"is no row of {name} ({type(error).__name__}: {error})"
-                raise UserError(f"{path}, line {number}, {why}\n{again}") from None
-    check(bool(examples), f"{path} has no rows\n{again}")
-    return examples
-
-
-def read_row(name: str, line: str) -> Example:
-    example = TASKS[name].render(json.loads(line))
-    if not 0 <= example.gold < len(example.requests):
-        raise ValueError(f"no choice {example.gold}")
-    if not all(continuation.strip() for _, continuation in example.requests):
-        raise ValueError("an empty choice")
-    return example
-
-
-def make_task(name: str, data: str | Path | None, block_size: int, limit: int | None) -> list[Example]:
-    """Examples of a built-in task from the first 2 MB of the validation split of `data`: `limit` of them
-    (None: 300), if there are so many; a longer list begins with the shorter one. Contexts have at most
-    block_size / 2 characters."""
-    tokenizer, texts, size = get_tokenizer(read_meta(data)["tokenizer"]), [], 0
-    for tokens in documents(data, "val"):
-        texts.append(tokenizer.decode(tokens[: 1 << 20].tolist()))
-        size += len(texts[-1])
-        if size > 1 << 21:
-            break
-    examples = TASKS[name].render(texts, limit or N_BUILT_IN, min(512, block_size // 2))
-    why = f"the validation split of {data} is too small to make {name} of it"
-    check(bool(examples), f"{why}\nprepare more text")
-    return examples
 
 
 # ------------------------------------------------------------------------------- requests -> tokens -> scores
@@ -615,7 +441,7 @@ def print_table(results: dict):
     adaptive = not all(map(str.isdigit, columns))
     for name, section in sections.items():
         n, entries, paired = section["n"], section["iters"], section.get("paired", {})
-        official = EVAL_SETS[name].n_rows if name in EVAL_SETS else n
+        official = (name in TASKS and TASKS[name].n_rows) or n
         count = str(n) if n == official else f"{n}/{official}"
         for metric in entries[columns[0]]:
             if metric.endswith("_stderr") or (metric == "mean_iters" and not adaptive):

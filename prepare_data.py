@@ -41,8 +41,9 @@ from tqdm import tqdm
 
 from checkpoint import sha256, sync_folder, write_json, write_synced
 from config import ArgumentParser, cli, optional
-from data import EVAL_SETS, get_tokenizer, read_json, token_dtype
+from data import get_tokenizer, read_json, token_dtype
 from model import UserError, check
+from tasks import DOWNLOADED, TASKS
 
 CHUNK = 1 << 18  # bytes of text that a thread encodes at a time, or one document that is larger
 SECTION = 1 << 20  # bytes of running text that are read at a time
@@ -384,7 +385,7 @@ def report(what: str, meta: dict):
 
 def fetch_eval_set(task: str, folder: Path):
     """-> folder/TASK/SPLIT.jsonl, a Hugging Face row a line."""
-    known = EVAL_SETS[task]
+    known = TASKS[task]
     path = folder / task / f"{known.split}.jsonl"
     if task == "hellaswag":
         print("hellaswag: its WikiHow rows are under a copyright takedown claim of September 2026, for which")
@@ -464,7 +465,7 @@ def parse(argv: list[str]):
         flag, out = sub.add_argument, None if name == "text" else f"data/{name}"
         flag("--out", default=out, required=not out, help=f"folder to write ({out})")
         if name == "icl":
-            flag("--tasks", default=",".join(EVAL_SETS), help="with commas between them (all)")
+            flag("--tasks", default=",".join(DOWNLOADED), help="with commas between them (all)")
             continue
         if name == "text":
             flag("--input", nargs="+", required=True, metavar="FILE_OR_DIR", help="text")
@@ -490,7 +491,7 @@ def main(argv: list[str]):
     if args.command == "icl":
         tasks = args.tasks.split(",")
         for task in tasks:
-            check(task in EVAL_SETS, f"unknown task: {task}\nknown: {', '.join(EVAL_SETS)}")
+            check(task in DOWNLOADED, f"unknown task: {task}\nknown: {', '.join(DOWNLOADED)}")
         for task in tasks:
             fetch_eval_set(task, Path(args.out))
         return

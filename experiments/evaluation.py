@@ -33,10 +33,11 @@ from torch.nn import functional as F
 
 from checkpoint import load_model
 from config import ArgumentParser, cli, load_config, parse_list
-from data import EVAL_SETS, Shards, get_tokenizer
-from eval_icl import TASKS, encode_requests, load_tasks, perplexity, print_table, run_task, run_tasks, score
+from data import Shards, get_tokenizer
+from eval_icl import encode_requests, perplexity, print_table, run_task, run_tasks, score
 from experiments import RESULTS, ROOT, append
 from model import AbbIE, AbbIEConfig, UserError, check
+from tasks import DOWNLOADED, TASKS, load_tasks
 
 # ------------------------------------------------------------------------------------------------ convergence
 
@@ -219,7 +220,7 @@ def harness_task(name: str, data_dir: Path) -> dict:
     from lm_eval.tasks import TaskManager
     from lm_eval.tasks._yaml_loader import load_yaml
 
-    split = EVAL_SETS[name].split
+    split = TASKS[name].split
     config = load_yaml(TaskManager().task_index[name].yaml_path, resolve_func=True)
     config.update(
         task=name, dataset_path="json", dataset_name=None, training_split=None, validation_split=None
@@ -274,11 +275,7 @@ def measure_parity(args) -> dict:
     logging.disable(logging.WARNING)
     model, tokenizer, iters = make_model(), get_tokenizer("gpt2"), 3
     theirs = HFLM(hugging_face(model, iters), tokenizer=gpt2_tokenizer(args.vocab), batch_size=32)
-    files = {
-        name: Path(args.data_dir, name, f"{EVAL_SETS[name].split}.jsonl")
-        for name in TASKS
-        if name in EVAL_SETS
-    }
+    files = {name: Path(args.data_dir, name, f"{TASKS[name].split}.jsonl") for name in DOWNLOADED}
     result = {
         "iters": iters, "n_params": model.n_params(), "bootstrap_iters": args.bootstrap_iters,
         "torch": torch.__version__, "transformers": transformers.__version__, "lm_eval": version("lm_eval"),

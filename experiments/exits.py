@@ -29,8 +29,9 @@ from checkpoint import load_model
 from config import ArgumentParser, cli
 from data import Shards, get_tokenizer
 from decode import KVCache, Stats, parse_exit, step
-from eval_icl import BUILT_IN, load_tasks, mean_stderr, run_task, window_losses
+from eval_icl import mean_stderr, run_task, window_losses
 from experiments import RESULTS, append, read
+from tasks import BUILT_IN, load_tasks
 
 FIXED = [1, 2, 3, 4, 6, 8, 32]
 EXITS = ["kl:1e-1", "kl:3e-2", "kl:1e-2", "u:1e-1"]

@@ -17,10 +17,11 @@ import torch
 from common import ROOT, make, save
 
 import eval_icl
-from data import EVAL_SETS, Shards, documents, get_tokenizer
+from data import Shards, documents, get_tokenizer
 from decode import resolve_exit
-from eval_icl import BUILT_IN, Example, encode_requests, load_tasks, main, run_tasks, score
+from eval_icl import encode_requests, main, run_tasks, score
 from model import AbbIE, UserError
+from tasks import BUILT_IN, DOWNLOADED, TASKS, Example, load_tasks
 
 SHAPE = {"vocab_size": 257, "block_size": 96}
 
@@ -103,7 +104,7 @@ def icl(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("icl")
     for name, rows in ROWS.items():
         (folder / name).mkdir()
-        write_rows(folder / name / f"{EVAL_SETS[name].split}.jsonl", rows)
+        write_rows(folder / name / f"{TASKS[name].split}.jsonl", rows)
     return folder
 
 
@@ -151,7 +152,7 @@ def calls_of(part) -> list[int]:
 # ------------------------------------------------------------------------------------------------ requests
 
 
-@pytest.mark.parametrize("name", EVAL_SETS)
+@pytest.mark.parametrize("name", DOWNLOADED)
 def test_requests_are_the_harness_strings(name, icl):
     assert examples_of(name, icl)[-1] == REQUESTS[name]
 

@@ -21,8 +21,9 @@ from common import ROOT
 from hub import Hub
 
 import prepare_data
-from data import EVAL_SETS, Shards, documents, get_tokenizer
+from data import Shards, documents, get_tokenizer
 from model import UserError
+from tasks import TASKS
 
 RNG = random.Random(0)
 WORDS = ["".join(RNG.choices("abcdefghijklmnopqrstuvwxyzéß中😀", k=RNG.randint(1, 9))) for _ in range(500)]
@@ -346,7 +347,7 @@ def test_tinystories_are_separated_by_their_lines(tmp_path, hub):
 
 def offer_rows(hub: Hub, task: str, rows: list[dict], folder: Path):
     body = write_parquet(folder / "rows.parquet", rows).read_bytes()
-    hub.offer(EVAL_SETS[task].repo, EVAL_SETS[task].revision, EVAL_SETS[task].file, body)
+    hub.offer(TASKS[task].repo, TASKS[task].revision, TASKS[task].file, body)
 
 
 def test_evaluation_sets_are_the_rows_of_parquet_files_of_the_hub_or_a_mirror(tmp_path, hub):
@@ -369,12 +370,12 @@ def test_a_set_of_another_size_is_refused_and_hellaswag_comes_with_its_notice(tm
 
 
 def test_lambada_is_the_official_file_or_nothing(tmp_path, hub, monkeypatch):
-    known, body = EVAL_SETS["lambada_openai"], b'{"text": "made here"}\n' * 5153
+    known, body = TASKS["lambada_openai"], b'{"text": "made here"}\n' * 5153
     hub.offer(known.repo, known.revision, known.file, body)
     with pytest.raises(UserError, match="another one"):
         run("icl", out=tmp_path / "icl", tasks="lambada_openai")
     assert not list(tmp_path.rglob("*.jsonl"))
     official = known._replace(sha256=hashlib.sha256(body).hexdigest())
-    monkeypatch.setitem(EVAL_SETS, "lambada_openai", official)
+    monkeypatch.setitem(TASKS, "lambada_openai", official)
     out = run("icl", out=tmp_path / "icl", tasks="lambada_openai")
     assert (out / "lambada_openai" / "test.jsonl").read_bytes() == body
