@@ -16,16 +16,19 @@ reads data/books and the tasks in data/icl (REPRODUCE.md says how to make them).
 import json
 import statistics
 from functools import partial
+from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
+import prepare_data
 import train
 from checkpoint import load_model
 from config import ArgumentParser, choose_device, cli, load_config, nearest, parse_list
-from data import Shards, get_tokenizer
+from data import Shards, documents, get_tokenizer
 from eval_icl import mcnemar, mean_stderr, perplexity, run_tasks, window_losses
 from experiments import RESULTS, ROOT, append, read
 from experiments.evaluation import convergence_of
@@ -165,7 +168,17 @@ ENGLISH = {
         "`recall`, poisson:6, gradients of 3", [*RECALL, *MANY_R, *B3, *BOOKS], std="std_books"
     ),
 }
-ROWS = {**SHORT, **MANY, **ENGLISH}
+# The same where text is scarce: every 16th file of the library, 0.5 MB, read 17 and 39 times; the same
+# validation text.
+THIN = ["--data=data/stdlib_16th"]
+SCARCE = {
+    "std_thin": Row("Std, 1", [*STD, *FP32, *THIN], std="std_thin"),
+    "std_more_thin": Row(
+        "Std, 1, 19,000 steps", [*STD, "--dtype=float32", "--max_steps=19000", *THIN], std="std_thin"
+    ),
+    "recall_thin": Row("`recall`, poisson:6, gradients of 3", [*RECALL, *MANY_R, *B3, *THIN], std="std_thin"),
+}
+ROWS = {**SHORT, **MANY, **ENGLISH, **SCARCE}
 
 GPU_ROWS = {
     "std": Row("Std, 1", STD),
@@ -211,11 +224,24 @@ TASK_ITERS, VAL_TOKENS = "1,2,4,8", 2**18
 # -------------------------------------------------------------------------------------------- making a record
 
 
+def write_thin_data(folder: Path):
+    """Every 16th training document of data/stdlib, and its whole validation split."""
+    with TemporaryDirectory() as texts:
+        for split, step in (("train", 16), ("val", 1)):
+            with open(f"{texts}/{split}.jsonl", "w") as file:
+                for tokens in islice(documents("data/stdlib", split), 0, None, step):
+                    file.write(json.dumps({"text": bytes(tokens.tolist()).decode()}) + "\n")
+        inputs = ["--input", f"{texts}/train.jsonl", "--val_input", f"{texts}/val.jsonl"]
+        prepare_data.main(["text", *inputs, "--out", str(folder)])
+
+
 def run_row(study: Study, name: str, seed: int, args):
     """Train (or go on, or take the run in --evaluate), evaluate, and add the record to the results."""
     row, run = study.rows[name], Path(args.evaluate or f"{args.out}/{study.name}/{name}-{seed}")
     argv = [*study.base, *row.flags, f"--seed={seed}", f"--out_dir={run}", *args.flags.split()]
     config = load_config(argv)
+    if [f"--data={config.data}"] == THIN and not Path(config.data, "meta.json").exists():
+        write_thin_data(Path(config.data))
     if not args.evaluate:
         train.main(argv, model_class=row.model_class)
     model = load_model(run, device=choose_device(config.device), model_class=row.model_class).eval()
@@ -356,7 +382,8 @@ def print_tasks(rows: dict[str, list[dict]]):
 def print_table(study: Study, folder):
     """The records as Markdown."""
     runs = read(study.name, folder)
-    groups = {"2000 steps": SHORT, "8000 steps, fp32": MANY, "8000 steps, fp32, English": ENGLISH}
+    long = "8000 steps, fp32"
+    groups = {"2000 steps": SHORT, long: MANY, f"{long}, English": ENGLISH, f"{long}, 0.5 MB of text": SCARCE}
     groups = groups if study is SMALL else {"52M parameters": GPU_ROWS}
     for title, names in groups.items():
         rows = runs_by_row(study, names, runs)
