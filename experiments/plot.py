@@ -164,38 +164,39 @@ def more_iterations(folder: Path, path: Path):
 
 
 def exits(folder: Path, path: Path):
-    """Loss, and accuracy, against iterations per token: at fixed r and with early exit."""
-    found = read("exits", folder)
+    """Loss, and accuracy, against iterations per token, at fixed r and with early exit: the models of a data
+    set, in the mean, have a column."""
+    found = {}
+    for run in read("exits", folder):
+        found.setdefault(run["data"], []).append(run)
     check(bool(found), "results/exits.jsonl is not there yet")
-    with_tasks = any("tasks" in run for run in found)
-    n_rows, width = 1 + with_tasks, 5.5 * len(found)
-    figure, panels = plt.subplots(
-        n_rows, len(found), figsize=(width, 4.4 * n_rows), layout="constrained", squeeze=False
-    )
-    for run, (above, *below) in zip(found, panels.T):
-        fixed, rules = ["2", "3", "4", "6", "8"], [name for name in run["full"] if name.startswith("kl")]
-        colour = colour_of(run["rule"])
+    size = (5.5 * len(found), 8.8)
+    figure, panels = plt.subplots(2, len(found), figsize=size, layout="constrained", squeeze=False)
+    fixed, rules = ["2", "3", "4", "6", "8"], ["kl:1e-1", "kl:3e-2", "kl:1e-2"]
+    for (data, runs), (above, below) in zip(found.items(), panels.T):
 
-        def draw(ax, columns, points, what, marker, **style):
-            """points: {column: {"iters": mean, what: value}}."""
-            x, y = ([points[name][key] for name in columns] for key in ("iters", what))
-            ax.plot(x, y, marker=marker, markersize=5, **style)
+        def draw(ax, points: list[dict], what: str, label: str, marker: str, runs=runs):
+            """points: for each model {column: {"iters": mean, what: value}}."""
+            how = {"marker": marker, "markersize": 5}
+            for columns, name, color, line in (
+                (fixed, "fixed r", "#555555", ":"),
+                (rules, "early exit (kl)", colour_of(runs[0]["rule"]), "-"),
+            ):
+                x, y = (
+                    [statistics.mean(model[column][key] for model in points) for column in columns]
+                    for key in ("iters", what)
+                )
+                ax.plot(x, y, color=color, ls=line, label=f"{label}, {name}", **how)
 
         for cache, marker in (("full", "o"), ("last", "s")):
-            of = f"cache {cache}"
-            draw(above, fixed, run[cache], "loss", marker, color="#555555", ls=":", label=f"fixed r, {of}")
-            draw(above, rules, run[cache], "loss", marker, color=colour, label=f"early exit (kl), {of}")
-        above.set(title=f"{run['ckpt']}, {run['data']}", ylabel="validation loss, nats per byte")
-        for ax in below:
-            ax.set_visible("tasks" in run)
-            for task, marker in zip(run.get("tasks", {}), "o^"):
-                points = run["tasks"][task]
-                draw(ax, fixed, points, "acc", marker, color="#555555", ls=":", label=f"{task}, fixed r")
-                draw(ax, rules, points, "acc", marker, color=colour, label=f"{task}, early exit (kl)")
-            ax.set_ylabel("accuracy")
-            legend_below(ax)
-        panels[-1, 0].set_xlabel("iterations per token, mean")
-    legend_below(panels[0, 0])
+            draw(above, [run[cache] for run in runs], "loss", f"cache {cache}", marker)
+        for task, marker in zip(runs[0]["tasks"], "o^"):
+            draw(below, [run["tasks"][task] for run in runs], "acc", task, marker)
+        n = f", {len(runs)} seeds" if len(runs) > 1 else ""
+        above.set(title=f"{runs[0]['rule']}, {data}{n}", ylabel="validation loss, nats per byte")
+        below.set(xlabel="iterations per token, mean", ylabel="accuracy")
+        legend_below(above)
+        legend_below(below)
     save(figure, path)
 
 
