@@ -168,15 +168,24 @@ ENGLISH = {
         "`recall`, poisson:6, gradients of 3", [*RECALL, *MANY_R, *B3, *BOOKS], std="std_books"
     ),
 }
-# The same where text is scarce: every 16th file of the library, 0.5 MB, read 17 and 39 times; the same
-# validation text.
-THIN = ["--data=data/stdlib_16th"]
+# The same where text is scarce: every 16th file of the library, 0.5 MB, and all of the validation text. More
+# steps are more epochs, 4, 8 and 17 of them, so that there is a best number of steps.
+THIN = ["--dtype=float32", "--data=data/stdlib_16th"]
+
+
+def thin(title: str, flags: list[str], std: str) -> Row:
+    return Row(title, [*flags, *THIN], std=std)
+
+
+MANY_THIN, MANY_TITLE = [*RECALL, "--iters=poisson:6", *B3], "`recall`, poisson:6, gradients of 3"
 SCARCE = {
-    "std_thin": Row("Std, 1", [*STD, *FP32, *THIN], std="std_thin"),
-    "std_more_thin": Row(
-        "Std, 1, 19,000 steps", [*STD, "--dtype=float32", "--max_steps=19000", *THIN], std="std_thin"
-    ),
-    "recall_thin": Row("`recall`, poisson:6, gradients of 3", [*RECALL, *MANY_R, *B3, *THIN], std="std_thin"),
+    "std_thin_2k": thin("Std, 1, 2000 steps", STD, "std_thin_2k"),
+    "std_thin_4k": thin("Std, 1, 4000 steps", [*STD, *TWICE], "std_thin_4k"),
+    "std_thin": thin("Std, 1, 8000 steps", [*STD, *FOUR_TIMES], "std_thin"),
+    "std_ten_thin_2k": thin("Std of ten blocks, 1, 2000 steps", TEN, "std_thin_2k"),
+    "recall_thin_2k": thin(f"{MANY_TITLE}, 2000 steps", MANY_THIN, "std_thin_2k"),
+    "recall_thin_4k": thin(f"{MANY_TITLE}, 4000 steps", [*MANY_THIN, *TWICE], "std_thin_4k"),
+    "recall_thin": thin(f"{MANY_TITLE}, 8000 steps", [*MANY_THIN, *FOUR_TIMES], "std_thin"),
 }
 ROWS = {**SHORT, **MANY, **ENGLISH, **SCARCE}
 
@@ -240,7 +249,7 @@ def run_row(study: Study, name: str, seed: int, args):
     row, run = study.rows[name], Path(args.evaluate or f"{args.out}/{study.name}/{name}-{seed}")
     argv = [*study.base, *row.flags, f"--seed={seed}", f"--out_dir={run}", *args.flags.split()]
     config = load_config(argv)
-    if [f"--data={config.data}"] == THIN and not Path(config.data, "meta.json").exists():
+    if f"--data={config.data}" in THIN and not Path(config.data, "meta.json").exists():
         write_thin_data(Path(config.data))
     if not args.evaluate:
         train.main(argv, model_class=row.model_class)
@@ -383,7 +392,7 @@ def print_table(study: Study, folder):
     """The records as Markdown."""
     runs = read(study.name, folder)
     long = "8000 steps, fp32"
-    groups = {"2000 steps": SHORT, long: MANY, f"{long}, English": ENGLISH, f"{long}, 0.5 MB of text": SCARCE}
+    groups = {"2000 steps": SHORT, long: MANY, f"{long}, English": ENGLISH, "fp32, 0.5 MB of text": SCARCE}
     groups = groups if study is SMALL else {"52M parameters": GPU_ROWS}
     for title, names in groups.items():
         rows = runs_by_row(study, names, runs)
