@@ -106,16 +106,38 @@ CONTROLS = {
 SEEDS_AT = {"std_8k": (39, 2), "std_ten": (46, 2), "std_more": (54, -40)}
 
 
+# Rows on scarce text: three lengths of training, and where they are read.
+SCARCE = {
+    "Std": ("1", ("std_thin_2k", "std_thin_4k", "std_thin")),
+    "Std of ten blocks": ("1", ("std_ten_thin_2k",)),
+    "recall at r = 2": ("2", ("recall_thin_2k", "recall_thin_4k", "recall_thin")),
+    "recall at r = 6": ("6", ("recall_thin_2k", "recall_thin_4k", "recall_thin")),
+}
+
+
+def draw_scarce(ax, found: dict[str, list[dict]]):
+    """Loss against training FLOPs where all text is half a megabyte: 2000, 4000 and 8000 steps."""
+    for (label, (r, rows)), style in zip(SCARCE.items(), ("--", ":", ":", "-")):
+        runs = [found[row] for row in rows if row in found]
+        flops = [statistics.mean(run["flops"] for run in seeds) for seeds in runs]
+        losses = [statistics.mean(run["val_loss"][r] for run in seeds) for seeds in runs]
+        color = colour_of(rows[0])
+        ax.plot(flops, losses, style, marker="o", markersize=4, color=color, label=label)
+    ax.set_xscale("log")
+    ax.set(xlabel="training FLOPs", title="0.5 MB of text: 4, 8 and 17 epochs")
+    legend_below(ax)
+
+
 def more_iterations(folder: Path, path: Path):
     """The figure at the top of the README: loss and accuracy against r of a model trained at many r, with its
-    controls."""
+    controls; and loss against FLOPs where text is scarce."""
     found = runs_of(folder)
     check("recall_p6b3" in found, "results/study.jsonl has no row recall_p6b3 yet")
     curves = dict(CURVES)
     if "abbie_d_2_8k" not in found:  # the same run in less precision, read on a quarter of the bytes
         curves["abbie_d_longer"] = "abbie_d, trained at r = 2 (bf16, 65,536 bytes)"
-    figure, (left, right) = plt.subplots(
-        1, 2, figsize=(11.5, 4.6), layout="constrained", width_ratios=(1.7, 1)
+    figure, (left, right, scarce) = plt.subplots(
+        1, 3, figsize=(15.5, 4.6), layout="constrained", width_ratios=(1.7, 1, 1)
     )
     small, grey = {"fontsize": "small", "va": "bottom"}, colour_of("std")
     for ax in (left, right):
@@ -160,6 +182,7 @@ def more_iterations(folder: Path, path: Path):
     set_iters(right, [1, 2, 4, 8], ylabel="accuracy in %")
     legend_below(left, columns=3)
     legend_below(right)
+    draw_scarce(scarce, found)
     save(figure, path)
 
 
