@@ -188,15 +188,15 @@ def more_iterations(folder: Path, path: Path):
 
 def exits(folder: Path, path: Path):
     """Loss, and accuracy, against iterations per token, at fixed r and with early exit: the models of a data
-    set, in the mean, have a column."""
+    set, in the mean, have a row."""
     found = {}
     for run in read("exits", folder):
         found.setdefault(run["data"], []).append(run)
     check(bool(found), "results/exits.jsonl is not there yet")
-    size = (5.5 * len(found), 8.8)
-    figure, panels = plt.subplots(2, len(found), figsize=size, layout="constrained", squeeze=False)
+    size = (10, 4.4 * len(found))
+    figure, panels = plt.subplots(len(found), 2, figsize=size, layout="constrained", squeeze=False)
     fixed, rules = ["2", "3", "4", "6", "8"], ["kl:1e-1", "kl:3e-2", "kl:1e-2"]
-    for (data, runs), (above, below) in zip(found.items(), panels.T):
+    for (data, runs), (left, right) in zip(found.items(), panels):
 
         def draw(ax, points: list[dict], what: str, label: str, marker: str, runs=runs):
             """points: for each model {column: {"iters": mean, what: value}}."""
@@ -212,14 +212,16 @@ def exits(folder: Path, path: Path):
                 ax.plot(x, y, color=color, ls=line, label=f"{label}, {name}", **how)
 
         for cache, marker in (("full", "o"), ("last", "s")):
-            draw(above, [run[cache] for run in runs], "loss", f"cache {cache}", marker)
-        for task, marker in zip(runs[0]["tasks"], "o^"):
-            draw(below, [run["tasks"][task] for run in runs], "acc", task, marker)
+            draw(left, [run[cache] for run in runs], "loss", f"cache {cache}", marker)
+        scored = [run["tasks"] for run in runs if "tasks" in run]
+        for task, marker in zip(scored[0] if scored else (), "o^"):
+            draw(right, [tasks[task] for tasks in scored], "acc", task, marker)
         n = f", {len(runs)} seeds" if len(runs) > 1 else ""
-        above.set(title=f"{runs[0]['rule']}, {data}{n}", ylabel="validation loss, nats per byte")
-        below.set(xlabel="iterations per token, mean", ylabel="accuracy")
-        legend_below(above)
-        legend_below(below)
+        left.set(title=f"{runs[0]['rule']}, {data}{n}", ylabel="validation loss, nats per byte")
+        right.set(ylabel="accuracy")
+        for ax in (left, right):
+            ax.set_xlabel("iterations per token, mean")
+            legend_below(ax)
     save(figure, path)
 
 
