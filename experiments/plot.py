@@ -9,7 +9,7 @@ from pathlib import Path
 
 from config import ArgumentParser, cli
 from experiments import RESULTS, ROOT, read
-from experiments.study import MANY
+from experiments.study import MANY, SHORT
 from model import UserError, check
 
 try:
@@ -119,12 +119,17 @@ def draw_scarce(ax, found: dict[str, list[dict]]):
     """Loss against training FLOPs where all text is half a megabyte: 2000, 4000 and 8000 steps."""
     for (label, (r, rows)), style in zip(SCARCE.items(), ("--", ":", ":", "-")):
         runs = [found[row] for row in rows if row in found]
+        if not runs:
+            continue
         flops = [statistics.mean(run["flops"] for run in seeds) for seeds in runs]
         losses = [statistics.mean(run["val_loss"][r] for run in seeds) for seeds in runs]
         color = colour_of(rows[0])
         ax.plot(flops, losses, style, marker="o", markersize=4, color=color, label=label)
     ax.set_xscale("log")
-    ax.set(xlabel="training FLOPs", title="0.5 MB of text: 4, 8 and 17 epochs")
+    ax.set_xticks([1e13, 3e13, 1e14], ["1e13", "3e13", "1e14"])
+    ax.minorticks_off()
+    ax.set(xlabel="training FLOPs", ylabel="validation loss")
+    ax.set_title("0.5 MB of text: 4, 8 and 17 epochs", fontsize="small")
     legend_below(ax)
 
 
@@ -228,7 +233,7 @@ def exits(folder: Path, path: Path):
 def study_loss(folder: Path, path: Path):
     """Validation loss against r for every row of the study, mean and range over its seeds."""
     found = runs_of(folder)
-    short = [row for row, runs in found.items() if runs[0]["steps"] == 2000]
+    short = [row for row in SHORT if row in found and found[row][0]["steps"] == 2000]
     wide = [row for row in short if row.endswith("_wide")]
     panels = {
         "the rules (number of seeds)": [row for row in MAIN_ROWS if row in found],

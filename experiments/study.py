@@ -180,7 +180,7 @@ def thin(title: str, flags: list[str], std: str, seeds: int = 1) -> Row:
 MANY_THIN, MANY_TITLE = [*RECALL, "--iters=poisson:6", *B3], "`recall`, poisson:6, gradients of 3"
 SCARCE = {
     "std_thin_2k": thin("Std, 1, 2000 steps", STD, "std_thin_2k", 3),
-    "std_thin_4k": thin("Std, 1, 4000 steps", [*STD, *TWICE], "std_thin_4k", 3),
+    "std_thin_4k": thin("Std, 1, 4000 steps", [*STD, *TWICE], "std_thin_4k"),
     "std_thin": thin("Std, 1, 8000 steps", [*STD, *FOUR_TIMES], "std_thin"),
     "std_ten_thin_2k": thin("Std of ten blocks, 1, 2000 steps", TEN, "std_thin_2k"),
     "recall_thin_2k": thin(f"{MANY_TITLE}, 2000 steps", MANY_THIN, "std_thin_2k", 3),
