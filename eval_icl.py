@@ -53,7 +53,7 @@ from config import ArgumentParser, choose_device, cli, nearest, optional, parse_
 from data import Shards, get_tokenizer
 from decode import Chunk, KVCache, adaptive_states, parse_exit, resolve_exit
 from model import AbbIE, check
-from tasks import BUILT_IN, TASKS, Example, load_tasks
+from tasks import BUILT_IN, DOWNLOADED, TASKS, Example, load_tasks
 
 LOGITS_AT_A_TIME = 1 << 24  # so that memory grows neither with the batch nor with the vocabulary
 
@@ -441,7 +441,7 @@ def print_table(results: dict):
     adaptive = not all(map(str.isdigit, columns))
     for name, section in sections.items():
         n, entries, paired = section["n"], section["iters"], section.get("paired", {})
-        official = (name in TASKS and TASKS[name].n_rows) or n
+        official = TASKS[name].n_rows if name in DOWNLOADED else n
         count = str(n) if n == official else f"{n}/{official}"
         for metric in entries[columns[0]]:
             if metric.endswith("_stderr") or (metric == "mean_iters" and not adaptive):
