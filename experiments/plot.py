@@ -107,11 +107,12 @@ SEEDS_AT = {"std_8k": (39, 2), "std_ten": (46, 2), "std_more": (54, -40)}
 
 
 # Rows on scarce text: three lengths of training, and where they are read.
+RECALL_THIN = ("recall_thin_2k", "recall_thin_4k", "recall_thin")
 SCARCE = {
     "Std": ("1", ("std_thin_2k", "std_thin_4k", "std_thin")),
     "Std of ten blocks": ("1", ("std_ten_thin_2k",)),
-    "recall at r = 2": ("2", ("recall_thin_2k", "recall_thin_4k", "recall_thin")),
-    "recall at r = 6": ("6", ("recall_thin_2k", "recall_thin_4k", "recall_thin")),
+    "recall at r = 2": ("2", RECALL_THIN),
+    "recall at r = 6": ("6", RECALL_THIN),
 }
 
 

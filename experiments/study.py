@@ -170,7 +170,8 @@ ENGLISH = {
 }
 # The same where text is scarce: every 16th file of the library, 0.5 MB, and all of the validation text. More
 # steps are more epochs, 4, 8 and 17 of them, so that there is a best number of steps.
-THIN = ["--dtype=float32", "--data=data/stdlib_16th"]
+THIN_DATA = "data/stdlib_16th"
+THIN = ["--dtype=float32", f"--data={THIN_DATA}"]
 
 
 def thin(title: str, flags: list[str], std: str, seeds: int = 1) -> Row:
@@ -249,7 +250,7 @@ def run_row(study: Study, name: str, seed: int, args):
     row, run = study.rows[name], Path(args.evaluate or f"{args.out}/{study.name}/{name}-{seed}")
     argv = [*study.base, *row.flags, f"--seed={seed}", f"--out_dir={run}", *args.flags.split()]
     config = load_config(argv)
-    if f"--data={config.data}" in THIN and not Path(config.data, "meta.json").exists():
+    if config.data == THIN_DATA and not Path(config.data, "meta.json").exists():
         write_thin_data(Path(config.data))
     if not args.evaluate:
         train.main(argv, model_class=row.model_class)
