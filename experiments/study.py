@@ -32,7 +32,7 @@ from data import Shards, documents, get_tokenizer
 from eval_icl import mcnemar, mean_stderr, perplexity, run_tasks, window_losses
 from experiments import RESULTS, ROOT, append, read
 from experiments.evaluation import convergence_of
-from model import AbbIE, check
+from model import AbbIE, check, parse_iters
 
 # ------------------------------------------------------------------------------ models that differ in a line
 
@@ -132,19 +132,27 @@ SHORT = {
 # gradients), and the same Std on more tokens.
 FP32, B3 = ["--dtype=float32", "--max_steps=8000"], ["--backprop_iters=3"]
 MANY_R = ["--iters=poisson:6", *FP32]
+HEADS = ["--n_attn_heads=4"]  # instead of 2, of half the size
 
 
-def many(title: str, flags: list[str], seeds: int = 1, model_class=AbbIE) -> Row:
-    return Row(title, flags, seeds, "std_8k", model_class)
+def many(title: str, flags: list[str], seeds: int = 1, model_class=AbbIE, std: str = "std_8k") -> Row:
+    return Row(title, flags, seeds, std, model_class)
 
 
 MANY = {
     "std_8k": many("Std, 1", [*STD, *FP32], 3),
+    "std_4_heads": many("Std with four heads, 1", [*STD, *FP32, *HEADS], 3, std="std_4_heads"),
     "std_six": many("Std of six blocks, 1", [*SIX, *FP32], 3),
     "std_ten": many("Std of ten blocks, 1", [*TEN, *FP32], 3),
     "std_more_2": many("Std, 1, 11,840 steps", [*STD, "--dtype=float32", "--max_steps=11840"], 3),
     "std_more": many("Std, 1, 19,000 steps", [*STD, "--dtype=float32", "--max_steps=19000"], 3),
     "recall_p6b3": many("`recall`, poisson:6, gradients of 3", [*RECALL, *MANY_R, *B3], 3),
+    "recall_4_heads": many(
+        "`recall` with four heads, poisson:6, gradients of 3",
+        [*RECALL, *MANY_R, *B3, *HEADS],
+        3,
+        std="std_4_heads",
+    ),
     "recall_p6": many("`recall`, poisson:6, all gradients", [*RECALL, *MANY_R]),
     "recall_p6b2": many("`recall`, poisson:6, gradients of 2", [*RECALL, *MANY_R, "--backprop_iters=2"]),
     "recall_p6b1": many("`recall`, poisson:6, gradients of 1", [*RECALL, *MANY_R, "--backprop_iters=1"]),
@@ -261,7 +269,7 @@ def run_row(study: Study, name: str, seed: int, args):
         check(asked == found, f"{run} is no run of {name}: {key} is {found!r} there, not {asked!r}")
 
     # Loss as it was trained, in bfloat16 or not, on the same windows for every row.
-    shards, iters = Shards(config.data, "val", config.block_size), parse_list(study.iters, "iters")
+    shards, iters = Shards(config.data, "val", config.block_size), read_at(study.iters, config)
     n_windows = min(VAL_TOKENS // config.block_size, shards.n_windows)
     device = model.embed.weight.device.type
     autocast = partial(torch.autocast, device, dtype=torch.bfloat16, enabled=config.dtype == "bfloat16")
@@ -274,7 +282,7 @@ def run_row(study: Study, name: str, seed: int, args):
 
     found = tasks_of(study, name, seed, model, args)
     if study is GPU:
-        found["ppl"] = perplexity(model, shards, parse_list(TASK_ITERS, "iters"))
+        found["ppl"] = perplexity(model, shards, read_at(TASK_ITERS, config))
     log = [json.loads(line) for line in open(run / "log.jsonl")]
     header, steps = next(line for line in log if "config" in line), [line for line in log if "loss" in line]
     flops = {line["step"] + 1: line["flops"] for line in steps}  # spent before that step
@@ -295,6 +303,11 @@ def run_row(study: Study, name: str, seed: int, args):
     append(study.name, record, args.results)
 
 
+def read_at(iters: str, config) -> list[int]:
+    """A list of r, of which a Std is read at 1 and 2 only: it stays where it is then."""
+    return [r for r in parse_list(iters, "iters") if r <= 2 or parse_iters(config.iters)[2] > 1]
+
+
 def tasks_of(study: Study, name: str, seed: int, model: AbbIE, args) -> dict:
     """Score the tasks, and keep what pairs two rows, every example's scores, beside the losses of windows."""
     path = windows_file(args.out, study, name, seed).with_suffix(".samples")
@@ -302,7 +315,7 @@ def tasks_of(study: Study, name: str, seed: int, model: AbbIE, args) -> dict:
     tokenizer, tasks = get_tokenizer(model.meta["tokenizer"]), study.tasks.split(",")
     how = {"data": model.meta["data"], "data_dir": args.data_dir, "limit": args.limit or study.limit}
     with open(path, "w") as log:
-        return run_tasks(model, tokenizer, tasks, parse_list(TASK_ITERS, "iters"), log=log, **how)
+        return run_tasks(model, tokenizer, tasks, read_at(TASK_ITERS, model.config), log=log, **how)
 
 
 def right_answers(study: Study, name: str, seed: int, args) -> dict[tuple[str, str], np.ndarray]:
@@ -327,7 +340,9 @@ def windows_file(out: str, study: Study, row: str, seed: int) -> Path:
 
 
 def spread(values: list[float], digits: int = 3, sign: str = "") -> str:
-    """'1.437', or '1.437 ± 0.004' (the standard deviation) for several."""
+    """'1.437', '1.437 ± 0.004' (the standard deviation) for several, '' for none."""
+    if not values:
+        return ""
     text = f"{statistics.mean(values):{sign}.{digits}f}"
     return text + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
 
@@ -361,9 +376,9 @@ def print_losses(study: Study, rows: dict[str, list[dict]], runs: list[dict]):
     print("|---" * (len(columns) + 4) + "|")
     for name, mine in rows.items():
         unit = unit or mine[0]["flops"]
-        cells = [spread([run["val_loss"][r] for run in mine]) for r in columns]
+        cells = [spread([run["val_loss"][r] for run in mine if r in run["val_loss"]]) for r in columns]
         gaps = against_std(study, name, runs)
-        cells.append(spread(gaps, sign="+") if gaps else "")
+        cells.append(spread(gaps, sign="+"))
         flops = mine[0]["flops"] / unit
         print(f"| `{name}`: {study.rows[name].title} | {len(mine)} | {flops:.2f} | {' | '.join(cells)} |")
 
@@ -371,8 +386,8 @@ def print_losses(study: Study, rows: dict[str, list[dict]], runs: list[dict]):
 def accuracy(found: list[dict], r: str) -> str:
     """A task at one r over seeds; of one seed with its standard error, and the p of McNemar's test of whether
     it differs from the reference: the trained r, or r = 1 where that is no column. The one without a p."""
-    scores = [task["iters"][r] for task in found]
-    if len(found) > 1:
+    scores = [task["iters"][r] for task in found if r in task["iters"]]
+    if len(scores) != 1:
         return spread([100 * score["acc"] for score in scores], 1)
     text = f"{100 * scores[0]['acc']:.1f} ± {100 * scores[0]['acc_stderr']:.1f}"
     test = found[0]["paired"].get(r, {}).get("acc")
