@@ -139,6 +139,16 @@ def test_a_row_is_trained_once_recorded_and_paired(corpus, tmp_path, monkeypatch
     assert raw["val_loss"]["1"] == ours["val_loss"]["1"] and raw["val_loss"]["8"] != ours["val_loss"]["8"]
 
 
+def test_a_std_is_read_at_1_and_2_only(corpus, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(study, "VAL_TOKENS", 960)
+    flags = " ".join([*TOY, *SHORT, f"--data={corpus}", "--max_steps=2"])
+    where = ["--out", str(tmp_path / "out"), "--results", str(tmp_path), "--flags", flags, "--limit", "20"]
+    study.main(["--row", "std", *where])
+    (run,) = read("study", tmp_path)
+    assert list(run["val_loss"]) == list(run["tasks"]["cloze"]["iters"]) == ["1", "2"]
+    assert f"| {run['val_loss']['2']:.3f} |  |  |" in capsys.readouterr().out
+
+
 # ----------------------------------------------------------------------------------------------- convergence
 
 
