@@ -89,6 +89,7 @@ class Row(NamedTuple):
     seeds: int = 1
     std: str = "std"  # the row that it is compared with
     model_class: type = AbbIE
+    start: tuple[str, int] | None = None  # the row whose run of the same seed it continues, and at which step
 
 
 RECALL, STD = ["--rule=recall"], ["--iters=1"]
@@ -132,37 +133,40 @@ SHORT = {
 # gradients), and the same Std on more tokens.
 FP32, B3 = ["--dtype=float32", "--max_steps=8000"], ["--backprop_iters=3"]
 MANY_R = ["--iters=poisson:6", *FP32]
+MANY_RECALL = [*RECALL, *MANY_R, *B3]
 HEADS = ["--n_attn_heads=4"]  # instead of 2, of half the size
+MANY_TITLE = "`recall`, poisson:6, gradients of 3"
 
 
-def many(title: str, flags: list[str], seeds: int = 1, model_class=AbbIE, std: str = "std_8k") -> Row:
-    return Row(title, flags, seeds, std, model_class)
+def many(title: str, flags: list[str], seeds: int = 1, std: str = "std_8k", **more) -> Row:
+    return Row(title, flags, seeds, std, **more)
 
 
 MANY = {
     "std_8k": many("Std, 1", [*STD, *FP32], 3),
-    "std_4_heads": many("Std with four heads, 1", [*STD, *FP32, *HEADS], 3, std="std_4_heads"),
+    "std_4_heads": many("Std with four heads, 1", [*STD, *FP32, *HEADS], 3, "std_4_heads"),
     "std_six": many("Std of six blocks, 1", [*SIX, *FP32], 3),
     "std_ten": many("Std of ten blocks, 1", [*TEN, *FP32], 3),
     "std_more_2": many("Std, 1, 11,840 steps", [*STD, "--dtype=float32", "--max_steps=11840"], 3),
     "std_more": many("Std, 1, 19,000 steps", [*STD, "--dtype=float32", "--max_steps=19000"], 3),
-    "recall_p6b3": many("`recall`, poisson:6, gradients of 3", [*RECALL, *MANY_R, *B3], 3),
-    "recall_4_heads": many(
-        "`recall` with four heads, poisson:6, gradients of 3",
-        [*RECALL, *MANY_R, *B3, *HEADS],
-        3,
-        std="std_4_heads",
-    ),
+    "recall_p6b3": many(MANY_TITLE, MANY_RECALL, 3),
+    "recall_4_heads": many(f"{MANY_TITLE}, four heads", [*MANY_RECALL, *HEADS], 3, "std_4_heads"),
     "recall_p6": many("`recall`, poisson:6, all gradients", [*RECALL, *MANY_R]),
     "recall_p6b2": many("`recall`, poisson:6, gradients of 2", [*RECALL, *MANY_R, "--backprop_iters=2"]),
     "recall_p6b1": many("`recall`, poisson:6, gradients of 1", [*RECALL, *MANY_R, "--backprop_iters=1"]),
     "recall_1to7_8k": many("`recall`, 1-7", [*RECALL, "--iters=1-7", *FP32]),
-    "recall_2_8k": many("`recall`, 2", [*RECALL, *FP32], 3),
+    "recall_2_8k": many("`recall`, 2", [*RECALL, *FP32, "--keep_last=11"], 3),  # the next two start from it
+    "recall_2_half": many(
+        f"2 for half of the steps, then {MANY_TITLE}", MANY_RECALL, start=("recall_2_8k", 4000)
+    ),
+    "recall_2_most": many(
+        f"2 for 70 % of the steps, then {MANY_TITLE}", MANY_RECALL, start=("recall_2_8k", 5600)
+    ),
     "recall_6_8k": many("`recall`, 6", [*RECALL, "--iters=6", *FP32]),
     "abbie_d_2_8k": many("`abbie_d`, 2", FP32, 3),
     "abbie_d_p6b3": many("`abbie_d`, poisson:6, gradients of 3", [*MANY_R, *B3]),
-    "recall_no_h": many("`recall` without its h", [*RECALL, *MANY_R, *B3], model_class=NoRecall),
-    "recall_undamped": many("`recall` without the average", [*RECALL, *MANY_R, *B3], model_class=Undamped),
+    "recall_no_h": many("`recall` without its h", MANY_RECALL, model_class=NoRecall),
+    "recall_undamped": many("`recall` without the average", MANY_RECALL, model_class=Undamped),
     "abbie_d_equal": many("`abbie_d` with weights 1/r", [*MANY_R, *B3], model_class=EqualWeights),
 }
 # The same on English: books, as bytes.
@@ -172,9 +176,7 @@ ENGLISH = {
     "std_more_books": Row(
         "Std, 1, 19,000 steps", [*STD, "--dtype=float32", "--max_steps=19000", *BOOKS], std="std_books"
     ),
-    "recall_books": Row(
-        "`recall`, poisson:6, gradients of 3", [*RECALL, *MANY_R, *B3, *BOOKS], std="std_books"
-    ),
+    "recall_books": Row(MANY_TITLE, [*MANY_RECALL, *BOOKS], std="std_books"),
 }
 # The same where text is scarce: every 16th file of the library, 0.5 MB, and all of the validation text. More
 # steps are more epochs, 4, 8 and 17 of them, so that there is a best number of steps.
@@ -186,7 +188,7 @@ def thin(title: str, flags: list[str], std: str, seeds: int = 1) -> Row:
     return Row(title, [*flags, *THIN], seeds, std)
 
 
-MANY_THIN, MANY_TITLE = [*RECALL, "--iters=poisson:6", *B3], "`recall`, poisson:6, gradients of 3"
+MANY_THIN = [*RECALL, "--iters=poisson:6", *B3]
 SCARCE = {
     "std_thin_2k": thin("Std, 1, 2000 steps", STD, "std_thin_2k", 3),
     "std_thin_4k": thin("Std, 1, 4000 steps", [*STD, *TWICE], "std_thin_4k"),
@@ -260,6 +262,9 @@ def run_row(study: Study, name: str, seed: int, args):
     config = load_config(argv)
     if config.data == THIN_DATA and not Path(config.data, "meta.json").exists():
         write_thin_data(Path(config.data))
+    if row.start and not any(run.glob("step_*")):
+        other, step = row.start
+        argv.append(f"--resume={args.out}/{study.name}/{other}-{seed}/step_{step:08}")
     if not args.evaluate:
         train.main(argv, model_class=row.model_class)
     model = load_model(run, device=choose_device(config.device), model_class=row.model_class).eval()
@@ -286,10 +291,11 @@ def run_row(study: Study, name: str, seed: int, args):
     log = [json.loads(line) for line in open(run / "log.jsonl")]
     header, steps = next(line for line in log if "config" in line), [line for line in log if "loss" in line]
     flops = {line["step"] + 1: line["flops"] for line in steps}  # spent before that step
+    n_steps = steps[-1]["step"] + 1
     record = {
         "command": f"python -m experiments.study{' --gpu' * (study is GPU)} --row {name} --seed {seed}",
         "row": name, "seed": seed, "flags": row.flags + args.flags.split(), "n_params": header["n_params"],
-        "steps": len(steps), "tokens": len(steps) * config.tokens_per_step, "flops": steps[-1]["flops"],
+        "steps": n_steps, "tokens": n_steps * config.tokens_per_step, "flops": steps[-1]["flops"],
         "val_tokens": losses.shape[0] * config.block_size,
         "val_loss": {str(r): round(float(losses[:, i].mean()), 5) for i, r in enumerate(iters)},
         "val_stderr": {str(r): round(mean_stderr(losses[:, i]), 5) for i, r in enumerate(iters)},

@@ -139,6 +139,20 @@ def test_a_row_is_trained_once_recorded_and_paired(corpus, tmp_path, monkeypatch
     assert raw["val_loss"]["1"] == ours["val_loss"]["1"] and raw["val_loss"]["8"] != ours["val_loss"]["8"]
 
 
+def test_a_row_may_go_on_from_a_step_of_another(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "VAL_TOKENS", 960)
+    monkeypatch.setitem(
+        study.ROWS, "then", study.Row("", ["--rule=recall", "--iters=3"], start=("recall", 2))
+    )
+    flags = " ".join([*TOY, *SHORT, f"--data={corpus}", "--max_steps=4", "--save_every=2", "--keep_last=9"])
+    where = ["--out", str(tmp_path / "out"), "--results", str(tmp_path), "--flags", flags, "--limit", "20"]
+    study.main(["--row", "recall", *where])
+    study.main(["--row", "then", *where])
+    first, then = read("study", tmp_path)
+    assert then["steps"] == 4 and then["tokens"] == first["tokens"]
+    assert first["flops"] < then["flops"] < 1.5 * first["flops"]  # two steps at r = 2, two at r = 3
+
+
 def test_a_std_is_read_at_1_and_2_only(corpus, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(study, "VAL_TOKENS", 960)
     flags = " ".join([*TOY, *SHORT, f"--data={corpus}", "--max_steps=2"])
