@@ -9,7 +9,7 @@ from pathlib import Path
 
 from config import ArgumentParser, cli
 from experiments import RESULTS, ROOT, read
-from experiments.study import MANY, SHORT
+from experiments.study import ABLATIONS, MANY, SHORT
 from model import UserError, check
 
 try:
@@ -241,18 +241,20 @@ def study_loss(folder: Path, path: Path):
         "variants, 2000 steps": [row for row in short if row not in (*MAIN_ROWS, *wide)],
         "two and four times as long": [row for row in found if row.endswith(("_long", "_longer"))],
         "trained at many r, and controls": [row for row in MANY if row in found],
+        "what makes recall iterate, 2000 steps": [row for row in ABLATIONS if row in found],
         "twice as wide": wide,
     }
     panels = {title: rows for title, rows in panels.items() if rows}
     figure, axes = subplots(len(panels))
     for ax, (title, rows) in zip(axes, panels.items()):
-        used = {}
+        used, iters = {}, []
         for row in rows:
             color = colour_of(row)
             style = STYLES[used.get(color, 0) % len(STYLES)]
             used[color] = used.get(color, 0) + 1
             label = f"{row} ({len(found[row])})"
-            iters = loss_curve(ax, found[row], label, color=color, linestyle=style, marker=".")
+            drawn = loss_curve(ax, found[row], label, color=color, linestyle=style, marker=".")
+            iters = max(iters, drawn, key=len)  # a Std is read at 1 and 2 only
         ax.set_ylim(top=min(ax.get_ylim()[1], 1.8))
         set_iters(ax, iters, title=title, ylabel="validation loss, nats per byte")
         legend_below(ax)

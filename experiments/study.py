@@ -165,9 +165,23 @@ MANY = {
     "recall_6_8k": many("`recall`, 6", [*RECALL, "--iters=6", *FP32]),
     "abbie_d_2_8k": many("`abbie_d`, 2", FP32, 3),
     "abbie_d_p6b3": many("`abbie_d`, poisson:6, gradients of 3", [*MANY_R, *B3]),
-    "recall_no_h": many("`recall` without its h", MANY_RECALL, model_class=NoRecall),
-    "recall_undamped": many("`recall` without the average", MANY_RECALL, model_class=Undamped),
-    "abbie_d_equal": many("`abbie_d` with weights 1/r", [*MANY_R, *B3], model_class=EqualWeights),
+}
+# What makes recall iterate, a line changed each: 2000 steps in fp32.
+P6B3 = ["--iters=poisson:6", *B3]
+
+
+def ablation(title: str, flags: list[str], model_class=AbbIE) -> Row:
+    return Row(title, [*flags, "--dtype=float32"], std="std_2k", model_class=model_class)
+
+
+ABLATIONS = {
+    "std_2k": ablation("Std, 1", STD),
+    "recall_2k": ablation("`recall`, 2", RECALL),
+    "recall_p6b3_2k": ablation(MANY_TITLE, [*RECALL, *P6B3]),
+    "recall_no_h": ablation("the same without its h", [*RECALL, *P6B3], NoRecall),
+    "recall_undamped": ablation("the same without the average", [*RECALL, *P6B3], Undamped),
+    "abbie_d_p6b3_2k": ablation("`abbie_d`, poisson:6, gradients of 3", P6B3),
+    "abbie_d_equal": ablation("the same with weights 1/r", P6B3, EqualWeights),
 }
 # The same on English: books, as bytes.
 BOOKS = ["--data=data/books_bytes"]
@@ -188,7 +202,7 @@ def thin(title: str, flags: list[str], std: str, seeds: int = 1) -> Row:
     return Row(title, [*flags, *THIN], seeds, std)
 
 
-MANY_THIN = [*RECALL, "--iters=poisson:6", *B3]
+MANY_THIN = [*RECALL, *P6B3]
 SCARCE = {
     "std_thin_2k": thin("Std, 1, 2000 steps", STD, "std_thin_2k", 3),
     "std_thin_4k": thin("Std, 1, 4000 steps", [*STD, *TWICE], "std_thin_4k"),
@@ -198,7 +212,7 @@ SCARCE = {
     "recall_thin_4k": thin(f"{MANY_TITLE}, 4000 steps", [*MANY_THIN, *TWICE], "std_thin_4k"),
     "recall_thin": thin(f"{MANY_TITLE}, 8000 steps", [*MANY_THIN, *FOUR_TIMES], "std_thin"),
 }
-ROWS = {**SHORT, **MANY, **ENGLISH, **SCARCE}
+ROWS = {**SHORT, **MANY, **ABLATIONS, **ENGLISH, **SCARCE}
 
 GPU_ROWS = {
     "std": Row("Std, 1", STD),
@@ -414,7 +428,8 @@ def print_table(study: Study, folder):
     """The records as Markdown."""
     runs = read(study.name, folder)
     long = "8000 steps, fp32"
-    groups = {"2000 steps": SHORT, long: MANY, f"{long}, English": ENGLISH, "fp32, 0.5 MB of text": SCARCE}
+    groups = {"2000 steps": SHORT, long: MANY, "2000 steps, fp32": ABLATIONS, f"{long}, English": ENGLISH}
+    groups["fp32, 0.5 MB of text"] = SCARCE
     groups = groups if study is SMALL else {"52M parameters": GPU_ROWS}
     for title, names in groups.items():
         rows = runs_by_row(study, names, runs)
