@@ -149,7 +149,9 @@ def more_iterations(folder: Path, path: Path):
     for ax in (left, right):
         ax.axvspan(2, 10, color="#d62728", alpha=0.07, linewidth=0)  # from the 10th to the 90th percentile
         where = ax.get_xaxis_transform()  # x in data, y in shares of the panel
-        ax.text(4.5, 1.0, "87 % of the steps of training", color="#a03030", ha="center", transform=where, **small)
+        ax.text(
+            4.5, 1.0, "87 % of the steps of training", color="#a03030", ha="center", transform=where, **small
+        )
 
     iters = [1, 32]
     for (row, label), style in zip(curves.items(), ("-", "-", "--", "--")):

@@ -178,10 +178,10 @@ ABLATIONS = {
     "std_2k": ablation("Std, 1", STD),
     "recall_2k": ablation("`recall`, 2", RECALL),
     "recall_p6b3_2k": ablation(MANY_TITLE, [*RECALL, *P6B3]),
-    "recall_no_h": ablation("the same without its h", [*RECALL, *P6B3], NoRecall),
-    "recall_undamped": ablation("the same without the average", [*RECALL, *P6B3], Undamped),
+    "recall_no_h": ablation("`recall` without its h, the same", [*RECALL, *P6B3], NoRecall),
+    "recall_undamped": ablation("`recall` without the average, the same", [*RECALL, *P6B3], Undamped),
     "abbie_d_p6b3_2k": ablation("`abbie_d`, poisson:6, gradients of 3", P6B3),
-    "abbie_d_equal": ablation("the same with weights 1/r", P6B3, EqualWeights),
+    "abbie_d_equal": ablation("`abbie_d` with weights 1/r, the same", P6B3, EqualWeights),
 }
 # The same on English: books, as bytes.
 BOOKS = ["--data=data/books_bytes"]
