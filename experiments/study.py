@@ -80,6 +80,30 @@ class EqualWeights(AbbIE):
         return u, u
 
 
+class TwoDepths(AbbIE):
+    """Trained on the loss at r and a tenth of the loss two iterations earlier, both from one sweep."""
+
+    def forward(self, idx, targets=None, iters=None):
+        early = max(1, iters - 2) if iters and targets is not None else iters
+        if early == iters:
+            return super().forward(idx, targets, iters)
+        rope, first = self.rope(idx), self.backprop_from(iters)
+        h = self.run_head(idx, rope)
+        u, x = self.advance(self.start(h), h, 0, early, rope, backprop_from=first)
+        _, early_loss = self.logits_and_loss(self.run_tail(u, rope), targets)
+        u, _ = self.advance(x, h, early, iters, rope, backprop_from=first)
+        logits, loss = self.logits_and_loss(self.run_tail(u, rope), targets)
+        return logits, loss + 0.1 * early_loss
+
+    def flops_per_token(self, iters=None, context=None, training=True):
+        flops = super().flops_per_token(iters, context, training)
+        if not training or iters == 1:
+            return flops
+        body = super().flops_per_token(2, context, training=False) - super().flops_per_token(1, context, False)
+        tail = body * self.config.n_tail_blocks / self.config.n_body_blocks
+        return flops + 3 * (tail + 2 * self.unembed.weight.numel())
+
+
 # ------------------------------------------------------------------------------------------------------- rows
 
 
@@ -131,7 +155,8 @@ SHORT = {
 # More iterations, better language: 8000 steps in fp32. Two kinds of control cost the FLOPs of the rows that
 # iterate: a deeper Std on the same tokens (six blocks for r = 2; ten for a mean r of 6, of which 3 get
 # gradients), and the same Std on more tokens.
-FP32, B3 = ["--dtype=float32", "--max_steps=8000"], ["--backprop_iters=3"]
+FP32 = ["--dtype=float32", "--max_steps=8000"]
+B1, B2, B3 = (["--backprop_iters=1"], ["--backprop_iters=2"], ["--backprop_iters=3"])
 MANY_R = ["--iters=poisson:6", *FP32]
 MANY_RECALL = [*RECALL, *MANY_R, *B3]
 HEADS = ["--n_attn_heads=4"]  # instead of 2, of half the size
@@ -182,6 +207,19 @@ ABLATIONS = {
     "recall_undamped": ablation("`recall` without the average, the same", [*RECALL, *P6B3], Undamped),
     "abbie_d_p6b3_2k": ablation("`abbie_d`, poisson:6, gradients of 3", P6B3),
     "abbie_d_equal": ablation("`abbie_d` with weights 1/r, the same", P6B3, EqualWeights),
+    # Depth in the mean, its spread, or the truncated gradient?
+    "recall_6b3_2k": ablation("`recall`, 6, gradients of 3", [*RECALL, "--iters=6", *B3]),
+    "recall_1to7_2k": ablation("`recall`, 1-7", [*RECALL, "--iters=1-7"]),
+    "recall_p6_2k": ablation("`recall`, poisson:6, all gradients", [*RECALL, "--iters=poisson:6"]),
+    "recall_p6b2_2k": ablation("`recall`, poisson:6, gradients of 2", [*RECALL, "--iters=poisson:6", *B2]),
+    "recall_p6b1_2k": ablation("`recall`, poisson:6, gradients of 1", [*RECALL, "--iters=poisson:6", *B1]),
+    # For the FLOPs of poisson:6 with gradients of 3: less depth and more gradients, or the other way round.
+    "recall_p4_2k": ablation("`recall`, poisson:4, all gradients", [*RECALL, "--iters=poisson:4"]),
+    "recall_p8b2_2k": ablation("`recall`, poisson:8, gradients of 2", [*RECALL, "--iters=poisson:8", *B2]),
+    "recall_p10b1_2k": ablation("`recall`, poisson:10, gradients of 1", [*RECALL, "--iters=poisson:10", *B1]),
+    "recall_two_depths": ablation(
+        f"{MANY_TITLE}, and a tenth of the loss two iterations earlier", [*RECALL, *P6B3], TwoDepths
+    ),
 }
 # The same on English: books, as bytes.
 BOOKS = ["--data=data/books_bytes"]

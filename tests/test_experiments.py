@@ -84,6 +84,8 @@ def test_equal_flops_controls_cost_what_they_control():
     assert flops("std_more") == pytest.approx(flops("recall_p6b3"), rel=0.05)
     assert flops("std_six") == pytest.approx(flops("recall_2_8k"), rel=0.01)
     assert flops("std_more_2") == pytest.approx(flops("recall_2_8k"), rel=0.01)
+    same = ["recall_6b3_2k", "recall_1to7_2k", "recall_p4_2k", "recall_p8b2_2k", "recall_p10b1_2k"]
+    assert {flops(name) for name in same} == {flops("recall_p6b3_2k")}
 
 
 VARIANTS = [  # and what the Tail reads, less h = 3, after updates of 1, 2 and 4
@@ -113,6 +115,20 @@ def test_half_tail_starts_with_half_the_output_projections():
     changed = {name for name in ours if not torch.equal(ours[name], half[name])}
     assert changed == {"tail.0.attn.proj.weight", "tail.0.mlp.down.weight"}
     assert all(torch.equal(half[name], ours[name] / 2) for name in changed)
+
+
+def test_two_depths_add_a_tenth_of_an_earlier_loss_from_one_sweep():
+    plain, both = (model_of(of, rule="recall", iters="poisson:6") for of in (AbbIE, study.TwoDepths))
+    x = torch.randint(0, 97, (2, 13), generator=torch.Generator().manual_seed(1))
+    at = {r: plain(x[:, :-1], x[:, 1:], r)[1].item() for r in (1, 2, 5, 7)}
+    for r, early in ((1, None), (2, 1), (7, 5)):
+        loss = both(x[:, :-1], x[:, 1:], r)[1].item()
+        assert loss == pytest.approx(at[r] + (at[early] / 10 if early else 0), rel=1e-5)
+    assert torch.equal(both(x)[0], plain(x)[0])
+    matrices = sum(p.numel() for p in both.tail.parameters() if p.dim() == 2)
+    tail = 2 * matrices + 2 * 32 * 32 + 2 * both.unembed.weight.numel()  # width 32, context 32
+    assert both.flops_per_token(1) == plain.flops_per_token(1)
+    assert both.flops_per_token(7) == pytest.approx(plain.flops_per_token(7) + 3 * tail)
 
 
 def test_a_row_is_trained_once_recorded_and_paired(corpus, tmp_path, monkeypatch, capsys):
