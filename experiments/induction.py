@@ -5,8 +5,9 @@
 
 A string of random letters, twice in a row: a model that looks up what followed last time (an "induction
 head", which takes two layers of attention: arXiv 2209.11895) predicts the second copy, any other predicts
-neither. And validation loss by place in the context, which falls further for a model that can. For models
-of bytes."""
+neither. And validation loss by place in the context, which falls further for a model that can; and by what a
+look-up would find there: where the last bytes (4 to 11, 12 or more) stood in the context before, and what
+followed them is the next byte (right) or is not (wrong). For models of bytes."""
 
 import shlex
 from pathlib import Path
@@ -23,6 +24,7 @@ from experiments import RESULTS, append, read
 from model import check
 
 STRINGS, LENGTH, WINDOWS = 256, 100, 512  # of letters; of the validation split
+MATCH, LONG_MATCH = 4, 12  # bytes
 
 
 @torch.no_grad()
@@ -35,6 +37,30 @@ def nats_of(model, x, y, iters: list[int], batch_size: int = 32) -> dict[int, to
     return {r: torch.cat(nats) for r, nats in found.items()}
 
 
+def longest_matches(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """x, y (B, T) -> how many of the bytes up to each x[t] stood in the window before, at most, and whether
+    what followed them there (the last time, of several) is y[t]; (B, T) each."""
+    (B, T), rows = x.shape, np.arange(len(x))
+    lengths, right = np.zeros((B, T), int), np.zeros((B, T), bool)
+    common = np.zeros((B, T), int)  # at s: how many bytes up to x[s] are those up to x[t], for the t at hand
+    for t in range(1, T):
+        one_before = np.pad(common, ((0, 0), (1, 0)))[:, :t]
+        common[:, :t] = np.where(x[:, :t] == x[:, t : t + 1], one_before + 1, 0)
+        best = t - 1 - common[:, t - 1 :: -1].argmax(axis=1)
+        lengths[:, t] = common[rows, best]
+        right[:, t] = (lengths[:, t] > 0) & (y[rows, best] == y[:, t])
+    return lengths, right
+
+
+def kinds_of_text(x: np.ndarray, y: np.ndarray) -> dict[str, torch.Tensor]:
+    """{what a look-up would find: where that is so, (B, T)}."""
+    lengths, right = longest_matches(x, y)
+    long, short = lengths >= LONG_MATCH, (lengths >= MATCH) & (lengths < LONG_MATCH)
+    kinds = {"no_match": lengths < MATCH, "short_wrong": short & ~right, "short_right": short & right}
+    kinds |= {"long_wrong": long & ~right, "long_right": long & right}
+    return {kind: torch.from_numpy(where) for kind, where in kinds.items()}
+
+
 def measure(args) -> dict:
     model = load_model(args.ckpt).eval()
     check(model.meta["tokenizer"] == "bytes", f"{args.ckpt} does not read bytes")
@@ -44,13 +70,16 @@ def measure(args) -> dict:
     twice = torch.cat([letters, letters], dim=1)
     shards = Shards(model.meta["data"], "val", model.config.block_size)
     x, y = shards.batch(np.arange(WINDOWS) * shards.n_windows // WINDOWS)
+    kinds = kinds_of_text(x.numpy(), y.numpy())
     result = {"ckpt": args.ckpt, "rule": model.config.rule, "trained_iters": model.config.iters, "iters": {}}
+    result["share_of_text"] = {kind: round(where.float().mean().item(), 4) for kind, where in kinds.items()}
     copies, text = nats_of(model, twice[:, :-1], twice[:, 1:], iters), nats_of(model, x, y, iters)
     for r in iters:
         first, second = copies[r][:, : LENGTH - 1].mean(), copies[r][:, LENGTH:].mean()
         quarters = [round(quarter.mean().item(), 4) for quarter in text[r].chunk(4, dim=1)]
         entry = {"first_copy": round(first.item(), 4), "second_copy": round(second.item(), 4)}
-        result["iters"][str(r)] = {**entry, "text_by_quarter": quarters}
+        by_match = {kind: round(text[r][where].mean().item(), 4) for kind, where in kinds.items()}
+        result["iters"][str(r)] = {**entry, "text_by_quarter": quarters, "text_by_match": by_match}
     return {**result, **train.versions(torch.device("cpu"))}
 
 
@@ -62,6 +91,13 @@ def print_table(folder: Path):
             quarters = " ".join(f"{loss:.3f}" for loss in entry["text_by_quarter"])
             copies = f"{entry['first_copy']:.2f} | {entry['second_copy']:.2f}"
             print(f"| `{Path(found['ckpt']).name}` | {r} | {copies} | {quarters} |")
+    print("\n| model | r | no match | 4 to 11 bytes, wrong | right | 12 or more, wrong | right |")
+    print("|---|---|---|---|---|---|---|")
+    for found in read("induction", folder):
+        for r, entry in found["iters"].items():
+            if "text_by_match" in entry:
+                cells = " | ".join(f"{nats:.3f}" for nats in entry["text_by_match"].values())
+                print(f"| `{Path(found['ckpt']).name}` | {r} | {cells} |")
 
 
 def main(argv: list[str]):

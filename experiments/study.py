@@ -99,8 +99,8 @@ class TwoDepths(AbbIE):
         flops = super().flops_per_token(iters, context, training)
         if not training or iters == 1:
             return flops
-        body = super().flops_per_token(2, context, training=False) - super().flops_per_token(1, context, False)
-        tail = body * self.config.n_tail_blocks / self.config.n_body_blocks
+        forward = partial(super().flops_per_token, context=context, training=False)
+        tail = (forward(2) - forward(1)) * self.config.n_tail_blocks / self.config.n_body_blocks
         return flops + 3 * (tail + 2 * self.unembed.weight.numel())
 
 

@@ -371,9 +371,19 @@ def test_a_model_that_looks_up_is_told_from_one_that_does_not(corpus, tmp_path, 
     monkeypatch.setattr(induction, "load_model", lambda _: copier)
     monkeypatch.setattr(induction, "STRINGS", 4)
     monkeypatch.setattr(induction, "WINDOWS", 8)
+    monkeypatch.setattr(induction, "LONG_MATCH", 5)  # windows of 32 bytes hold no longer ones
     induction.main(["--ckpt", "a-model", "--iters", "1,2", "--results", str(tmp_path)])
     (run,) = read("induction", tmp_path)
     one, two = run["iters"]["1"], run["iters"]["2"]
     assert one["first_copy"] == one["second_copy"] == pytest.approx(5.549, abs=1e-3)  # ln 257
     assert two["second_copy"] < 2 < two["first_copy"]
     assert len(two["text_by_quarter"]) == 4
+    assert sum(run["share_of_text"].values()) == pytest.approx(1, abs=1e-3)
+    assert two["text_by_match"]["long_right"] < 1 < 5 < two["text_by_match"]["long_wrong"]
+
+
+def test_the_longest_match_and_what_followed_it():
+    text = np.frombuffer(b"abcabd.abcx", np.uint8)[None]
+    lengths, right = induction.longest_matches(text[:, :-1], text[:, 1:])
+    assert lengths[0].tolist() == [0, 0, 0, 1, 2, 0, 0, 1, 2, 3]
+    assert right[0].tolist() == [False] * 3 + [True, False] + [False] * 2 + [True, False, False]
