@@ -9,7 +9,7 @@ from pathlib import Path
 
 from config import ArgumentParser, cli
 from experiments import RESULTS, ROOT, read
-from experiments.study import ABLATIONS, MANY, SHORT
+from experiments.study import ABLATIONS, DEPTHS, MANY, SHORT
 from model import UserError, check
 
 try:
@@ -46,9 +46,13 @@ def colour_of(row: str) -> str:
 
 
 def subplots(n: int, **options):
-    """A figure of n panels side by side."""
-    figure, axes = plt.subplots(1, n, figsize=(5 * n, 4.4), squeeze=False, layout="constrained", **options)
-    return figure, axes[0]
+    """A figure of n panels, at most four side by side."""
+    down, across = -(-n // 4), min(n, 4)
+    size = (5 * across, 4.4 * down)
+    figure, axes = plt.subplots(down, across, figsize=size, squeeze=False, layout="constrained", **options)
+    for ax in axes.flat[n:]:
+        ax.remove()
+    return figure, axes.flat[:n]
 
 
 def set_iters(ax, iters, **labels):
@@ -244,14 +248,16 @@ def study_loss(folder: Path, path: Path):
         "two and four times as long": [row for row in found if row.endswith(("_long", "_longer"))],
         "trained at many r, and controls": [row for row in MANY if row in found],
         "what makes recall iterate, 2000 steps": [row for row in ABLATIONS if row in found],
+        "depths and gradients, 2000 steps": [row for row in ("recall_p6b3_2k", *DEPTHS) if row in found],
         "twice as wide": wide,
     }
     panels = {title: rows for title, rows in panels.items() if rows}
     figure, axes = subplots(len(panels))
     for ax, (title, rows) in zip(axes, panels.items()):
         used, iters = {}, []
-        for row in rows:
-            color = colour_of(row)
+        one_rule = len({colour_of(row) for row in rows}) == 1
+        for i, row in enumerate(rows):
+            color = f"C{i}" if one_rule else colour_of(row)
             style = STYLES[used.get(color, 0) % len(STYLES)]
             used[color] = used.get(color, 0) + 1
             label = f"{row} ({len(found[row])})"

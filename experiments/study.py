@@ -207,13 +207,15 @@ ABLATIONS = {
     "recall_undamped": ablation("`recall` without the average, the same", [*RECALL, *P6B3], Undamped),
     "abbie_d_p6b3_2k": ablation("`abbie_d`, poisson:6, gradients of 3", P6B3),
     "abbie_d_equal": ablation("`abbie_d` with weights 1/r, the same", P6B3, EqualWeights),
-    # Depth in the mean, its spread, or the truncated gradient?
+}
+# Depth in the mean, its spread, or the truncated gradient? p4, p8b2 and p10b1 cost the FLOPs of p6b3: less
+# depth and more gradients, or the other way round.
+DEPTHS = {
     "recall_6b3_2k": ablation("`recall`, 6, gradients of 3", [*RECALL, "--iters=6", *B3]),
     "recall_1to7_2k": ablation("`recall`, 1-7", [*RECALL, "--iters=1-7"]),
     "recall_p6_2k": ablation("`recall`, poisson:6, all gradients", [*RECALL, "--iters=poisson:6"]),
     "recall_p6b2_2k": ablation("`recall`, poisson:6, gradients of 2", [*RECALL, "--iters=poisson:6", *B2]),
     "recall_p6b1_2k": ablation("`recall`, poisson:6, gradients of 1", [*RECALL, "--iters=poisson:6", *B1]),
-    # For the FLOPs of poisson:6 with gradients of 3: less depth and more gradients, or the other way round.
     "recall_p4_2k": ablation("`recall`, poisson:4, all gradients", [*RECALL, "--iters=poisson:4"]),
     "recall_p8b2_2k": ablation("`recall`, poisson:8, gradients of 2", [*RECALL, "--iters=poisson:8", *B2]),
     "recall_p10b1_2k": ablation("`recall`, poisson:10, gradients of 1", [*RECALL, "--iters=poisson:10", *B1]),
@@ -250,7 +252,7 @@ SCARCE = {
     "recall_thin_4k": thin(f"{MANY_TITLE}, 4000 steps", [*MANY_THIN, *TWICE], "std_thin_4k"),
     "recall_thin": thin(f"{MANY_TITLE}, 8000 steps", [*MANY_THIN, *FOUR_TIMES], "std_thin"),
 }
-ROWS = {**SHORT, **MANY, **ABLATIONS, **ENGLISH, **SCARCE}
+ROWS = {**SHORT, **MANY, **ABLATIONS, **DEPTHS, **ENGLISH, **SCARCE}
 
 GPU_ROWS = {
     "std": Row("Std, 1", STD),
@@ -466,8 +468,8 @@ def print_table(study: Study, folder):
     """The records as Markdown."""
     runs = read(study.name, folder)
     long = "8000 steps, fp32"
-    groups = {"2000 steps": SHORT, long: MANY, "2000 steps, fp32": ABLATIONS, f"{long}, English": ENGLISH}
-    groups["fp32, 0.5 MB of text"] = SCARCE
+    groups = {"2000 steps": SHORT, long: MANY, "2000 steps, fp32": {**ABLATIONS, **DEPTHS}}
+    groups |= {f"{long}, English": ENGLISH, "fp32, 0.5 MB of text": SCARCE}
     groups = groups if study is SMALL else {"52M parameters": GPU_ROWS}
     for title, names in groups.items():
         rows = runs_by_row(study, names, runs)
