@@ -205,7 +205,7 @@ def choose_device(name: str = "auto") -> torch.device:
     try:
         device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0].split(". ")[0]
         raise UserError(f"device={name} cannot be used: {reason}\ntry --device=cpu") from None
     if device.type == "cuda":
