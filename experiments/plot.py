@@ -9,7 +9,7 @@ from pathlib import Path
 
 from config import ArgumentParser, cli
 from experiments import RESULTS, ROOT, read
-from experiments.study import ABLATIONS, DEPTHS, MANY, SHORT
+from experiments.study import ABLATIONS, DEPTHS, LONGER, MANY, SHORT
 from model import UserError, check
 
 try:
@@ -247,6 +247,7 @@ def study_loss(folder: Path, path: Path):
         "variants, 2000 steps": [row for row in short if row not in (*MAIN_ROWS, *wide)],
         "two and four times as long": [row for row in found if row.endswith(("_long", "_longer"))],
         "trained at many r, and controls": [row for row in MANY if row in found],
+        "16,000 steps": [row for row in LONGER if row in found],
         "what makes recall iterate, 2000 steps": [row for row in ABLATIONS if row in found],
         "depths and gradients, 2000 steps": [row for row in ("recall_p6b3_2k", *DEPTHS) if row in found],
         "twice as wide": wide,

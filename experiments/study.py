@@ -159,6 +159,7 @@ FP32 = ["--dtype=float32", "--max_steps=8000"]
 B1, B2, B3 = (["--backprop_iters=1"], ["--backprop_iters=2"], ["--backprop_iters=3"])
 MANY_R = ["--iters=poisson:6", *FP32]
 MANY_RECALL = [*RECALL, *MANY_R, *B3]
+STEPS_16K = ["--max_steps=16000"]
 HEADS = ["--n_attn_heads=4"]  # instead of 2, of half the size
 MANY_TITLE = "`recall`, poisson:6, gradients of 3"
 
@@ -190,6 +191,14 @@ MANY = {
     "recall_6_8k": many("`recall`, 6", [*RECALL, "--iters=6", *FP32]),
     "abbie_d_2_8k": many("`abbie_d`, 2", FP32, 3),
     "abbie_d_p6b3": many("`abbie_d`, poisson:6, gradients of 3", [*MANY_R, *B3]),
+}
+# Does the lead grow with the run? The second goes on from the first, before either lowers its learning rate.
+LONGER = {
+    "std_16k": many("Std, 1", [*STD, *FP32, *STEPS_16K, "--keep_last=21"], 3, "std_16k"),
+    "std_more_16k": many(
+        "Std, 1, 38,000 steps", [*STD, *FP32, "--max_steps=38000"], 3, "std_16k", start=("std_16k", 8000)
+    ),
+    "recall_p6b3_16k": many(MANY_TITLE, [*MANY_RECALL, *STEPS_16K], 3, "std_16k"),
 }
 # What makes recall iterate, a line changed each: 2000 steps in fp32.
 P6B3 = ["--iters=poisson:6", *B3]
@@ -252,7 +261,7 @@ SCARCE = {
     "recall_thin_4k": thin(f"{MANY_TITLE}, 4000 steps", [*MANY_THIN, *TWICE], "std_thin_4k"),
     "recall_thin": thin(f"{MANY_TITLE}, 8000 steps", [*MANY_THIN, *FOUR_TIMES], "std_thin"),
 }
-ROWS = {**SHORT, **MANY, **ABLATIONS, **DEPTHS, **ENGLISH, **SCARCE}
+ROWS = {**SHORT, **MANY, **LONGER, **ABLATIONS, **DEPTHS, **ENGLISH, **SCARCE}
 
 GPU_ROWS = {
     "std": Row("Std, 1", STD),
@@ -468,8 +477,9 @@ def print_table(study: Study, folder):
     """The records as Markdown."""
     runs = read(study.name, folder)
     long = "8000 steps, fp32"
-    groups = {"2000 steps": SHORT, long: MANY, "2000 steps, fp32": {**ABLATIONS, **DEPTHS}}
-    groups |= {f"{long}, English": ENGLISH, "fp32, 0.5 MB of text": SCARCE}
+    groups = {"2000 steps": SHORT, long: MANY, "16,000 steps, fp32": LONGER}
+    groups |= {"2000 steps, fp32": {**ABLATIONS, **DEPTHS}, f"{long}, English": ENGLISH}
+    groups |= {"fp32, 0.5 MB of text": SCARCE}
     groups = groups if study is SMALL else {"52M parameters": GPU_ROWS}
     for title, names in groups.items():
         rows = runs_by_row(study, names, runs)
