@@ -99,9 +99,10 @@ def find_checkpoint(path: str | Path | None = None, names=TO_RUN) -> Path:
     """A run folder -> its newest checkpoint of which the files `names` are sound; a checkpoint -> itself;
     None -> that of the run in out/ that was written last. Raises UserError where there is none."""
     if path is None:
-        manifests = sorted(Path("out").glob("*/step_*/manifest.json"), key=lambda path: path.stat().st_mtime)
-        check(bool(manifests), "no checkpoint under out/\nmake one: python train.py config/abbie_tiny.py")
-        path = manifests[-1].parents[1]
+        manifests = Path("out").glob("*/step_*/manifest.json")
+        newest = max(manifests, key=lambda path: path.stat().st_mtime, default=None)
+        check(newest is not None, "no checkpoint under out/\nmake one: python train.py config/abbie_tiny.py")
+        path = newest.parents[1]
     path = Path(path)
     steps = sorted(path.glob("step_*"), reverse=True)
     for folder in steps or [path]:

@@ -38,22 +38,25 @@ class KVCache:
     the B rows holds. In mode "full" there is one slot per block and *iteration*: iteration k of a new token
     reads what iteration k of the old ones wrote, so decoding is exact. In mode "last" all iterations of a
     Body block share one slot: a prompt is processed exactly, then only its last iteration is left for all
-    iterations to read. In mode "none" there are no slots: nothing is kept. looks: the Tail is run in every
-    iteration too (early exit by "kl" looks at its predictions), and in mode "full" has slots as the Body has.
+    iterations to read. In mode "none" there are no slots: nothing is kept. tail_every_iter: the Tail is run
+    in every iteration too (for early exit by "kl", which looks at its predictions), and in mode "full" has
+    slots as the Body has.
 
     The protocol between a cache and the model: the model turns to block i of "head", "body" or "tail" in
     iteration k by `kv.at(part, i, k)`; Attention hands over its new keys and values, (B, K, T, E) each, by
     `store`, gets all that there are, (B, K, S, E) each, and lets queries see them by `mask`, (B, 1, T, S) of
     True where a query sees a key, or None, and `causal`."""
 
-    def __init__(self, model: AbbIE, batch_size=1, iters=None, mode="full", looks=False, length=None):
+    def __init__(
+        self, model: AbbIE, batch_size=1, iters=None, mode="full", tail_every_iter=False, length=None
+    ):
         config, weight = model.config, model.embed.weight
         self.mode, self.iters, self.length = mode, model.check_iters(iters), length or config.block_size
-        # Slots run: Head, Tail, Body of iteration 0; Body of iteration 1; ... With looks: Head; Tail and Body
-        # of iteration 0; Tail and Body of iteration 1; ...
+        # Slots run: Head, Tail, Body of iteration 0; Body of iteration 1; ... With tail_every_iter: Head;
+        # Tail and Body of iteration 0; Tail and Body of iteration 1; ...
         self.first = {"head": 0, "tail": config.n_head_blocks}
         self.first["body"] = config.n_head_blocks + config.n_tail_blocks
-        self.n_once = self.first["tail" if looks else "body"]
+        self.n_once = self.first["tail" if tail_every_iter else "body"]
         n_repeated = config.n_blocks - self.n_once
         self.stride = n_repeated if mode == "full" else 0  # slots from an iteration to the next
         n_slots = 0 if mode == "none" else config.n_blocks + self.stride * (self.iters - 1)
@@ -63,10 +66,10 @@ class KVCache:
 
 
 class Chunk:
-    """T new tokens in some rows of a cache (default: all): the places where their keys and values go, behind
-    what the rows hold, and what they may attend to: all places up to their own, at positions that are the
-    places; or, where a row is a tree of texts, what `mask` (B, 1, T, S) says, at `positions` (B, T). One
-    chunk serves every block and iteration."""
+    """T new tokens for some rows of a cache (default: all). `places` (B, T): where in the cache their keys
+    and values go, right behind what a row holds. `positions` (B, T): for the rotary embedding, by default the
+    places. `mask` (B, 1, T, S): who sees whom, by default every place up to one's own. Positions and a mask
+    are given where a row is a tree of texts. One chunk serves every block and iteration."""
 
     def __init__(self, cache: KVCache, T: int, rows=None, positions=None, mask=None):
         self.cache, device = cache, cache.keys.device
@@ -192,17 +195,17 @@ def resolve_exit(model: AbbIE, text: str, iters: int) -> str:
 
 
 @torch.no_grad()
-def adaptive_states(model: AbbIE, idx: Tensor, kv: Chunk, rule, live: Tensor):
+def adaptive_states(model: AbbIE, idx: Tensor, kv: Chunk, exit_rule, live: Tensor):
     """idx (B, T), of which live (B, T) are no padding -> the states that are unembedded, (B, T, D), and the
     iterations that each token ran, (B, T). Iteration k works on the tokens that have not settled yet; those
     that have leave the Body, and their last keys and values stand for the iterations that they skip. Whether
-    a token settles depends on earlier tokens and itself alone, so reading many tokens at once equals reading
-    them one by one. A token has settled when one more iteration changes
+    a token settles depends on earlier tokens and itself alone, so with a cache of mode "full" reading many
+    tokens at once equals reading them one by one. A token has settled when one more iteration changes
     - "kl": the prediction by a KL divergence below the threshold (as arXiv 2502.05171, section 6.1; each look
       costs a Tail and an unembedding);
-    - "u": what the Tail reads by less than this share of its norm (costs nothing).
-    The raw state of abbie_d never settles: it halves its distance, and u quarters it, whatever the token."""
-    (kind, threshold), iters = rule, kv.cache.iters
+    - "u": what the Tail reads by less than this share of its norm (costs nothing). With abbie_d this tells
+      little: the change of u quarters with every iteration by construction, whatever the token."""
+    (kind, threshold), iters = exit_rule, kv.cache.iters
     h = model.run_head(idx, kv.rope(model), kv)
     x, z, before = model.start(h).clone(), torch.zeros_like(h), None
     live, depths = live.clone(), torch.zeros_like(idx)
@@ -236,17 +239,19 @@ def adaptive_states(model: AbbIE, idx: Tensor, kv: Chunk, rule, live: Tensor):
 
 
 @torch.no_grad()
-def step(model: AbbIE, idx: Tensor, cache: KVCache, n_new=None, rows=None, rule=None, stats=None) -> Tensor:
+def step(
+    model: AbbIE, idx: Tensor, cache: KVCache, n_new=None, rows=None, exit_rule=None, stats=None
+) -> Tensor:
     """Append idx (B, T) to `rows` of a cache (default: all) -> logits (B, V) after each row's last new token.
     Rows may be padded on the right: the list n_new (default: T each) says how many tokens of each count. With
-    a rule of early exit, every token runs as many iterations as it needs, at most the cache's, and `stats`
-    gets how many these were."""
+    an exit_rule (see parse_exit), every token runs as many iterations as it needs, at most the cache's, and
+    `stats` gets how many these were."""
     (B, T), device = idx.shape, idx.device
     n_new, rows = n_new or [T] * B, rows or list(range(B))
     kv, lengths = Chunk(cache, T, rows), torch.tensor(n_new, device=device)
-    if rule:
+    if exit_rule:
         live = torch.arange(T, device=device) < lengths[:, None]
-        z, depths = adaptive_states(model, idx, kv, rule, live)
+        z, depths = adaptive_states(model, idx, kv, exit_rule, live)
         stats.iters.update(depths[live].tolist())
     else:
         [z] = model.states_at(idx, [cache.iters], kv.rope(model), kv)
@@ -262,6 +267,8 @@ def distribution(logits: Tensor, temperature: float, top_k: int, top_p: float) -
     """logits (B, V) -> the probabilities (B, V) that tokens are drawn with; at temperature 0 all is on the
     best one. top_k keeps the k best (0: all), top_p the fewest that hold this much probability together
     (nucleus sampling, arXiv 1904.09751)."""
+    if logits.device.type == "mps":  # which has no float64
+        logits = logits.cpu()
     if temperature == 0:
         return F.one_hot(logits.argmax(-1), logits.shape[-1]).double()
     logits = logits.double()
@@ -335,11 +342,11 @@ def stream(
     early_exit: str = "",
     stats: Stats | None = None,
 ) -> Iterator[tuple[int, int]]:
-    """An iterator of (row, id): the new tokens of the prompts, at most max_new_tokens each. A row ends before
-    stop_token. Row b draws from seed + b, so that a batch of N equals N batches of 1. cache_mode: see
-    KVCache; draft_iters > 0: see draft_and_verify, one prompt after the other; early_exit, "kl:1e-3" or
-    "u:1e-2": see adaptive_states. `stats` is filled on the way. Raises UserError for values that are out of
-    range or contradict one another."""
+    """An iterator of (row, id): the new tokens of the prompts, at most max_new_tokens each. A row ends with
+    stop_token, which is not yielded. Row b draws from seed + b, so that a batch of N equals N batches of 1.
+    cache_mode: see KVCache; draft_iters > 0: see draft_and_verify, one prompt after the other; early_exit,
+    "kl:1e-3" or "u:1e-2": see adaptive_states. `stats` is filled on the way. Raises UserError for values that
+    are out of range or contradict one another."""
     iters, S, V = model.check_iters(iters), model.config.block_size, model.config.vocab_size
     check(len(prompts) > 0 and all(prompts), "a prompt has no tokens")
     check(all(len(prompt) <= S for prompt in prompts), f"a prompt is longer than the context of {S} tokens")
@@ -358,10 +365,10 @@ def stream(
     stats = stats or Stats()
     sample = partial(distribution, temperature=temperature, top_k=top_k, top_p=top_p)
     rngs = [random.Random(seed + b) for b in range(len(prompts))]
-    rule = parse_exit(early_exit) if early_exit else None
-    looks, batch_size = early_exit.startswith("kl"), 1 if draft_iters else len(prompts)
-    cache = KVCache(model, batch_size, iters, cache_mode, looks)
-    next_step = partial(step, model, cache=cache, rule=rule, stats=stats)
+    exit_rule = parse_exit(early_exit) if early_exit else None
+    batch_size = 1 if draft_iters else len(prompts)
+    cache = KVCache(model, batch_size, iters, cache_mode, tail_every_iter=early_exit.startswith("kl"))
+    next_step = partial(step, model, cache=cache, exit_rule=exit_rule, stats=stats)
     draft = None
     if draft_iters:
         how = {"iters": iters, "draft_iters": draft_iters, "draft_tokens": draft_tokens}
@@ -391,8 +398,8 @@ def feed(cache, contexts, next_step) -> Tensor:
 
 @torch.no_grad()
 def stream_rows(cache, prompts, max_new_tokens, next_step, sample, rngs, stop_token, stats, draft):
-    """Every row's next token, again and again, of as many prompts at a time as the cache has rows; rows that
-    draw stop_token leave. draft, or None: takes the place of a step where there is one row."""
+    """Every row's next token, again and again, of as many prompts at a time as the cache has rows; a row that
+    draws stop_token leaves. `draft`, if there is one, takes the place of a step (of one row)."""
     size, S, start = len(cache.lengths), cache.length, time.perf_counter()
     for first in range(0, len(prompts), size):
         contexts, n = dict(enumerate(map(list, prompts[first : first + size]))), 0
@@ -448,7 +455,9 @@ def draft_and_verify(model, cache, token, room, rng, *, iters, draft_iters, draf
     accepted = 0
     for token, draft in zip(drafted, q):
         if rng.random() * draft[0, token] >= p[accepted, token]:
-            p[accepted] = (p[accepted] - draft[0]).clamp(min=0)  # with acceptance at p/q, this makes p again
+            # What is left of p: drafted with q and accepted with min(1, p/q), or else drawn from here, tokens
+            # come out distributed as p.
+            p[accepted] = (p[accepted] - draft[0]).clamp(min=0)
             break
         accepted += 1
     cache.lengths[0] = start + 1 + accepted  # what was rejected is forgotten

@@ -5,7 +5,7 @@
         --data_dir data/icl --out r.json --log_samples s.jsonl            # after: python prepare_data.py icl
     python eval_icl.py --ckpt out/NAME --iters 1,2,4,8 --ppl data/c4
     torchrun --nproc_per_node=8 eval_icl.py --ckpt out/NAME ...           # the same table, faster
-    python eval_icl.py --iters 1,2,8 --exit kl:1e-2,mean:2.5 --ppl        # and at adaptive depth, up to 8
+    python eval_icl.py --iters 1,2,8 --exit kl:1e-2,mean:2.5 --ppl        # loss, and at adaptive depth too
     python eval_icl.py --ckpt out/NAME --iters 4 --lm_eval mmlu,gsm8k     # any other: see --help
 
 How zero-shot scoring works. A row of a task, here of arc_easy,
@@ -67,9 +67,10 @@ def ascending(model: AbbIE, iters: Iterable[int]) -> list[int]:
 
 
 def read(model: AbbIE, idx: Tensor, iters: list[int | str], live=None, **tree):
-    """Yields for every column the states of idx (B, T) that are unembedded, (B, T, D), and the iterations
-    that each token ran, (B, T), 0 where it is padding, not live (B, T). One sweep of the Body serves all r;
-    an early exit has one of its own, to the last of them. tree: positions and mask of a decode.Chunk."""
+    """Yields for every entry of iters (ascending numbers, then early exits) the states of idx (B, T) that are
+    unembedded, (B, T, D), and the iterations that each token ran, (B, T): 0 where it is padding, which `live`
+    (B, T) is False for. One sweep of the Body serves all r; an early exit has one of its own, to the last of
+    them. tree: positions and mask of a decode.Chunk."""
     depths = [r for r in iters if isinstance(r, int)]
     live = torch.ones_like(idx, dtype=torch.bool) if live is None else live
     (B, T), rope, kv = idx.shape, None, None
@@ -79,6 +80,7 @@ def read(model: AbbIE, idx: Tensor, iters: list[int | str], live=None, **tree):
     for r, z in zip(depths, model.states_at(idx, depths, rope, kv)):
         yield z, r * live
     for exit in iters[len(depths) :]:
+        # All tokens are in this chunk, so that a slot for all iterations is exact: none is read later.
         kv = Chunk(KVCache(model, B, depths[-1], "last", length=T), T, **tree)
         yield adaptive_states(model, idx, kv, parse_exit(exit), live)
 
@@ -188,14 +190,13 @@ class Group(NamedTuple):
 
     def size(self) -> int:
         """The tokens that are read."""
-        trunk, ends = self.trunk(), [len(self.context) + len(tokens) - 1 for _, tokens in self.continuations]
-        return len(trunk) + sum(end - len(trunk) for end in ends)
+        trunk, start = len(self.trunk()), len(self.context)
+        return trunk + sum(start + len(tokens) - 1 - trunk for _, tokens in self.continuations)
 
 
 def group(requests: list[Pair], T: int) -> tuple[list[Group], list[int]]:
-    """Neighbours with equal contexts share a row, up to 2 T tokens. A request that does not fit into the
-    model's context of T tokens loses the beginning of its own; the numbers of these requests come back as
-    well."""
+    """Neighbours with equal contexts share a row, up to 2 T tokens. A request longer than block_size T loses
+    the beginning of its context; the numbers of these requests come back as well."""
     groups, truncated = [], []
     for number, (context, tokens) in enumerate(requests):
         misfit = f"a continuation of {len(tokens)} tokens does not fit into a context of {T}"
@@ -481,9 +482,10 @@ def parse_args(argv: list[str]):
     add = parser.add_argument
     add("--ckpt", help="run folder, checkpoint or hf:FOLDER (default: the newest under out/)")
     add("--iters", default="1,2,4,8", help="iterations of the Body (default 1,2,4,8)")
-    rule = "also at adaptive depth, up to the last of --iters, as in sample.py: kl:1e-2,mean:2.5"
-    add("--exit", dest="exits", type=comma_list, default="", help=rule)
-    add("--tasks", type=comma_list, default="", help=f"of {', '.join(TASKS)} (the first two)")
+    adaptive = "also at adaptive depth, up to the last of --iters, as in sample.py: kl:1e-2,mean:2.5"
+    add("--exit", dest="exits", type=comma_list, default="", help=adaptive)
+    default = "the first two, where neither --ppl nor --lm_eval is given"
+    add("--tasks", type=comma_list, default="", help=f"of {', '.join(TASKS)} (default: {default})")
     add("--data_dir", default="data/icl", help="holds TASK/SPLIT.jsonl")
     add("--limit", type=int, help="rows of each task, the first N; of a built-in one, examples (300)")
     whole = "loss, perplexity and bits per byte on the whole validation split of a folder of shards"

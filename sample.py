@@ -9,7 +9,8 @@
     python sample.py --compare 1,2,4,8 --prompt "def "                             # side by side
     python sample.py --ckpt hf:FOLDER                     # on a terminal without a prompt: interactive
 
-Generated text goes to stdout and nothing else; the prompt and reports go to stderr.
+Generated text goes to stdout and nothing else, the prompt and reports to stderr; --compare prints columns,
+which begin with the prompt.
 """
 
 import codecs
@@ -30,7 +31,7 @@ from model import UserError, check
 
 def stream_text(model, tokenizer, prompts, max_new_tokens, iters, **options):
     """decode.stream in pieces of text, as soon as it is certain, since the bytes of a character may be spread
-    over tokens: an iterator of (row, piece). A row ends before the end of the text."""
+    over tokens: an iterator of (row, piece). A row ends where the model ends its text."""
     utf8 = [codecs.getincrementaldecoder("utf-8")("replace") for _ in prompts]
     options["stop_token"] = tokenizer.eot_token
     tokens = stream(model, prompts, max_new_tokens, iters, **options)  # which refuses what is wrong at once

@@ -216,9 +216,9 @@ def read_row(name: str, line: str) -> Example:
 
 
 def make_task(name: str, data: str | Path | None, block_size: int, limit: int | None) -> list[Example]:
-    """Examples of a built-in task from the first 2 MB of the validation split of `data`: `limit` of them
-    (None: 300), if there are so many; a longer list begins with the shorter one. Contexts have at most
-    block_size / 2 characters."""
+    """Examples of a built-in task from the first two million characters of the validation split of `data`:
+    `limit` of them (None: 300), if there are so many; a longer list begins with the shorter one. Contexts
+    have at most block_size / 2 characters, and at most 512."""
     tokenizer, texts, size = get_tokenizer(read_meta(data)["tokenizer"]), [], 0
     for tokens in documents(data, "val"):
         texts.append(tokenizer.decode(tokens[: 1 << 20].tolist()))

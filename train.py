@@ -9,10 +9,9 @@
         --rdzv_endpoint=$(scontrol show hostnames | head -1):29500 train.py config/abbie_350m.py     # Slurm
 
 The same command continues an interrupted run. What a step computes does not depend on the number of
-processes: the config fixes tokens per step, data order and iterations are pure functions of (seed, step), and
-no other state exists. SIGTERM and SIGINT save and leave. Under torchrun, which then reports a failure,
-workers have its grace period (30 s) to finish the save before it kills them; only the step at hand is lost if
-they do not. """
+processes: the config fixes the tokens of a step, and data order and iterations are pure functions of (seed,
+step); there is no other state. SIGTERM and SIGINT save and leave. torchrun gives its workers 30 s to finish
+the save before it kills them, whereby only the step at hand is lost, and then reports a failure."""
 
 import contextlib
 import dataclasses
@@ -22,6 +21,7 @@ import itertools
 import json
 import math
 import platform
+import re
 import shutil
 import signal
 import subprocess
@@ -46,10 +46,10 @@ from model import AbbIE, UserError, check, parse_iters
 
 # Dense bf16 peaks in FLOP/s (no sparsity) from the vendors' data sheets; MFU is shown for these devices only.
 PEAK_FLOPS = {
-    "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12,
-    "L40S": 362e12, "L4": 121e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
+    "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "GH200": 989e12,
+    "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
 }  # fmt: skip
-WHOLE = 2**20  # at the end, the loss at the model's own iters is measured on so many validation tokens
+FINAL_EVAL_TOKENS = 2**20  # of validation, for the loss at the model's own iters at the end
 
 
 # --------------------------------------------------------- what a step is: pure functions of (config, step)
@@ -71,7 +71,8 @@ def draw_iters(spec: int | str, seed: int, step: int) -> int:
 
 
 def lr_at(step: int, config: Config, max_steps: int) -> float:
-    """Warmup-Stable-Decay: linear up, constant, linear down to min_lr at the last step."""
+    """Warmup-Stable-Decay: linear up, constant, linear down to min_lr, which the step after the last would
+    have."""
     warmup = config.warmup_steps if config.warmup_steps >= 0 else max_steps // 100
     decay = max(1, round(config.decay_frac * max_steps))
     if step < warmup:
@@ -178,6 +179,8 @@ def new_model(config: Config, shards: Shards, model_class=AbbIE) -> AbbIE:
         model = load_model(config.init_from, **changes)
         if model.config.n_blocks == config.n_blocks:
             model = load_model(config.init_from, **changes, **cut)
+        else:
+            print(f"{config.init_from}: {model.config.n_blocks} blocks, cut into thirds, not as configured")
     else:
         model = load_model(config.init_from, model_class=model_class, **changes, **cut)
         changed = differences(vars(model.config), vars(shape))
@@ -200,8 +203,7 @@ def continued_model(config: Config, folder: Path, shards: Shards, model_class=Ab
         here["init_from"] = config.init_from
     if not config.init_from.startswith("hf:"):  # whose shape is not the config's
         here |= dataclasses.asdict(config.model_config(shards.vocab_size))
-        here |= {name: model.meta[name] for name in may_change}
-    changed = differences(model.meta, here)
+    changed = differences(model.meta, {key: here[key] for key in here.keys() - may_change.keys()})
     check(
         not changed or config.force,
         f"{folder} cannot be continued: {changed}\n"
@@ -314,7 +316,7 @@ def versions(device: torch.device) -> dict:
 
 
 def peak_flops(device_name: str) -> float | None:
-    return next((peak for name, peak in PEAK_FLOPS.items() if name in device_name), None)
+    return next((peak for name, peak in PEAK_FLOPS.items() if re.search(rf"\b{name}\b", device_name)), None)
 
 
 # ---------------------------------------------------------------------------------------------------- the run
@@ -361,10 +363,11 @@ def main(argv: list[str], model_class=AbbIE):
         signs = ("out of memory", "not enough memory", "can't allocate memory")  # of CUDA, of CPUs
         if not any(sign in str(error).lower() for sign in signs):
             raise
-        half = max(1, config.micro_batch // 2)
+        _, micro_batch = divide_step(config, world)
+        smaller = f"--micro_batch={micro_batch // 2} or " if micro_batch > 1 else ""
         raise UserError(
-            f"rank {rank} is out of memory at micro_batch={config.micro_batch}\n"
-            f"try --micro_batch={half} or --activation_checkpointing=true"
+            f"rank {rank} is out of memory at micro_batch={micro_batch}\n"
+            f"try {smaller}--activation_checkpointing=true"
         ) from None
     if world > 1:
         dist.destroy_process_group()
@@ -409,8 +412,8 @@ def run(config: Config, rank: int, world: int, model_class=AbbIE) -> int:
 
     # What runs, for the terminal, the log and the checkpoints.
     run_config = {**dataclasses.asdict(config), **dataclasses.asdict(model.config), **identity(shards)}
-    facts = {**versions(device), "dtype": str(dtype)[6:], "compiled": compiled, "world": world}
-    facts |= {"n_params": model.n_params(), "max_steps": max_steps}
+    facts = {**versions(device), "dtype": str(dtype).removeprefix("torch."), "compiled": compiled}
+    facts |= {"world": world, "n_params": model.n_params(), "max_steps": max_steps}
     print(show(facts))
     accumulation, epochs = sequences // micro_batch // world, max_steps * sequences / shards.n_windows
     print(f"{sequences} sequences of {T} per step = {world} x {accumulation} x {micro_batch}")
@@ -429,7 +432,8 @@ def run(config: Config, rank: int, world: int, model_class=AbbIE) -> int:
         newest = save_checkpoint(out_dir, step, model.state_dict(), state, {**run_config, "step": step})
         prune(out_dir, config.keep_last, newest)
 
-    stop, saved_at, started = 0, start if resume_from else None, time.perf_counter()
+    stop, started = 0, time.perf_counter()
+    start_is_saved = resume_from is not None and resume_from.resolve().parent == out_dir.resolve()
     hidden = True if rank > 0 else None  # None: where stderr is no terminal
     bar = tqdm(total=max_steps, initial=start, disable=hidden, dynamic_ncols=True)
     with noticed_signals() as asked:
@@ -441,7 +445,7 @@ def run(config: Config, rank: int, world: int, model_class=AbbIE) -> int:
                 tqdm.write(f"step {step:>6d} | validation loss (nats/token)  {text}")
                 log({"step": step, "val_loss": {str(r): value for r, value in losses.items()}})
             due = last or stop or (config.save_every and step and step % config.save_every == 0)
-            if due and saved_at != step:
+            if due and not (step == start and start_is_saved):
                 on_rank_0(functools.partial(save, step))
             if last or stop:
                 break
@@ -482,9 +486,10 @@ def run(config: Config, rank: int, world: int, model_class=AbbIE) -> int:
     advice = f"the weights from before are saved in {out_dir}: try a lower lr, then run again"
     on_rank_0(lambda: check(stop != DIVERGED, f"{diverged}\n{advice}"))
     if stop:
-        print(f"{signal.Signals(stop).name}: step {step} is saved; the same command continues from there")
+        same = "the same command" + ("" if config.resume == "auto" else f" without --resume={config.resume}")
+        print(f"{signal.Signals(stop).name}: step {step} is saved; {same} continues from there")
         return 128 + stop
-    own, n_tokens = model.config.mean_iters, min(WHOLE, val_shards.n_windows * T)
+    own, n_tokens = model.config.mean_iters, min(FINAL_EVAL_TOKENS, val_shards.n_windows * T)
     loss = evaluate([own], n_tokens)[own]
     print(f"validation loss at iters {own} on {n_tokens:,} tokens: {loss:.4f} nats/token")
     log({"step": max_steps, "final_val_loss": loss, "iters": own, "tokens": n_tokens})

@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from model import AbbIEConfig, UserError, check, key
+from model import RULES, AbbIEConfig, UserError, check, key
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Config(AbbIEConfig):
     keep_last: int = key(2, "checkpoints that are kept", least=1)
     resume: str = key("auto", "auto: continue the run in out_dir; never: start afresh; or a checkpoint")
     init_from: str = key("", "checkpoint, or hf:FOLDER, whose weights the run starts from")
-    force: bool = key(False, "resume although data, tokenizer or shape differ")
+    force: bool = key(False, "resume although data, rule or shape differ (the checkpoint's count)")
     max_skips: int = key(10, "steps without a finite loss or gradient that stop a run, in a row", least=1)
     activation_checkpointing: bool = key(False, "recompute iterations in the backward pass, to save memory")
 
@@ -66,7 +66,11 @@ class Config(AbbIEConfig):
         super().__post_init__()
         tokens, T = self.tokens_per_step, self.block_size
         check(tokens % T == 0, f"tokens_per_step={tokens} is no multiple of block_size={T}")
-        parse_list(self.eval_iters, "eval_iters")
+        most = RULES[self.rule]
+        runs = max(parse_list(self.eval_iters, "eval_iters")) <= most
+        check(runs, f"eval_iters={self.eval_iters}: rule {self.rule} runs at {most} iterations at most")
+        betas = f"beta1={self.beta1}, beta2={self.beta2}: both must be below 1"
+        check(max(self.beta1, self.beta2) < 1, betas)
 
     def model_config(self, vocab_size: int) -> AbbIEConfig:
         """The model's part, with the vocabulary that the data has."""
@@ -120,7 +124,7 @@ def load_config(argv: list[str]) -> Config:
         parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, metavar="", help=text)
     flags = vars(parser.parse_args(argv))
     path = flags.pop("file")
-    values = {"out_dir": f"out/{path.stem}", **read_config_file(path)}
+    values = read_config_file(path)
     for name in values:
         check(name in hints, f"{path}: unknown key {name}{nearest(name, hints)}")
     values |= {name: from_text(hints[name], text) for name, text in flags.items()}
@@ -132,7 +136,7 @@ def load_config(argv: list[str]) -> Config:
         if not isinstance(value, hint):
             kind = hint.__name__ if isinstance(hint, type) else hint
             raise UserError(f"{place} is not {kind}")
-    return Config(**values)
+    return Config(**{**values, "out_dir": values.get("out_dir") or f"out/{path.stem}"})
 
 
 def read_config_file(path: Path) -> dict:

@@ -53,7 +53,7 @@ def read_by_token(model, batches: list, rule: int | str) -> dict:
         cache, nats = KVCache(model, len(x), most, "last"), []
         for t in range(x.shape[1]):
             exit = parse_exit(rule) if isinstance(rule, str) else None
-            logits = step(model, x[:, t : t + 1], cache, rule=exit, stats=stats)
+            logits = step(model, x[:, t : t + 1], cache, exit_rule=exit, stats=stats)
             nats.append(F.cross_entropy(logits.float(), y[:, t], reduction="none"))
         losses.append(torch.stack(nats, 1).double().mean(1))
     mean_iters = rule

@@ -42,8 +42,8 @@ def test_both_spellings_of_a_flag_and_every_type():
     assert (config.max_steps, config.lr, config.min_lr, config.n_kv_heads) == (3, 1e-3, 0.0, 2)
     assert (config.force, config.tie_embeddings, config.rope_scaling) == (True, False, None)
     assert (config.iters, config.data) == ("1-3", "a=b")
-    config = load_config([TINY, "--iters=4", "--warmup_steps", "-1"])
-    assert (config.iters, config.warmup_steps) == (4, -1)
+    config = load_config([TINY, "--iters=4", "--warmup_steps", "-1", "--out_dir="])
+    assert (config.iters, config.warmup_steps, config.out_dir) == (4, -1, "out/abbie_tiny")
 
 
 @pytest.mark.parametrize(
@@ -56,6 +56,8 @@ def test_both_spellings_of_a_flag_and_every_type():
         ("--rule=abie_d", "rule='abie_d' is none of abbie_d"),
         ("--tokens_per_step=77", "tokens_per_step=77 is no multiple"),
         ("--eval_iters=1,x", "eval_iters='1,x'"),
+        ("--rule=abbie_d_literal --eval_iters=1,64", "abbie_d_literal runs at 48 iterations at most"),
+        ("--beta2=1", "both must be below 1"),
         ("--decay_frac=2", "decay_frac=2.0 must be at most 1"),
         ("--lr=nan", "lr=nan must be at least 0"),
     ],

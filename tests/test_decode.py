@@ -156,7 +156,7 @@ class Whole:
 def read(model, idx, early_exit, chunks, mode="full"):
     """Read idx (B, T) with early exit in chunks of so many tokens -> logits after each, and the depths of all
     tokens, (B, T)."""
-    cache = KVCache(model, len(idx), 8, mode, looks=early_exit.startswith("kl"))
+    cache = KVCache(model, len(idx), 8, mode, tail_every_iter=early_exit.startswith("kl"))
     rule, logits, depths, start = decode.parse_exit(early_exit), [], [], 0
     for T in chunks:
         kv = Chunk(cache, T)

@@ -280,6 +280,7 @@ def test_activation_checkpointing_changes_nothing(rule):
         (dict(rope_base=float("nan")), "rope_base=nan must be at least 1e-09"),
         (dict(rope_scaling={"rope_type": "yarn"}), "rope_scaling needs rope_type 'llama3'"),
         (dict(rule="abbie_d_literal", iters="2-64"), "allows iters up to 48, not 2-64"),
+        (dict(rule="abbie_d_literal", iters="poisson:4"), r"not poisson:4 \(up to 128\)"),
         (dict(vocab_size=0), "vocab_size is not known"),
     ],
 )

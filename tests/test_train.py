@@ -185,6 +185,11 @@ def test_warmup_stable_decay():
     assert lr[100] == pytest.approx(0.1) and np.allclose(np.diff(lr[80:]), -0.045)
 
 
+def test_the_peak_of_a_device_is_that_of_its_name_and_of_no_other():
+    names = ("NVIDIA A100-SXM4-80GB", "NVIDIA H100 PCIe", "NVIDIA L40S", "NVIDIA RTX A1000", "NVIDIA L40")
+    assert [train.peak_flops(name) for name in names] == [312e12, 756e12, 362e12, None, None]
+
+
 def test_the_run_length_is_twenty_tokens_per_parameter_unless_set(here):
     folder = here("run", "--max_steps=0", "--tokens_per_param=0.02", "--eval_every=0", "--save_every=0")
     header = log(folder)[0]
@@ -266,6 +271,7 @@ def test_continued_under_a_drawn_schedule_with_truncated_gradients(here, tmp_pat
     other = here("other", *schedule, f"--resume={whole / 'step_00000004'}")
     assert digest(other) == digest(whole) and min(losses(other)) == 4
     assert len({r["iters"] for r in log(whole) if "loss" in r}) > 2  # it was drawn
+    assert digest(here("end", *schedule, f"--resume={whole / 'step_00000008'}")) == digest(whole)
 
 
 # ----------------------------------------------------------------------------------- resuming, or refusing to
