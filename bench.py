@@ -34,7 +34,7 @@ from checkpoint import load_model, write_json
 from config import ArgumentParser, Config, choose_device, cli, load_config, parse_list
 from data import Shards, read_meta
 from decode import Stats, stream
-from model import AbbIE, UserError
+from model import AbbIE, UserError, check
 
 # ------------------------------------------------------------------------------------- sides that take turns
 
@@ -214,8 +214,10 @@ def decode_side(config: Config, ckpt: str, batches: list[int], depths: list[int]
     prompt = shape.block_size // 4
     tokens = min(tokens, shape.block_size - prompt)
     prompts = torch.randint(shape.vocab_size, (max(batches), prompt)).tolist()
-    if ckpt and Path(config.data, "meta.json").exists():  # drafts are accepted by what the text is like
-        prompts = Shards(config.data, "val", prompt).batch(range(max(batches)))[0].tolist()
+    data = model.meta.get("data", "")
+    if data and Path(data, "meta.json").exists():  # how many drafts are accepted depends on the text
+        shards = Shards(data, "val", prompt)
+        prompts = shards.batch([i % shards.n_windows for i in range(max(batches))])[0].tolist()
     block = sum(p.numel() for p in model.body[0].parameters())
     cells = []
     for batch, iters in itertools.product(batches, depths):
@@ -346,7 +348,7 @@ def bench_train(args) -> dict:
 def bench_decode(args) -> dict:
     config = load_config(args.config)
     depths = parse_list(args.iters, "iters") if args.iters else [config.mean_iters]
-    batches = parse_list(args.batch, "batch")
+    batches = parse_list(args.batch, "batch", most=1 << 16)
     side = partial(decode_side, config, args.ckpt, batches, depths, args.draft_iters, args.new_tokens)
     return compare(["as given"], [side], choose_device(config.device), args.rounds)
 
@@ -368,6 +370,10 @@ def main(argv: list[str]):
     add("--draft_iters", type=int, default=0, help="also decode batch 1 with drafts at so many iterations")
     add("--out", default="", help="write the result to this file too")
     args, args.config = parser.parse_known_args(argv)
+    check(args.rounds >= 1 and args.steps >= 1, "--rounds and --steps must be at least 1")
+    check(args.new_tokens >= 2, "--new_tokens must be at least 2: the first one belongs to the prompt")
+    for name, command in {"side": "train", "ckpt": "decode", "draft_iters": "decode"}.items():
+        check(args.command == command or not getattr(args, name), f"--{name} is for {command}")
     result = {"command": "python bench.py " + shlex.join(argv), **COMMANDS[args.command](args)}
     show(result)
     if args.out:

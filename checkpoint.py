@@ -62,7 +62,7 @@ def save_checkpoint(run: Path, step: int, model: dict, train: dict, config: dict
         write_synced(temporary / "train.pt", lambda file: torch.save(train, file))
         write_json(temporary / "config.json", config)
         write_json(temporary / "manifest.json", {name: sha256(temporary / name) for name in FILES})
-        shutil.rmtree(folder, ignore_errors=True)  # a damaged one: a sound one is never written again
+        shutil.rmtree(folder, ignore_errors=True)  # damaged, or of a future that was given up
         os.rename(temporary, folder)
         sync_folder(run)
     except (OSError, RuntimeError) as error:  # torch.save covers a failed write with a RuntimeError

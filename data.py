@@ -25,7 +25,7 @@ from model import UserError, check
 
 def get_tokenizer(name: str):
     """'bytes', a tiktoken encoding ('gpt2', 'cl100k_base', ...) or 'hf:FOLDER_OR_REPO' -> an object with
-    n_vocab, eot_token, encode_ordinary(str) -> ids, decode(ids) -> str, decode_bytes(ids) -> bytes, name."""
+    n_vocab, eot_token, encode_ordinary(str) -> ids, decode(ids) -> str, decode_bytes(ids) -> bytes."""
     if name == "bytes":  # nothing merges, so the pattern only sets how much text is looked at in one go
         ranks, pattern = {bytes([i]): i for i in range(256)}, r"(?s:.{1,64})"
         special = {"<|endoftext|>": 256}
@@ -97,7 +97,8 @@ class Shards:
         self.folder, self.block_size, self.meta = Path(folder), block_size, read_meta(folder)
         self.tokenizer, self.vocab_size = self.meta["tokenizer"], self.meta["vocab_size"]
         self.dtype = token_dtype(self.vocab_size)
-        entry = self.meta["splits"][split]
+        entry = self.meta["splits"].get(split)
+        check(bool(entry), f"{folder}/meta.json tells of no {split} split\nprepare the data again")
         self.n_tokens, self.n_bytes = entry["tokens"], entry["bytes"]
         self.paths = [self.folder / shard["file"] for shard in entry["shards"]]
         for path, shard in zip(self.paths, entry["shards"]):

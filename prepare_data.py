@@ -136,12 +136,14 @@ def read(item: Input, key: str) -> Iterator[bytes | Bad]:
     with open(item.path, "rb") as file:
         found = records(item, file, key)
         try:
-            for document in found:
+            for number, document in enumerate(found, 1):
                 try:
                     usable = isinstance(document, Bad) or document.decode()
-                    yield document if usable else Bad("an empty document")
+                    yield document if usable else Bad(f"document {number} is empty")
                 except UnicodeDecodeError as error:
-                    yield Bad(f"invalid UTF-8, bytes {document[error.start : error.end].hex(' ')}")
+                    wrong = document[error.start : error.end].hex(" ")
+                    where = f"byte {error.start} of " + ("section" if item.running else "document")
+                    yield Bad(f"invalid UTF-8, {wrong} at {where} {number}")
         except (EOFError, zlib.error, OSError, ValueError) as error:  # of gzip, of pyarrow
             yield Bad(f"broken file ({str(error).splitlines()[0]})")
 
@@ -366,7 +368,7 @@ def prepare(args, stages: list[list[Input]], source: str, identity):
         write_shards(args, stages, meta, tokenizer)
     for split in SPLITS:
         documents = meta["splits"][split]["documents"]
-        more = "give more text, or validation text of its own with --val_input"
+        more = f"remove {folder} and give more text, or validation text of its own with --val_input"
         check(documents > 0, f"{source}: no document is left for the {split} split\n{more}")
     shutil.rmtree(folder / "download", ignore_errors=True)  # where it was killed after the last batch
     os.replace(unfinished, finished)
@@ -463,7 +465,7 @@ def parse(argv: list[str]):
     for name, about in COMMANDS.items():
         sub = commands.add_parser(name, help=about, description=about)
         flag, out = sub.add_argument, None if name == "text" else f"data/{name}"
-        flag("--out", default=out, required=not out, help=f"folder to write ({out})")
+        flag("--out", default=out, required=not out, help="folder to write" + (f" ({out})" if out else ""))
         if name == "icl":
             flag("--tasks", default=",".join(DOWNLOADED), help="with commas between them (all)")
             continue
@@ -471,7 +473,7 @@ def parse(argv: list[str]):
             flag("--input", nargs="+", required=True, metavar="FILE_OR_DIR", help="text")
             flag("--val_input", nargs="+", default=[], metavar="FILE_OR_DIR", help="all for validation")
             flag("--field", default="text", help="key or column of .jsonl and .parquet (text)")
-            flag("--skip_bad", action="store_true", help="leave out and count the bad")
+            flag("--skip_bad", action="store_true", help="leave out and count the bad (of .txt, .md: 1 MB)")
         tokenizer, fraction = "bytes", 0.05
         if name in SOURCES:
             tokenizer, fraction, n = "gpt2", 0.002, SOURCES[name].default

@@ -195,7 +195,7 @@ def read_task(name: str, data_dir: str | Path, limit: int | None) -> list[Exampl
     command, examples = f"python prepare_data.py icl --out {data_dir}", []
     again = f"remove it and get it again: {command}"
     check(path.is_file(), f"{path} is missing\n{command}")
-    with open(path, encoding="utf-8") as file:
+    with open(path, "rb") as file:
         for number, line in enumerate(islice(file, limit), 1):
             try:
                 examples.append(read_row(name, line))
@@ -206,7 +206,7 @@ def read_task(name: str, data_dir: str | Path, limit: int | None) -> list[Exampl
     return examples
 
 
-def read_row(name: str, line: str) -> Example:
+def read_row(name: str, line: bytes) -> Example:
     example = TASKS[name].render(json.loads(line))
     if not 0 <= example.gold < len(example.requests):
         raise ValueError(f"no choice {example.gold}")

@@ -78,14 +78,14 @@ class Config(AbbIEConfig):
         return AbbIEConfig(**{**shape, "vocab_size": self.vocab_size or vocab_size})
 
 
-def parse_list(text: str, name: str) -> list[int]:
-    """'1,2,4' -> [1, 2, 4], each from 1 to 128."""
+def parse_list(text: str, name: str, most: int = 128) -> list[int]:
+    """'1,2,4' -> [1, 2, 4], each from 1 to `most`."""
     try:
         values = [int(part) for part in str(text).split(",")]
     except ValueError:
         values = [0]
-    valid = all(1 <= value <= 128 for value in values)
-    check(valid, f"{name}={text!r}: give integers from 1 to 128, such as 1,2,4,8")
+    valid = all(1 <= value <= most for value in values)
+    check(valid, f"{name}={text!r}: give integers from 1 to {most}, such as 1,2,4,8")
     return values
 
 

@@ -21,7 +21,7 @@ from tqdm import tqdm
 import train
 from config import ArgumentParser, cli, load_config
 from experiments import RESULTS, ROOT, append
-from model import AbbIE
+from model import AbbIE, check
 
 
 def digest(tensors) -> str:
@@ -59,9 +59,9 @@ def main(argv: list[str]):
     outcomes, began = Counter(), time.perf_counter()
     command = [sys.executable, "-m", "experiments.bits", "--one", *argv]
     for _ in tqdm(range(args.n), unit="process"):
-        outcomes[
-            subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-        ] += 1
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        check(done.returncode == 0, done.stderr.strip().removeprefix("error: "))
+        outcomes[done.stdout.strip()] += 1
     record = {"command": "python -m experiments.bits " + " ".join(argv), "n": args.n, "dtype": args.dtype}
     record |= {"batch": args.batch, "length": args.length, "load": round(os.getloadavg()[0], 2)}
     record |= {"outcomes": dict(outcomes), "seconds": round(time.perf_counter() - began, 1)}

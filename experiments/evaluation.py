@@ -208,6 +208,9 @@ def gpt2_tokenizer(vocab: Path):
         "encoder.json": "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6",
         "vocab.bpe": "6d1cbeee0f20b3d9449abfede4726ed8212e3aee",
     }
+    for name, key in names.items():
+        there = (vocab / name).exists() or (vocab / key).exists()
+        check(there, f"{vocab} holds neither {name} nor {key}\ngive the folder of both with --vocab")
     encoder, merges = (next(p for p in (vocab / n, vocab / key) if p.exists()) for n, key in names.items())
     lines = merges.read_text().splitlines()
     pairs = [tuple(line.split()) for line in lines if line and not line.startswith("#version")]

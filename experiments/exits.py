@@ -1,12 +1,12 @@
 """Early exit and the cache of one slot on text: loss against the iterations that were run.
 
     python -m experiments.exits --ckpt out/study/recall_p6b3-1         # adds a line to results/exits.jsonl
-    python -m experiments.exits --table
+    python -m experiments.exits                                        # what is there, as tables
 
 Of the same validation windows, in nats per token with standard errors over windows:
 
 - fixed: every token at r, with the full cache, and with one slot for all iterations (--cache last);
-- exit: sample.py's --exit, at most 8 iterations, with both caches;
+- exit: sample.py's --exit, with the full cache (at most 32 iterations) and with one slot (at most 8);
 - tasks: the accuracy of the built-in tasks at these r and with these exits;
 - signals: what a rule would reach that stops at the first r whose signal is low enough, over all thresholds,
   and an oracle that knows every token's loss at every r. These read predictions at fixed r, so that a token
@@ -31,11 +31,12 @@ from data import Shards, get_tokenizer
 from decode import KVCache, Stats, parse_exit, step
 from eval_icl import mean_stderr, run_task, window_losses
 from experiments import RESULTS, append, read
+from model import check
 from tasks import BUILT_IN, load_tasks
 
 FIXED = [1, 2, 3, 4, 6, 8, 32]
 EXITS = ["kl:1e-1", "kl:3e-2", "kl:1e-2", "u:1e-1"]
-MOST = 8  # iterations of an early exit
+MOST = 8  # iterations of an early exit with one slot, and of what the signals look at
 BATCH = 256
 
 
@@ -116,6 +117,7 @@ def measure(args) -> dict:
     model = load_model(args.ckpt).eval()
     shards = Shards(args.data or model.meta["data"], "val", model.config.block_size)
     n = min(args.tokens // shards.block_size, shards.n_windows)
+    check(n > 0, f"--tokens={args.tokens} is less than one window of {shards.block_size}")
     chosen = np.arange(n) * shards.n_windows // n
     batches = [shards.batch(chosen[first : first + BATCH]) for first in range(0, n, BATCH)]
     result = {"ckpt": args.ckpt, "rule": model.config.rule, "trained_iters": model.config.iters}
@@ -183,7 +185,6 @@ def main(argv: list[str]):
     parser.add_argument("--tokens", type=int, default=2**17, help="of the validation split (131072)")
     parser.add_argument("--limit", type=int, default=2000, help="examples of each task (2000)")
     parser.add_argument("--results", default=RESULTS, type=Path, help="folder of the records (results)")
-    parser.add_argument("--table", action="store_true", help="print the results")
     args = parser.parse_args(argv)
     if args.ckpt:
         append(

@@ -27,9 +27,10 @@ import train
 from checkpoint import find_checkpoint, load_model, save_checkpoint
 from config import ArgumentParser, cli, load_config, parse_list
 from data import Shards, get_tokenizer
+from decode import resolve_exit
 from eval_icl import read
 from experiments import RESULTS, ROOT, append
-from model import AbbIE, parse_iters
+from model import AbbIE, check, parse_iters
 
 CONFIG = f"{ROOT}/config/hops_tiny.py"
 # (bytes of a program, longest chain, letters, flags). In one go the model only learns which digits occur. So
@@ -78,6 +79,8 @@ def program(rng, slots: int, most: int, letters: bool = False) -> str:
 
 def write(folder: str, block_size: int, most: int, n_train: int, n_val: int, letters: bool = False):
     """data/NAME in the format of prepare_data.py, a document a window."""
+    fits = block_size % 8 == 0 and 8 <= block_size <= 128 and most >= 1  # or chains cannot fill it
+    check(fits, f"--block_size={block_size} --most={most}: give a multiple of 8 up to 128, at least 1 hop")
     with tempfile.TemporaryDirectory() as temp:
         for split, n in (("train", n_train), ("val", n_val)):
             rng = np.random.default_rng([1, split == "val"])
@@ -204,13 +207,13 @@ def accuracy_with_exit(model: AbbIE, shards: Shards, exit: str, iters: int, n_pr
 
 def show(result: dict):
     hops = list(result["n"])
-    print("iters  " + "".join(f"{h} hop{'s' * (h > 1):5s}" for h in hops))
+    print("iters  " + "".join(f"{f'{h} hops':<9}" for h in hops))
     for r, row in result["acc"].items():
-        print(f"{r:>5}  " + "".join(f"{row[h]:<7.3f}" for h in hops))
+        print(f"{r:>5}  " + "".join(f"{row[h]:<9.3f}" for h in hops))
     for spec, found in result.get("exit", {}).items():
         print(f"{spec}: {found['mean_iters']} iterations per token; of a query, and right:")
         for what in ("iters", "acc"):
-            print(f"{what:>5}  " + "".join(f"{value:<7.3f}" for value in found[what].values()))
+            print(f"{what:>5}  " + "".join(f"{value:<9.3f}" for value in found[what].values()))
 
 
 KEYS = (
@@ -226,7 +229,7 @@ def ask(args):
     result = accuracy(model, shards, iters, args.n_programs)
     if args.exit:
         n = min(2048, args.n_programs)
-        specs = args.exit.split(",")
+        specs = [resolve_exit(model, spec, max(iters)) for spec in args.exit.split(",")]
         result["exit"] = {spec: accuracy_with_exit(model, shards, spec, max(iters), n) for spec in specs}
     show(result)
     if args.title:
@@ -269,8 +272,11 @@ def main(argv: list[str]):
     add("--trained_hops", type=int, help="longest chain in training, for the figure")
     add("--results", default=RESULTS, type=Path, help="folder of the records (results)")
     args = parser.parse_args(argv)
+    check(bool(args.trained_hops) or not args.figure, "--figure needs --trained_hops, which it frames")
     if args.train:
         train_stages(args.out_dir, args.seed, args.flags.split(), args.without)
+    elif args.ckpt is None and Path(args.data, "meta.json").exists():
+        print(f"{args.data} is there already: remove it to make it anew")
     elif args.ckpt is None:
         write(args.data, args.block_size, args.most, args.n_train, args.n_val)
     else:

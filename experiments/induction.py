@@ -1,7 +1,7 @@
 """Does a model find again what it has read? Adds a line to results/induction.jsonl.
 
     python -m experiments.induction --ckpt out/study/std_8k-3
-    python -m experiments.induction --table
+    python -m experiments.induction                           # what is there, as tables
 
 A string of random letters, twice in a row: a model that looks up what followed last time (an "induction
 head", which takes two layers of attention: arXiv 2209.11895) predicts the second copy, any other predicts
@@ -105,7 +105,6 @@ def main(argv: list[str]):
     parser.add_argument("--ckpt", help="a run of train.py on bytes")
     parser.add_argument("--iters", default="1,2,4,6", help="where it is read (1,2,4,6)")
     parser.add_argument("--results", default=RESULTS, type=Path, help="folder of the records (results)")
-    parser.add_argument("--table", action="store_true", help="print the results")
     args = parser.parse_args(argv)
     if args.ckpt:
         command = f"python -m experiments.induction {shlex.join(argv)}"

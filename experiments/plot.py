@@ -14,10 +14,9 @@ from model import UserError, check
 
 try:
     import matplotlib
+    from matplotlib import pyplot as plt
 except ImportError:
-    raise UserError("figures need matplotlib\npip install matplotlib") from None
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
+    matplotlib = None
 
 # One colour per rule, in every panel of every figure; what else differs is the line's style and marker.
 RULE_COLOURS = {
@@ -504,6 +503,8 @@ def main(argv: list[str]):
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the records (results)")
     parser.add_argument("--out", type=Path, default=ROOT / "assets", help="folder of the figures (assets)")
     args = parser.parse_args(argv)
+    check(matplotlib is not None, "figures need matplotlib\npip install matplotlib")
+    matplotlib.use("Agg")
     args.out.mkdir(parents=True, exist_ok=True)
     for name in args.figures or FIGURES:
         check(name in FIGURES, f"no figure {name}\nfigures: {', '.join(FIGURES)}")

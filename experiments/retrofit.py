@@ -2,7 +2,7 @@
 
     python -m experiments.study --row std_8k --seed 1                       # the model
     python -m experiments.retrofit --ckpt out/study/std_8k-1 --steps 500,1500
-    python -m experiments.retrofit --table
+    python -m experiments.retrofit                                          # what is there, as a table
 
 Its blocks are cut 1+2+1 and run by the rule `recall`, with an r that grows: a quarter of the steps at r = 1
 or 2, the others at --iters, where gradients reach --backprop_iters iterations. The control is the same Std
@@ -19,6 +19,7 @@ from config import ArgumentParser, cli
 from data import Shards
 from eval_icl import mean_stderr, window_losses
 from experiments import RESULTS, append, read
+from model import check
 
 ITERS = [1, 2, 3, 4, 6, 8]
 
@@ -55,7 +56,8 @@ def losses(run: str, iters: list[int], tokens: int) -> dict:
 def measure(ckpt: str, steps: int, args) -> dict:
     """One looped model and its control."""
     seed, tokens, lr = args.seed, args.tokens, f"--lr={args.lr}"
-    name, first = f"{args.out}/{steps}-{args.iters}-{args.lr}-{seed}", steps // 4
+    name, first = f"{steps}-{args.iters}-{args.backprop_iters}-{args.lr}-{seed}", steps // 4
+    name = f"{args.out}/{Path(ckpt).name}-{name}"
     flags = ["--rule=recall", f"--backprop_iters={args.backprop_iters}", lr]
     warm = run(f"{name}-warm", ckpt, seed, *flags, "--iters=1-2", f"--max_steps={first}", "--decay_frac=0")
     flags += [f"--iters={args.iters}", f"--max_steps={steps - first}", "--warmup_steps=0"]
@@ -95,9 +97,11 @@ def main(argv: list[str]):
     parser.add_argument("--out", default="out/retrofit", help="folder of the runs")
     parser.add_argument("--tokens", type=int, default=2**17, help="of the validation split (131072)")
     parser.add_argument("--results", default=RESULTS, type=Path, help="folder of the records (results)")
-    parser.add_argument("--table", action="store_true", help="print the results")
     args = parser.parse_args(argv)
-    for steps in map(int, args.steps.split(",")) if args.ckpt else []:
+    numbers = args.steps.split(",")
+    enough = all(n.isdecimal() and int(n) >= 4 for n in numbers)
+    check(enough, f"--steps={args.steps}: give numbers from 4, such as 500,1500")
+    for steps in map(int, numbers) if args.ckpt else []:
         found = measure(args.ckpt, steps, args)
         record = {"command": f"python -m experiments.retrofit {shlex.join(argv)}", **found}
         append("retrofit", record, args.results)

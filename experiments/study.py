@@ -4,13 +4,12 @@
     python -m experiments.study --row std --seed 1 --evaluate FOLDER   # a row that is trained already
     python -m experiments.study --all                                  # all rows and seeds that are missing
     python -m experiments.study --table                                # what is there, as tables
-    python -m experiments.study --pair recall_p6b3,std_8k              # two rows, window by window ->
-    study_pairs.jsonl
+    python -m experiments.study --pair recall_p6b3,std_8k              # two rows -> study_pairs.jsonl
     python -m experiments.study --gpu --all                            # 52M parameters, on one GPU
 
 A row is flags of train.py, or a subclass that changes one line of the model. The same command continues an
-interrupted row; a row that is in the results is not run again. --gpu writes results/study_gpu.jsonl, and
-reads data/books and the tasks in data/icl (REPRODUCE.md says how to make them).
+interrupted row; one that is in the results is not run again, but --results FOLDER makes others. --gpu writes
+results/study_gpu.jsonl, and reads data/books and the tasks in data/icl (REPRODUCE.md says how to make them).
 """
 
 import json
@@ -178,8 +177,8 @@ MANY = {
     "recall_p6b3": many(MANY_TITLE, MANY_RECALL, 3),
     "recall_4_heads": many(f"{MANY_TITLE}, four heads", [*MANY_RECALL, *HEADS], 3, "std_4_heads"),
     "recall_p6": many("`recall`, poisson:6, all gradients", [*RECALL, *MANY_R]),
-    "recall_p6b2": many("`recall`, poisson:6, gradients of 2", [*RECALL, *MANY_R, "--backprop_iters=2"]),
-    "recall_p6b1": many("`recall`, poisson:6, gradients of 1", [*RECALL, *MANY_R, "--backprop_iters=1"]),
+    "recall_p6b2": many("`recall`, poisson:6, gradients of 2", [*RECALL, *MANY_R, *B2]),
+    "recall_p6b1": many("`recall`, poisson:6, gradients of 1", [*RECALL, *MANY_R, *B1]),
     "recall_1to7_8k": many("`recall`, 1-7", [*RECALL, "--iters=1-7", *FP32]),
     "recall_2_8k": many("`recall`, 2", [*RECALL, *FP32, "--keep_last=11"], 3),  # the next two start from it
     "recall_2_half": many(
@@ -192,11 +191,18 @@ MANY = {
     "abbie_d_2_8k": many("`abbie_d`, 2", FP32, 3),
     "abbie_d_p6b3": many("`abbie_d`, poisson:6, gradients of 3", [*MANY_R, *B3]),
 }
-# Does the lead grow with the run? The second goes on from the first, before either lowers its learning rate.
+# Does the lead grow with the run? Rows that start from another do so before either lowers its learning rate,
+# which spares their common steps.
 LONGER = {
     "std_16k": many("Std, 1", [*STD, *FP32, *STEPS_16K, "--keep_last=21"], 3, "std_16k"),
+    "std_more_2_16k": many(
+        "Std, 1, 23,680 steps", [*STD, *FP32, "--max_steps=23680"], 3, "std_16k", start=("std_16k", 8000)
+    ),
     "std_more_16k": many(
         "Std, 1, 38,000 steps", [*STD, *FP32, "--max_steps=38000"], 3, "std_16k", start=("std_16k", 8000)
+    ),
+    "recall_2_16k": many(
+        "`recall`, 2", [*RECALL, *FP32, *STEPS_16K], 3, "std_16k", start=("recall_2_8k", 4000)
     ),
     "recall_p6b3_16k": many(MANY_TITLE, [*MANY_RECALL, *STEPS_16K], 3, "std_16k"),
 }
@@ -331,7 +337,7 @@ def run_row(study: Study, name: str, seed: int, args):
     if not args.evaluate:
         train.main(argv, model_class=row.model_class)
     model = load_model(run, device=choose_device(config.device), model_class=row.model_class).eval()
-    for flag in [*row.flags, "--seed"]:
+    for flag in [*row.flags, *args.flags.split(), "--seed"]:
         key = flag[2:].partition("=")[0]
         asked, found = getattr(config, key), model.meta[key]
         check(asked == found, f"{run} is no run of {name}: {key} is {found!r} there, not {asked!r}")
@@ -492,14 +498,18 @@ def print_table(study: Study, folder):
 def print_pair(study: Study, pair: str, args):
     """The first row's loss at every r less the second's at its trained r, on the same windows, seed by
     seed, with the standard error over windows; and McNemar's test of their answers."""
-    first, second = pair.split(",")
-    r_second = trained_r(study, second)
-    for seed in (1, 2, 3):
-        files = [windows_file(args.out, study, row, seed) for row in (first, second)]
-        if not all(file.exists() for file in files):
-            continue
-        ours, theirs = (json.loads(file.read_text()) for file in files)
-        record = {"command": f"python -m experiments.study --pair {pair}", "pair": pair, "seed": seed}
+    rows = pair.split(",")
+    two = len(rows) == 2 and set(rows) <= set(study.rows)
+    check(two, f"--pair={pair}: give two rows with a comma between them\nrows: {', '.join(study.rows)}")
+    (first, second), r_second = rows, trained_r(study, rows[1])
+    files = {seed: [windows_file(args.out, study, row, seed) for row in rows] for seed in (1, 2, 3)}
+    files = {seed: both for seed, both in files.items() if all(file.exists() for file in both)}
+    why = f"{args.out}/{study.name}/windows holds no seed of both {first} and {second}"
+    check(bool(files), f"{why}\nrun both rows first, with --results FOLDER where results/ has them already")
+    for seed, both in files.items():
+        ours, theirs = (json.loads(file.read_text()) for file in both)
+        command = f"python -m experiments.study{' --gpu' * (study is GPU)} --pair {pair}"
+        record = {"command": command, "pair": pair, "seed": seed}
         record |= {"second_at": r_second, "windows": len(theirs[r_second]), "gap": {}, "gap_stderr": {}}
         for r, losses in ours.items():
             gaps = torch.tensor(losses) - torch.tensor(theirs[r_second])
@@ -550,6 +560,8 @@ def main(argv: list[str]):
         done = [(run["row"], run["seed"]) for run in read(study.name, args.results)]
         if (name, seed) not in done:
             run_row(study, name, seed, args)
+        elif args.row:
+            print(f"{name}, seed {seed}, is in {args.results}/{study.name}.jsonl already")
     if args.pair:
         print_pair(study, args.pair, args)
     else:

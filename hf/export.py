@@ -28,7 +28,7 @@ pipeline_tag: text-generation
 
 A recurrent-depth language model (AbbIE, arXiv 2507.08567; rule `{rule}`): {n_head_blocks} blocks of the
 Head, {n_body_blocks} of the Body, applied r times with the same weights, {n_tail_blocks} of the Tail. Width
-{n_embd}, {parameters:,} parameters, context {block_size}, {tokenizer} tokens; r = {iters} by default.
+{n_embd}, {parameters:,} parameters, context {block_size}; r = {iters} by default.
 
     from transformers import AutoModelForCausalLM, AutoTokenizer
     tokenizer = AutoTokenizer.from_pretrained(FOLDER, trust_remote_code=True)
@@ -84,7 +84,8 @@ def write_tokenizer(name: str, folder: Path) -> dict:
         for file in (*TOKENIZER_FILES, "generation_config.json"):
             if (origin / file).exists():
                 shutil.copyfile(origin / file, folder / file)
-        found = read_json(origin / "config.json")
+        config = origin / "config.json"
+        found = read_json(config) if config.exists() else {"eos_token_id": get_tokenizer(name).eot_token}
         return special | {key: value for key, value in found.items() if key in special}
     if name not in ("bytes", "gpt2"):
         print(f"no tokenizer.json: the tokens are {name or 'unknown'}")
@@ -102,15 +103,17 @@ def write_tokenizer(name: str, folder: Path) -> dict:
 
 
 def abbie_config(model: AbbIE) -> dict:
-    shape = asdict(model.config)
+    shape, tokenizer = asdict(model.config), model.meta.get("tokenizer", "")
     shape["llama3_rope"] = shape.pop("rope_scaling")  # a name that transformers rewrites
+    if tokenizer.startswith("hf:") and Path(tokenizer[3:]).is_dir():
+        tokenizer = None  # a folder of this machine: its copy beside the weights is meant from now on
     return {
         "architectures": ["AbbIEForCausalLM"], "model_type": "abbie", "dtype": "float32",
         "auto_map": {
             "AutoConfig": "modeling_abbie.AbbIEPretrainedConfig",
             "AutoModelForCausalLM": "modeling_abbie.AbbIEForCausalLM",
         },
-        **shape, "cache_mode": "full", "tokenizer": model.meta.get("tokenizer"),
+        **shape, "cache_mode": "full", "tokenizer": tokenizer,
     }  # fmt: skip
 
 
@@ -168,7 +171,7 @@ def main(argv: list[str]):
     parser.add_argument("--as", dest="kind", choices=("abbie", "llama"), default="abbie")
     args = parser.parse_args(argv)
     check(args.kind == "abbie" or args.iters in (None, 1), "a Llama is the model at --iters 1")
-    changes = {"iters": args.iters} if args.iters else {}
+    changes = {"iters": args.iters} if args.iters is not None else {}
     model = load_model(args.ckpt, **changes)
     export(model, args.out, args.kind, " ".join(("python -m hf.export", *argv)))
     c = model.config

@@ -254,7 +254,7 @@ class HFTokenizer:
         decoder = json.dumps(json.loads(tokenizer.to_str())["decoder"])
         spells = "ByteLevel" in decoder or "ByteFallback" in decoder
         check(spells, f"{folder}: its tokenizer does not spell bytes (ByteLevel or ByteFallback)")
-        self.name, self.tokenizer = f"hf:{name}", tokenizer
+        self.tokenizer = tokenizer
         self.bytes = {i: token_bytes(token, "ByteLevel" in decoder) for token, i in vocab.items()}
 
         settings = {}

@@ -98,5 +98,8 @@ def dies():
 def test_a_side_that_fails_ends_in_a_short_error():
     with pytest.raises(UserError, match="unrecognized arguments: --stps=3 .did you mean"):
         bench.main(["train", *TOY, "--stps=3"])
+    for flag in ("--side=rule=recall", "--rounds=0", "--new_tokens=1"):
+        with pytest.raises(UserError, match=flag.split("=")[0]):
+            bench.main(["decode", *TOY, flag])
     with pytest.raises(UserError, match="died"):
         bench.in_turn([dies], 1)

@@ -151,6 +151,9 @@ def test_a_row_is_trained_once_recorded_and_paired(corpus, tmp_path, monkeypatch
     study.main(["--row", "abbie_d", "--seed", "3", "--evaluate", str(folder), *where])  # the same weights
     study.main(["--pair", "abbie_d_raw_tail,abbie_d", *where])
     assert "abbie_d_raw_tail at r = 2 less abbie_d at r = 2: +" in capsys.readouterr().out
+    for pair, why in {"abbie_d": "give two", "abbie_d,no": "give two", "std,recall": "run both"}.items():
+        with pytest.raises(UserError, match=why):
+            study.main(["--pair", pair, *where])
     raw, ours = read("study", tmp_path)
     assert raw["val_loss"]["1"] == ours["val_loss"]["1"] and raw["val_loss"]["8"] != ours["val_loss"]["8"]
 
@@ -310,6 +313,12 @@ def test_stages_follow_one_another_and_a_second_call_repeats_none(short_stages, 
     (entry,) = read("hops", tmp_path)
     assert set(entry["acc"]) == {"1", "4"} and entry["config"]["step"] == 3 and "kl:1e-2" in entry["exit"]
     assert entry["stage_steps"] == [4, 3] and entry["config"]["init_from"] == "1"
+
+
+def test_programs_that_chains_cannot_fill_are_refused(tmp_path):
+    for block_size in ("12", "256"):
+        with pytest.raises(UserError, match="a multiple of 8 up to 128"):
+            hops.main(["--data", str(tmp_path / "data"), "--block_size", block_size])
 
 
 def test_a_stage_goes_on_until_its_chains_are_learnt_or_the_limit_is_met(short_stages, monkeypatch):

@@ -189,6 +189,15 @@ def test_the_command_writes_a_folder_that_explains_itself(tmp_path, capsys):
     refused("is there already, and no empty folder", export.main, command)
 
 
+def test_the_tokenizer_of_a_local_folder_goes_along(llama, tmp_path):
+    export.export(load_model(f"hf:{llama}", rule="recall"), tmp_path / "x")
+    name = load_model(f"hf:{tmp_path / 'x'}").meta["tokenizer"]
+    assert name == f"hf:{tmp_path / 'x'}" and get_tokenizer(name).encode_ordinary(
+        TEXT
+    ) == BPE.encode_ordinary(TEXT)
+    assert str(llama) not in (tmp_path / "x/config.json").read_text()
+
+
 def test_a_changed_or_missing_file_is_refused(tmp_path):
     export.export(ours(), tmp_path / "x")
     for name in ("config.json", "model.py", "modeling_abbie.py", "model.safetensors", "tokenizer.json"):
@@ -388,7 +397,6 @@ def test_the_tokenizer_reads_and_spells_exactly(llama):
     tokenizer = get_tokenizer(f"hf:{llama}")
     ids = tokenizer.encode_ordinary(TEXT)
     assert ids == BPE.encode_ordinary(TEXT)  # merges as in tiktoken, nothing cut or added, specials are text
-    assert tokenizer.name == f"hf:{llama}"
     assert tokenizer.n_vocab == 300
     assert tokenizer.decode(ids) == TEXT
     assert b"".join(tokenizer.decode_bytes([i]) for i in ids) == TEXT.encode()

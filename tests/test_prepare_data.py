@@ -164,12 +164,13 @@ def test_another_field_a_folder_in_the_order_of_names_and_validation_text_of_its
 # -------------------------------------------------------------------------------------------- what goes wrong
 
 BAD = {  # file name: its content, what is said of it, documents that are left with --skip_bad
-    "empty.txt": (b"", "an empty document", 0),
+    "empty.txt": (b"", "document 1 is empty", 0),
+    "hollow.jsonl": (b'{"text": "good"}\n{"text": ""}', "document 2 is empty", 1),
     "json.jsonl": (b'{"text": "good"}\n{"text": "cut of\n{"text": "fine"}', "row 2 is no JSON in UTF-8", 2),
     "deep.jsonl": (b"[" * 100_000 + b'\n{"text": "good"}', "row 1 is no JSON", 1),
     "number.jsonl": (b'{"text": 3}\n{"text": "good"}\n', "row 1 has no text", 1),
     "field.jsonl": (b'{"text": "good"}\n{"body": "x"}\n', "row 2 has no text under 'text'", 1),
-    "latin1.txt": (b"caf\xe9 au lait", "invalid UTF-8, bytes e9", 0),
+    "latin1.txt": (b"caf\xe9 au lait", "invalid UTF-8, e9 at byte 3 of section 1", 0),
     "no.parquet": (b"PAR1 not parquet PAR1", "broken file", 0),
     "cut.jsonl.gz": (gzip.compress(b'{"text": "good"}\n' * 9)[:-9], "broken file", 9),
 }
