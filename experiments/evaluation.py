@@ -278,13 +278,14 @@ def measure_parity(args) -> dict:
     logging.disable(logging.WARNING)
     model, tokenizer, iters = make_model(), get_tokenizer("gpt2"), 3
     theirs = HFLM(hugging_face(model, iters), tokenizer=gpt2_tokenizer(args.vocab), batch_size=32)
-    files = {name: Path(args.data_dir, name, f"{TASKS[name].split}.jsonl") for name in DOWNLOADED}
+    there = [name for name in DOWNLOADED if Path(args.data_dir, name, f"{TASKS[name].split}.jsonl").is_file()]
+    check(bool(there), f"{args.data_dir} holds no task\npython prepare_data.py icl --out {args.data_dir}")
     result = {
         "iters": iters, "n_params": model.n_params(), "bootstrap_iters": args.bootstrap_iters,
         "torch": torch.__version__, "transformers": transformers.__version__, "lm_eval": version("lm_eval"),
         "tasks": {},
     }  # fmt: skip
-    for name in (name for name, file in files.items() if file.is_file()):
+    for name in there:
         examples = load_tasks([name], None, args.data_dir, model.config.block_size, args.limit)[name]
         seconds, metrics, scores = run_harness(theirs, name, args)
         start = time.process_time()
