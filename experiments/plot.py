@@ -97,6 +97,7 @@ def loss_curve(ax, runs: list[dict], label: str, **style):
 
 CURVES = {
     "recall_p6b3": "recall, trained at many r",
+    "recall_2_8k": "recall, trained at r = 2",
     "abbie_d_p6b3": "abbie_d, trained at many r",
     "abbie_d_2_8k": "abbie_d, trained at r = 2",
 }
@@ -106,7 +107,7 @@ CONTROLS = {
     "std_more": "Std, equal parameters and FLOPs, 2.4 times the tokens",
 }
 # x of a control's seeds, and how far from its line the label is kept off the curves, in points.
-SEEDS_AT = {"std_8k": (39, 2), "std_ten": (46, 2), "std_more": (54, -40)}
+SEEDS_AT = {"std_8k": (39, -13), "std_ten": (46, 2), "std_more": (54, -29)}
 
 
 # Rows on scarce text: three lengths of training, and where they are read.
@@ -157,10 +158,11 @@ def more_iterations(folder: Path, path: Path):
         )
 
     iters = [1, 32]
-    for (row, label), style in zip(curves.items(), ("-", "-", "--", "--")):
+    for row, label in curves.items():
         if row in found:
             n = f" ({len(found[row])} seeds)" if len(found[row]) > 1 else ""
-            iters = loss_curve(left, found[row], label + n, color=colour_of(row), marker="o", linestyle=style)
+            style = {"color": colour_of(row), "marker": "o", "linestyle": "-" if "many r" in label else "--"}
+            iters = loss_curve(left, found[row], label + n, **style)
     tasks = {"cloze": "-", "lastword": ":"}
     for task, style in tasks.items():
         runs = [run["tasks"][task]["iters"] for run in found["recall_p6b3"]]
@@ -191,7 +193,8 @@ def more_iterations(folder: Path, path: Path):
             right.text(8, 100 * statistics.mean(runs), f"Std, {name}", ha="right", color="#333333", **beside)
     set_iters(left, iters, ylabel="validation loss, nats per byte")
     set_iters(right, [1, 2, 4, 8], ylabel="accuracy in %")
-    legend_below(left, columns=3)
+    left.set_ylim(top=min(left.get_ylim()[1], 1.3))  # recall trained at r = 2 leaves the panel
+    legend_below(left)
     legend_below(right)
     draw_scarce(scarce, found)
     save(figure, path)
