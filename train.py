@@ -203,7 +203,7 @@ def continued_model(config: Config, folder: Path, shards: Shards, model_class=Ab
         here["init_from"] = config.init_from
     if not config.init_from.startswith("hf:"):  # whose shape is not the config's
         here |= dataclasses.asdict(config.model_config(shards.vocab_size))
-    changed = differences(model.meta, {key: here[key] for key in here.keys() - may_change.keys()})
+    changed = differences(model.meta, {name: here[name] for name in here if name not in may_change})
     check(
         not changed or config.force,
         f"{folder} cannot be continued: {changed}\n"
