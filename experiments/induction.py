@@ -84,16 +84,17 @@ def measure(args) -> dict:
 
 
 def print_table(folder: Path):
+    runs = sorted(read("induction", folder), key=lambda found: found["ckpt"])
     print("| model | r | first copy | second copy | text, quarters of the context |")
     print("|---|---|---|---|---|")
-    for found in read("induction", folder):
+    for found in runs:
         for r, entry in found["iters"].items():
             quarters = " ".join(f"{loss:.3f}" for loss in entry["text_by_quarter"])
             copies = f"{entry['first_copy']:.2f} | {entry['second_copy']:.2f}"
             print(f"| `{Path(found['ckpt']).name}` | {r} | {copies} | {quarters} |")
     print("\n| model | r | no match | 4 to 11 bytes, wrong | right | 12 or more, wrong | right |")
     print("|---|---|---|---|---|---|---|")
-    for found in read("induction", folder):
+    for found in runs:
         for r, entry in found["iters"].items():
             if "text_by_match" in entry:
                 cells = " | ".join(f"{nats:.3f}" for nats in entry["text_by_match"].values())

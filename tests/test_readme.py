@@ -3,9 +3,10 @@
 import json
 import re
 import shlex
-import subprocess
-import sys
+from contextlib import redirect_stdout
 from functools import cache, partial
+from importlib import import_module
+from io import StringIO
 
 import pytest
 import torch
@@ -33,11 +34,11 @@ def commands() -> list[tuple[str, ...]]:
 
 @cache
 def help_of(script: str, *subcommand: str) -> str:
-    how = [ROOT / script] if script.endswith(".py") else ["-m", script]
-    command = [sys.executable, *how, *subcommand, "--help"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, f"{script} --help: {done.stderr}"
-    return done.stdout
+    main, output = import_module(script.removesuffix(".py")).main, StringIO()
+    with pytest.raises(SystemExit) as end, redirect_stdout(output):
+        main([*subcommand, "--help"])
+    assert not end.value.code, script
+    return output.getvalue()
 
 
 def test_every_command_has_its_script_its_config_and_its_flags():
