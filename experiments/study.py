@@ -206,6 +206,14 @@ LONGER = {
     ),
     "recall_p6b3_16k": many(MANY_TITLE, [*MANY_RECALL, *STEPS_16K], 3, "std_16k"),
 }
+# Does the learning rate, which suited all at 2000 steps, suit them at 8000?
+RATES = {
+    f"{name}_{lr}": MANY[name]._replace(
+        title=f"{MANY[name].title}, learning rate {lr}", flags=[*MANY[name].flags, f"--lr={lr}"], seeds=1
+    )
+    for name in ("std_six", "std_more_2", "recall_2_8k")
+    for lr in ("5e-4", "2e-3")
+}
 # What makes recall iterate, a line changed each: 2000 steps in fp32.
 P6B3 = ["--iters=poisson:6", *B3]
 
@@ -267,7 +275,7 @@ SCARCE = {
     "recall_thin_4k": thin(f"{MANY_TITLE}, 4000 steps", [*MANY_THIN, *TWICE], "std_thin_4k"),
     "recall_thin": thin(f"{MANY_TITLE}, 8000 steps", [*MANY_THIN, *FOUR_TIMES], "std_thin"),
 }
-ROWS = {**SHORT, **MANY, **LONGER, **ABLATIONS, **DEPTHS, **ENGLISH, **SCARCE}
+ROWS = {**SHORT, **MANY, **LONGER, **RATES, **ABLATIONS, **DEPTHS, **ENGLISH, **SCARCE}
 
 GPU_ROWS = {
     "std": Row("Std, 1", STD),
@@ -423,8 +431,9 @@ def spread(values: list[float], digits: int = 3, sign: str = "") -> str:
 
 
 def trained_r(study: Study, row: str) -> str:
-    """The r that a row is read at in comparisons: the rounded mean of what it was trained at."""
-    return str(load_config([study.base[0], *study.rows[row].flags]).mean_iters)
+    """The r that a row is compared at: of those that are read, the nearest to the mean of its training."""
+    mean = load_config([study.base[0], *study.rows[row].flags]).mean_iters
+    return str(min(parse_list(study.iters, "iters"), key=lambda r: abs(r - mean)))
 
 
 def against_std(study: Study, row: str, runs: list[dict]) -> list[float]:
@@ -484,6 +493,7 @@ def print_table(study: Study, folder):
     runs = read(study.name, folder)
     long = "8000 steps, fp32"
     groups = {"2000 steps": SHORT, long: MANY, "16,000 steps, fp32": LONGER}
+    groups |= {f"{long}, other learning rates": RATES}
     groups |= {"2000 steps, fp32": {**ABLATIONS, **DEPTHS}, f"{long}, English": ENGLISH}
     groups |= {"fp32, 0.5 MB of text": SCARCE}
     groups = groups if study is SMALL else {"52M parameters": GPU_ROWS}
