@@ -9,7 +9,7 @@ from pathlib import Path
 
 from config import ArgumentParser, cli
 from experiments import RESULTS, ROOT, read
-from experiments.study import ABLATIONS, DEPTHS, LONGER, MANY, SHORT
+from experiments.rows import ABLATIONS, DEPTHS, LONGER, MANY, SHORT
 from model import UserError, check
 
 try:

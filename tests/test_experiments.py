@@ -5,14 +5,14 @@ import re
 import numpy as np
 import pytest
 import torch
-from common import TINY
+from common import ROOT, TINY
 
 import train
 from checkpoint import load_model
 from config import load_config
 from data import Shards
 from eval_icl import evaluate_loss
-from experiments import append, evaluation, hops, induction, partition, plot, read, speed, study
+from experiments import append, evaluation, hops, induction, partition, plot, read, rows, speed, study
 from model import AbbIE, AbbIEConfig, UserError
 
 TOY = ["--n_embd=32", "--n_attn_heads=2", "--ffn_dim=64", "--device=cpu", "--dtype=float32"]
@@ -35,21 +35,21 @@ def model_of(model_class=AbbIE, **changes) -> AbbIE:
 def test_every_row_of_the_study_stands_in_the_results_document_as_it_is_printed(capsys):
     study.main(["--table"])
     printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-    document = (study.ROOT / "RESULTS.md").read_text()
+    document = (ROOT / "RESULTS.md").read_text()
     assert len(printed) > 60 and "\n".join(printed[:20]) in document
     assert set(printed) <= set(document.splitlines())
 
 
 def test_reproduce_names_every_row_with_its_seeds():
-    lines = (study.ROOT / "REPRODUCE.md").read_text().splitlines()
-    for name, row in study.ROWS.items():
+    lines = (ROOT / "REPRODUCE.md").read_text().splitlines()
+    for name, row in rows.SMALL.rows.items():
         (line,) = (line for line in lines if line.startswith("| `") and f"`{name}`" in line.split("|")[1])
         assert line.endswith(f"| {', '.join(map(str, range(1, row.seeds + 1)))} |"), name
 
 
 def test_every_figure_of_the_documents_has_a_function():
     for document in ("README.md", "RESULTS.md"):
-        shown = re.findall(r"\(assets/(\w+)\.png\)", (study.ROOT / document).read_text())
+        shown = re.findall(r"\(assets/(\w+)\.png\)", (ROOT / document).read_text())
         assert shown and set(shown) <= set(plot.FIGURES)
 
 
@@ -64,7 +64,7 @@ def test_a_figure_is_drawn_from_the_records_and_a_missing_one_is_left_out(tmp_pa
 # ------------------------------------------------------------------------------------------------- the study
 
 
-@pytest.mark.parametrize("of", [study.SMALL, study.GPU])
+@pytest.mark.parametrize("of", [rows.SMALL, rows.GPU])
 def test_rows_differ_by_their_flags_only(of):
     base = vars(load_config(of.base))
     for row in of.rows.values():
@@ -77,7 +77,7 @@ def test_equal_flops_controls_cost_what_they_control():
     """FLOPs of the whole run, against the row with poisson:6 of which 3 have gradients, at its mean of 6."""
 
     def flops(name):
-        config = load_config([*study.SMALL.base, *study.ROWS[name].flags])
+        config = load_config([*rows.SMALL.base, *rows.SMALL.rows[name].flags])
         return AbbIE(config.model_config(257)).flops_per_token() * config.max_steps
 
     assert flops("std_ten") == pytest.approx(flops("recall_p6b3"), rel=0.01)
@@ -90,11 +90,11 @@ def test_equal_flops_controls_cost_what_they_control():
 
 VARIANTS = [  # and what the Tail reads, less h = 3, after updates of 1, 2 and 4
     (AbbIE, "abbie_d", 1 / 2 + 2 / 4 + 4 / 4),
-    (study.RawTail, "abbie_d", 4 * (3 + 2) - 3),
-    (study.EqualWeights, "abbie_d", (1 + 2 + 4) / 3),
+    (rows.RawTail, "abbie_d", 4 * (3 + 2) - 3),
+    (rows.EqualWeights, "abbie_d", (1 + 2 + 4) / 3),
     (AbbIE, "recall", 4),  # h + Delta, whatever x is
-    (study.Undamped, "recall", 4),
-    (study.NoRecall, "recall", 1 / 2 + 2 / 2 + 4),  # wanders off
+    (rows.Undamped, "recall", 4),
+    (rows.NoRecall, "recall", 1 / 2 + 2 / 2 + 4),  # wanders off
 ]
 
 
@@ -111,14 +111,14 @@ def test_variants_weigh_updates_as_their_docstrings_say(variant, rule, expected)
 
 
 def test_half_tail_starts_with_half_the_output_projections():
-    ours, half = model_of().state_dict(), model_of(study.HalfTail).state_dict()
+    ours, half = model_of().state_dict(), model_of(rows.HalfTail).state_dict()
     changed = {name for name in ours if not torch.equal(ours[name], half[name])}
     assert changed == {"tail.0.attn.proj.weight", "tail.0.mlp.down.weight"}
     assert all(torch.equal(half[name], ours[name] / 2) for name in changed)
 
 
 def test_two_depths_add_a_tenth_of_an_earlier_loss_from_one_sweep():
-    plain, both = (model_of(of, rule="recall", iters="poisson:6") for of in (AbbIE, study.TwoDepths))
+    plain, both = (model_of(of, rule="recall", iters="poisson:6") for of in (AbbIE, rows.TwoDepths))
     x = torch.randint(0, 97, (2, 13), generator=torch.Generator().manual_seed(1))
     at = {r: plain(x[:, :-1], x[:, 1:], r)[1].item() for r in (1, 2, 5, 7)}
     for r, early in ((1, None), (2, 1), (7, 5)):
@@ -138,7 +138,7 @@ def test_a_row_is_trained_once_recorded_and_paired(corpus, tmp_path, monkeypatch
     study.main(["--row", "abbie_d_raw_tail", "--seed", "3", *where])
     (run,) = read("study", tmp_path)
     assert (run["row"], run["seed"], run["steps"], run["tokens"]) == ("abbie_d_raw_tail", 3, 2, 384)
-    assert list(run["val_loss"]) == study.SMALL.iters.split(",") and run["val_tokens"] == 960
+    assert list(run["val_loss"]) == rows.SMALL.iters.split(",") and run["val_tokens"] == 960
     assert 4 < run["val_loss"]["1"] < 6 and 0 < run["val_stderr"]["1"] < 0.5
     assert set(run["tasks"]) == {"cloze", "lastword"} and {"trained", "untrained"} < set(run["convergence"])
     assert f"| 1 | 1.00 | {run['val_loss']['1']:.3f} |" in capsys.readouterr().out
@@ -160,9 +160,7 @@ def test_a_row_is_trained_once_recorded_and_paired(corpus, tmp_path, monkeypatch
 
 def test_a_row_may_go_on_from_a_step_of_another(corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(study, "VAL_TOKENS", 960)
-    monkeypatch.setitem(
-        study.ROWS, "then", study.Row("", ["--rule=recall", "--iters=3"], start=("recall", 2))
-    )
+    monkeypatch.setitem(rows.SHORT, "then", rows.Row("", ["--rule=recall", "--iters=3"], start=("recall", 2)))
     flags = " ".join([*TOY, *SHORT, f"--data={corpus}", "--max_steps=4", "--save_every=2", "--keep_last=9"])
     where = ["--out", str(tmp_path / "out"), "--results", str(tmp_path), "--flags", flags, "--limit", "20"]
     study.main(["--row", "recall", *where])
