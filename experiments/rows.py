@@ -190,7 +190,7 @@ RATES = {
         title=f"{MANY[name].title}, learning rate {lr}", flags=[*MANY[name].flags, f"--lr={lr}"], seeds=1
     )
     for name in ("std_8k", "std_six", "std_more_2", "recall_2_8k")
-    for lr in ("5e-4", "2.5e-4")
+    for lr in ("2e-3", "5e-4", "2.5e-4")
 }
 # What makes recall iterate, a line changed each: 2000 steps in fp32.
 P6B3 = ["--iters=poisson:6", *B3]
