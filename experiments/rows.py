@@ -184,7 +184,7 @@ LONGER = {
     ),
     "recall_p6b3_16k": many(MANY_TITLE, [*MANY_RECALL, *STEPS_16K], 3, "std_16k"),
 }
-# Does the learning rate of 1e-3, which suited all at 2000 steps, suit them at 8000?
+# Does the learning rate of 1e-3, chosen for shorter runs, suit 8000 steps?
 RATES = {
     f"{name}_{lr}": MANY[name]._replace(
         title=f"{MANY[name].title}, learning rate {lr}", flags=[*MANY[name].flags, f"--lr={lr}"], seeds=1

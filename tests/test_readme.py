@@ -3,10 +3,11 @@
 import json
 import re
 import shlex
+import sys
 from contextlib import redirect_stdout
 from functools import cache, partial
-from importlib import import_module
 from io import StringIO
+from runpy import run_path
 
 import pytest
 import torch
@@ -34,9 +35,11 @@ def commands() -> list[tuple[str, ...]]:
 
 @cache
 def help_of(script: str, *subcommand: str) -> str:
-    main, output = import_module(script.removesuffix(".py")).main, StringIO()
-    with pytest.raises(SystemExit) as end, redirect_stdout(output):
-        main([*subcommand, "--help"])
+    """What `script --help` prints; run in this process, since each import of PyTorch takes seconds."""
+    path, output = script.removesuffix(".py").replace(".", "/") + ".py", StringIO()
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end, redirect_stdout(output):
+        patch.setattr(sys, "argv", [script, *subcommand, "--help"])
+        run_path(str(ROOT / path), run_name="__main__")
     assert not end.value.code, script
     return output.getvalue()
 
