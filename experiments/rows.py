@@ -189,7 +189,7 @@ RATES = {
     f"{name}_{lr}": MANY[name]._replace(
         title=f"{MANY[name].title}, learning rate {lr}", flags=[*MANY[name].flags, f"--lr={lr}"], seeds=1
     )
-    for name in ("std_8k", "std_six", "std_more_2", "recall_2_8k")
+    for name in ("std_8k", "std_six", "std_ten", "std_more_2", "std_more", "recall_2_8k", "recall_p6b3")
     for lr in ("2e-3", "5e-4", "2.5e-4")
 }
 # What makes recall iterate, a line changed each: 2000 steps in fp32.
