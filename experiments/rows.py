@@ -185,12 +185,14 @@ LONGER = {
     "recall_p6b3_16k": many(MANY_TITLE, [*MANY_RECALL, *STEPS_16K], 3, "std_16k"),
 }
 # Does the learning rate of 1e-3, chosen for shorter runs, suit 8000 steps?
+RATED = ("std_8k", "std_six", "std_ten", "std_more_2", "std_more", "recall_2_8k", "recall_p6b3")
+OTHER_RATES = ("2e-3", "5e-4", "2.5e-4")
 RATES = {
     f"{name}_{lr}": MANY[name]._replace(
         title=f"{MANY[name].title}, learning rate {lr}", flags=[*MANY[name].flags, f"--lr={lr}"], seeds=1
     )
-    for name in ("std_8k", "std_six", "std_ten", "std_more_2", "std_more", "recall_2_8k", "recall_p6b3")
-    for lr in ("2e-3", "5e-4", "2.5e-4")
+    for name in RATED
+    for lr in OTHER_RATES
 }
 # What makes recall iterate, a line changed each: 2000 steps in fp32.
 P6B3 = ["--iters=poisson:6", *B3]

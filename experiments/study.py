@@ -30,7 +30,7 @@ from data import Shards, documents, get_tokenizer
 from eval_icl import mcnemar, mean_stderr, perplexity, run_tasks, window_losses
 from experiments import RESULTS, append, read
 from experiments.evaluation import convergence_of
-from experiments.rows import GPU, SMALL, THIN_DATA, Study
+from experiments.rows import GPU, OTHER_RATES, RATED, RATES, SMALL, THIN_DATA, Study
 from model import AbbIE, check, parse_iters
 
 TASK_ITERS, VAL_TOKENS = "1,2,4,8", 2**18  # r that tasks are read at; validation tokens
@@ -184,6 +184,33 @@ def print_losses(study: Study, rows: dict[str, list[dict]], runs: list[dict]):
         print(f"| `{name}`: {study.rows[name].title} | {len(mine)} | {flops:.2f} | {' | '.join(cells)} |")
 
 
+def print_seeds(study: Study, rows: dict[str, list[dict]]):
+    """The loss of every seed of the rows that have several, at the r that they were trained at."""
+    several = {name: {run["seed"]: run for run in mine} for name, mine in rows.items() if len(mine) > 1}
+    if not several:
+        return
+    seeds = sorted({seed for runs in several.values() for seed in runs})
+    print(f"\n| loss of each seed | at | {' | '.join(f'seed {seed}' for seed in seeds)} |")
+    print("|---" * (len(seeds) + 2) + "|")
+    for name, runs in several.items():
+        r = trained_r(study, name)
+        cells = [f"{runs[seed]['val_loss'][r]:.3f}" if seed in runs else "" for seed in seeds]
+        print(f"| `{name}` | r={r} | {' | '.join(cells)} |")
+
+
+def print_rates(study: Study, runs: list[dict]):
+    """Rows down, learning rates across: the loss of seed 1 at the r that a row was trained at."""
+    losses = {run["row"]: run["val_loss"][trained_r(study, run["row"])] for run in runs if run["seed"] == 1}
+    columns = [(lr, f"_{lr}") for lr in OTHER_RATES]
+    columns.insert(1, ("1e-3", ""))
+    print(f"\n| loss by learning rate | at | {' | '.join(lr for lr, _ in columns)} |")
+    print("|---" * (len(columns) + 2) + "|")
+    for name in RATED:
+        found = [losses.get(name + suffix) for _, suffix in columns]
+        cells = [f"{loss:.3f}" if loss else "" for loss in found]
+        print(f"| `{name}` | r={trained_r(study, name)} | {' | '.join(cells)} |")
+
+
 def accuracy(found: list[dict], r: str) -> str:
     """A task at one r over seeds; of one seed with its standard error, and the p of McNemar's test of whether
     it differs from the reference: the trained r, or r = 1 where that is no column. The one without a p."""
@@ -213,6 +240,9 @@ def print_table(study: Study, folder):
         if rows:
             print(f"\n**{title}**\n")
             print_losses(study, rows, runs)
+            print_seeds(study, rows)
+            if names is RATES:
+                print_rates(study, runs)
             print_tasks(rows)
 
 
