@@ -141,7 +141,8 @@ def block_names(config: AbbIEConfig) -> list[str]:
 def load_model(path: str | Path | None = None, device="cpu", model_class=AbbIE, **changes) -> AbbIE:
     """The model of a run folder (its newest sound checkpoint), of one checkpoint, of "hf:FOLDER" (see hf/),
     or of the newest run under out/. `changes` replaces keys of the config: the rule, iters, or where the same
-    blocks are cut into Head, Body and Tail. Raises UserError for anything that does not verify."""
+    blocks are cut into Head, Body and Tail. Raises UserError for anything that does not verify, and for a
+    subclass's model without its model_class."""
     if str(path).startswith("hf:"):
         from hf.llama import read_folder
 
@@ -149,6 +150,9 @@ def load_model(path: str | Path | None = None, device="cpu", model_class=AbbIE, 
     else:
         folder = find_checkpoint(path)
         meta = {**json.loads((folder / "config.json").read_text()), "ckpt": str(folder)}
+        theirs, ours = meta.setdefault("model_class", "AbbIE"), model_class.__name__
+        other = f"{folder} was trained as {theirs}, a subclass of AbbIE; as {ours} it computes something else"
+        check(theirs in ("AbbIE", ours), f"{other}\nload it by load_model(path, model_class={theirs})")
         state = load_tensors(folder / "model.pt")
     saved = AbbIEConfig(**{f.name: meta[f.name] for f in fields(AbbIEConfig) if f.name in meta})
     config, name = replace(saved, **changes), meta["ckpt"]

@@ -198,7 +198,7 @@ def continued_model(config: Config, folder: Path, shards: Shards, model_class=Ab
     """The model of a checkpoint, if its data, tokenizer, rule and shape are this run's."""
     may_change = {"iters": config.iters, "backprop_iters": config.backprop_iters}  # in mid-run
     model = load_model(folder, model_class=model_class, **may_change)
-    here = {"rule": config.rule, **identity(shards)}
+    here = {"rule": config.rule, "model_class": model_class.__name__, **identity(shards)}
     if config.init_from:
         here["init_from"] = config.init_from
     if not config.init_from.startswith("hf:"):  # whose shape is not the config's
@@ -412,6 +412,7 @@ def run(config: Config, rank: int, world: int, model_class=AbbIE) -> int:
 
     # What runs, for the terminal, the log and the checkpoints.
     run_config = {**dataclasses.asdict(config), **dataclasses.asdict(model.config), **identity(shards)}
+    run_config["model_class"] = type(model).__name__
     facts = {**versions(device), "dtype": str(dtype).removeprefix("torch."), "compiled": compiled}
     facts |= {"world": world, "n_params": model.n_params(), "max_steps": max_steps}
     print(show(facts))

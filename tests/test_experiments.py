@@ -135,26 +135,27 @@ def test_a_row_is_trained_once_recorded_and_paired(corpus, tmp_path, monkeypatch
     monkeypatch.setattr(study, "VAL_TOKENS", 960)
     flags = " ".join([*TOY, *SHORT, f"--data={corpus}", "--max_steps=2"])
     where = ["--out", str(tmp_path / "out"), "--results", str(tmp_path), "--flags", flags, "--limit", "20"]
-    study.main(["--row", "abbie_d_raw_tail", "--seed", "3", *where])
+    study.main(["--row", "abbie_d", "--seed", "3", *where])
     (run,) = read("study", tmp_path)
-    assert (run["row"], run["seed"], run["steps"], run["tokens"]) == ("abbie_d_raw_tail", 3, 2, 384)
+    assert (run["row"], run["seed"], run["steps"], run["tokens"]) == ("abbie_d", 3, 2, 384)
     assert list(run["val_loss"]) == rows.SMALL.iters.split(",") and run["val_tokens"] == 960
     assert 4 < run["val_loss"]["1"] < 6 and 0 < run["val_stderr"]["1"] < 0.5
     assert set(run["tasks"]) == {"cloze", "lastword"} and {"trained", "untrained"} < set(run["convergence"])
     assert f"| 1 | 1.00 | {run['val_loss']['1']:.3f} |" in capsys.readouterr().out
-    study.main(["--row", "abbie_d_raw_tail", "--seed", "3", *where])
+    study.main(["--row", "abbie_d", "--seed", "3", *where])
     assert len(read("study", tmp_path)) == 1 and "validation loss" not in capsys.readouterr().out
 
-    folder = tmp_path / "out" / "study" / "abbie_d_raw_tail-3"
+    folder = tmp_path / "out" / "study" / "abbie_d-3"
     with pytest.raises(UserError, match="no run of abbie_c: rule is"):
         study.main(["--row", "abbie_c", "--seed", "3", "--evaluate", str(folder), *where])
-    study.main(["--row", "abbie_d", "--seed", "3", "--evaluate", str(folder), *where])  # the same weights
+    raw_tail = ["--row", "abbie_d_raw_tail", "--seed", "3"]
+    study.main([*raw_tail, "--evaluate", str(folder), *where])  # the same weights, another model
     study.main(["--pair", "abbie_d_raw_tail,abbie_d", *where])
     assert "abbie_d_raw_tail at r = 2 less abbie_d at r = 2: +" in capsys.readouterr().out
     for pair, why in {"abbie_d": "give two", "abbie_d,no": "give two", "std,recall": "run both"}.items():
         with pytest.raises(UserError, match=why):
             study.main(["--pair", pair, *where])
-    raw, ours = read("study", tmp_path)
+    ours, raw = read("study", tmp_path)
     assert raw["val_loss"]["1"] == ours["val_loss"]["1"] and raw["val_loss"]["8"] != ours["val_loss"]["8"]
 
 

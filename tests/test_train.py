@@ -323,6 +323,30 @@ def test_changed_data_shape_rule_or_start_is_refused(here, corpus, tmp_path):
     assert 2 in losses(here("run", "--max_steps=3", f"--data={other}", "--force=true"))
 
 
+def test_a_subclasss_run_is_continued_and_loaded_as_that_subclass_alone(small, tmp_path, monkeypatch):
+    class Undamped(AbbIE):
+        def iterate(self, x, h, k, body):
+            return (u := body(x) + (h - x)), u
+
+    monkeypatch.setattr(train, "show_off", lambda *args: None)
+    run = [small, f"--out_dir={tmp_path}/run", "--max_steps=2"]
+    train.main(run, model_class=Undamped)
+    train.main([*run, "--max_steps=3"], model_class=Undamped)
+    assert load_model(tmp_path / "run", model_class=Undamped).meta["step"] == 3
+    for refused in (
+        lambda: load_model(tmp_path / "run"),
+        lambda: train.main([*run, "--max_steps=4"]),
+        lambda: sample.main([f"--ckpt={tmp_path}/run"]),
+    ):
+        with pytest.raises(UserError, match="trained as Undamped.*\n.*model_class=Undamped"):
+            refused()
+    train.main([small, f"--out_dir={tmp_path}/plain", "--max_steps=2"])
+    with pytest.raises(UserError, match="model_class is 'AbbIE' there, 'Undamped' here"):
+        train.main([small, f"--out_dir={tmp_path}/plain", "--max_steps=3"], model_class=Undamped)
+    start = [small, f"--out_dir={tmp_path}/undamped", f"--init_from={tmp_path}/plain", "--max_steps=1"]
+    train.main(start, model_class=Undamped)  # other weights may be a start, as under another rule
+
+
 # -------------------------------------------------------------------------------- starting from other weights
 
 
