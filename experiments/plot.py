@@ -9,7 +9,8 @@ from pathlib import Path
 
 from config import ArgumentParser, cli
 from experiments import RESULTS, ROOT, read
-from experiments.rows import ABLATIONS, DEPTHS, LONGER, MANY, SHORT
+from experiments.rows import ABLATIONS, DEPTHS, LONGER, MANY, SHORT, SMALL
+from experiments.study import losses_by_rate
 from model import UserError, check
 
 try:
@@ -197,6 +198,32 @@ def more_iterations(folder: Path, path: Path):
     legend_below(left)
     legend_below(right)
     draw_scarce(scarce, found)
+    save(figure, path)
+
+
+# A colour for the rule, a marker for how it spends its FLOPs.
+RATES = {
+    "std_8k": ("Std", "o:"), "std_six": ("Std of six blocks", "s--"), "std_ten": ("Std of ten blocks", "D--"),
+    "std_more_2": ("Std, 1.48 times the tokens", "^-"), "std_more": ("Std, 2.4 times the tokens", "v-"),
+    "recall_2_8k": ("recall, trained at r = 2", "o--"), "recall_p6b3": ("recall, trained at many r", "o-"),
+}  # fmt: skip
+
+
+def learning_rates(folder: Path, path: Path):
+    """Loss after 8000 steps (or as many FLOPs) against the learning rate, seed 1."""
+    found = losses_by_rate(SMALL, read("study", folder))
+    found = {row: losses for row, losses in found.items() if len(losses) > 1}
+    check(bool(found), "results/study.jsonl has no row at two learning rates yet")
+    figure, ax = plt.subplots(figsize=(6, 5.2), layout="constrained")
+    for row, losses in found.items():
+        label, style = RATES[row]
+        ax.plot([float(lr) for lr in losses], losses.values(), style, color=colour_of(row), label=label)
+    rates = sorted({float(lr) for losses in found.values() for lr in losses})
+    ax.set_xscale("log")
+    ax.set_xticks(rates, [f"{lr:g}" for lr in rates])
+    ax.minorticks_off()
+    ax.set(xlabel="learning rate", ylabel="validation loss, nats per byte")
+    legend_below(ax)
     save(figure, path)
 
 
@@ -487,6 +514,7 @@ def hops_exit(folder: Path, path: Path):
 
 FIGURES = {
     "more_iterations": more_iterations,
+    "learning_rates": learning_rates,
     "exits": exits,
     "study_loss": study_loss,
     "study_flops": study_flops,

@@ -198,17 +198,25 @@ def print_seeds(study: Study, rows: dict[str, list[dict]]):
         print(f"| `{name}` | r={r} | {' | '.join(cells)} |")
 
 
-def print_rates(study: Study, runs: list[dict]):
-    """Rows down, learning rates across: the loss of seed 1 at the r that a row was trained at."""
+def losses_by_rate(study: Study, runs: list[dict]) -> dict[str, dict[str, float]]:
+    """{row: {learning rate: loss of seed 1 at the r that the row was trained at}}, high rates first."""
     losses = {run["row"]: run["val_loss"][trained_r(study, run["row"])] for run in runs if run["seed"] == 1}
-    columns = [(lr, f"_{lr}") for lr in OTHER_RATES]
-    columns.insert(1, ("1e-3", ""))
-    print(f"\n| loss by learning rate | at | {' | '.join(lr for lr, _ in columns)} |")
-    print("|---" * (len(columns) + 2) + "|")
-    for name in RATED:
-        found = [losses.get(name + suffix) for _, suffix in columns]
-        cells = [f"{loss:.3f}" if loss else "" for loss in found]
-        print(f"| `{name}` | r={trained_r(study, name)} | {' | '.join(cells)} |")
+    found = {row: {} for row in RATED}
+    for row in RATED:
+        for lr in sorted(("1e-3", *OTHER_RATES), key=float, reverse=True):
+            name = row if lr == "1e-3" else f"{row}_{lr}"
+            if name in losses:
+                found[row][lr] = losses[name]
+    return found
+
+
+def print_rates(study: Study, found: dict[str, dict[str, float]]):
+    rates = sorted({lr for losses in found.values() for lr in losses}, key=float, reverse=True)
+    print(f"\n| loss by learning rate | at | {' | '.join(rates)} |")
+    print("|---" * (len(rates) + 2) + "|")
+    for row, losses in found.items():
+        cells = [f"{losses[lr]:.3f}" if lr in losses else "" for lr in rates]
+        print(f"| `{row}` | r={trained_r(study, row)} | {' | '.join(cells)} |")
 
 
 def accuracy(found: list[dict], r: str) -> str:
@@ -242,7 +250,7 @@ def print_table(study: Study, folder):
             print_losses(study, rows, runs)
             print_seeds(study, rows)
             if names is RATES:
-                print_rates(study, runs)
+                print_rates(study, losses_by_rate(study, runs))
             print_tasks(rows)
 
 
