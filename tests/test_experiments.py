@@ -181,6 +181,25 @@ def test_a_std_is_read_at_1_and_2_only(corpus, tmp_path, monkeypatch, capsys):
     assert f"| {run['val_loss']['2']:.3f} |  |  |" in capsys.readouterr().out
 
 
+def test_learning_rates_and_seeds_are_compared_at_the_r_of_training(capsys):
+    def run(row, seed, first):
+        return {"row": row, "seed": seed, "val_loss": {r: first + int(r) / 10 for r in ("1", "2", "6")}}
+
+    runs = [run("recall_2_8k", 1, 1.0), run("recall_2_8k", 2, 2.0), run("recall_2_8k_2e-3", 1, 3.0)]
+    runs += [run("recall_p6b3_5e-4", 1, 4.0), run("recall_p6b3", 2, 5.0)]
+    found = study.losses_by_rate(rows.SMALL, runs)
+    assert list(found) == list(rows.RATED)
+    assert found["recall_2_8k"] == {"2e-3": 3.2, "1e-3": 1.2}
+    assert found["recall_p6b3"] == {"5e-4": 4.6} and found["std_8k"] == {}
+    study.print_rates(rows.SMALL, found)
+    study.print_seeds(rows.SMALL, study.runs_by_row(rows.SMALL, rows.SMALL.rows, runs))
+    printed = capsys.readouterr().out
+    assert (
+        "| at | 2e-3 | 1e-3 | 5e-4 |\n" in printed and "`recall_2_8k` | r=2 | 3.200 | 1.200 |  |" in printed
+    )
+    assert "| `recall_2_8k` | r=2 | 1.200 | 2.200 |" in printed and "`recall_p6b3` | r=6 | 5" not in printed
+
+
 # ----------------------------------------------------------------------------------------------- convergence
 
 
