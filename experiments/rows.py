@@ -188,7 +188,7 @@ LONGER = {
 # three seeds.
 RATED = ("std_8k", "std_six", "std_ten", "std_more_2", "std_more", "recall_2_8k", "recall_p6b3")
 OTHER_RATES = ("2e-3", "5e-4", "2.5e-4")
-BEST_RATES = ("recall_p6b3_2e-3", "std_more_5e-4")
+BEST_RATES = ("recall_p6b3_2e-3", "std_more_2e-3")
 
 
 def at_rate(row: Row, lr: str, seeds: int) -> Row:

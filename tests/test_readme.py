@@ -14,6 +14,7 @@ import torch
 from common import ROOT, make, tokens
 
 from config import Config
+from experiments import read
 
 DOCUMENTS = [ROOT / f"{name}.md" for name in ("README", "RESULTS", "REPRODUCE")]
 
@@ -94,3 +95,38 @@ def test_numbers_come_from_results_with_a_line_per_run():
         script = path.stem.split("_")[0]  # that wrote it: study wrote study.jsonl and study_pairs.jsonl
         places = (ROOT, ROOT / "experiments")
         assert any((place / f"{script}.py").exists() for place in places), path
+
+
+# README's table of leads: a line's title, its row of the study, where that is read, what is subtracted.
+LEADS = [
+    ("trained at many r, read at r = 1", "recall_p6b3", "1", None),
+    ("read at r = 6", "recall_p6b3", "6", None),
+    ("read at r = 32", "recall_p6b3", "32", None),
+    ("r = 6 less Std of the same parameters and tokens", "recall_p6b3", "6", "std_8k"),
+    ("less Std of the same FLOPs, on 2.4 times the tokens", "recall_p6b3", "6", "std_more"),
+    ("at a learning rate of 2e-3, r = 6", "recall_p6b3_2e-3", "6", None),
+    ("less the same Std at 2e-3, its best rate too", "recall_p6b3_2e-3", "6", "std_more_2e-3"),
+    ("trained at r = 2, read there", "recall_2_8k", "2", None),
+    ("less Std of the same parameters and tokens", "recall_2_8k", "2", "std_8k"),
+    ("less Std of the same FLOPs, on 1.48 times the tokens", "recall_2_8k", "2", "std_more_2"),
+    ("less Std of the same FLOPs, of six blocks", "recall_2_8k", "2", "std_six"),
+]
+
+
+def test_the_leads_of_the_readme_are_those_of_the_records():
+    loss = {(run["row"], run["seed"]): run["val_loss"] for run in read("study")}
+    text = (ROOT / "README.md").read_text()
+    table = text.partition("| | seed 1 | seed 2 | seed 3 |\n|---|---|---|---|\n")[2].partition("\n\n")[0]
+    lines = table.splitlines()
+    assert len(lines) == len(LEADS)
+    for line, (title, row, r, control) in zip(lines, LEADS):
+        shown, *cells = (cell.strip(" *") for cell in line.strip("|").split("|"))
+        assert shown.startswith(title)
+        for seed, cell in zip((1, 2, 3), cells, strict=True):
+            if (row, seed) not in loss or (control and (control, seed) not in loss):
+                expected = ""
+            elif control:
+                expected = f"{loss[row, seed][r] - loss[control, seed]['1']:+.3f}"
+            else:
+                expected = f"{loss[row, seed][r]:.3f}"
+            assert cell == expected, (title, seed)
