@@ -176,9 +176,9 @@ def new_model(config: Config, shards: Shards, model_class=AbbIE) -> AbbIE:
     changes = {name: getattr(config, name) for name in ("rule", "iters", "backprop_iters", "block_size")}
     cut = {name: getattr(config, name) for name in ("n_head_blocks", "n_body_blocks", "n_tail_blocks")}
     if config.init_from.startswith("hf:"):  # its shape counts, and the config's cut where it fits
-        model = load_model(config.init_from, **changes)
+        model = load_model(config.init_from, model_class=model_class, **changes)
         if model.config.n_blocks == config.n_blocks:
-            model = load_model(config.init_from, **changes, **cut)
+            model = load_model(config.init_from, model_class=model_class, **changes, **cut)
         else:
             print(f"{config.init_from}: {model.config.n_blocks} blocks, cut into thirds, not as configured")
     else:

@@ -22,10 +22,11 @@ import eval_icl
 import prepare_data
 import train
 from checkpoint import load_model
+from config import load_config
 from data import Shards, get_tokenizer
 from decode import generate
 from hf import export
-from model import RULES, UserError
+from model import RULES, AbbIE, UserError
 
 END = "<|endoftext|>"
 TEXT = f"naïve café 中文 🙂\n\tdef f(x): return x ** 2  # {END} is text here, he'll  thaaaaaaaaa  12\n"
@@ -467,6 +468,12 @@ def test_a_llama_becomes_a_looped_model_and_goes_out_with_its_tokenizer(llama, t
     with torch.no_grad():
         loss = torch.nn.functional.cross_entropy(theirs(x).logits.flatten(0, 1), y.flatten()).item()
     assert start["1"] == pytest.approx(loss, abs=1e-5) and end["2"] < start["2"] - 0.05
+
+    class Ours(AbbIE):
+        pass
+
+    config = load_config([str(ROOT / "config/abbie_tiny.py"), *flags.split()])
+    assert type(train.new_model(config, shards, Ours)) is Ours  # a Llama may start a subclass too
 
     export.main(["--ckpt", "out/x", "--out", "exported"])
     assert same(load_theirs("exported")(x[:2]).logits, load_model("out/x")(x[:2])[0])
