@@ -105,12 +105,7 @@ LEADS = [
     ("r = 6 less Std of the same parameters and tokens", "recall_p6b3", "6", "std_8k"),
     ("less Std of the same FLOPs, on 2.4 times the tokens", "recall_p6b3", "6", "std_more"),
     ("at a learning rate of 2e-3, r = 6", "recall_p6b3_2e-3", "6", None),
-    (
-        "less Std of the same FLOPs, on 2.4 times the tokens, at 2e-3",
-        "recall_p6b3_2e-3",
-        "6",
-        "std_more_2e-3",
-    ),
+    ("less that Std at 2e-3 too", "recall_p6b3_2e-3", "6", "std_more_2e-3"),
     ("trained at r = 2, read there", "recall_2_8k", "2", None),
     ("less Std of the same parameters and tokens", "recall_2_8k", "2", "std_8k"),
     ("less Std of the same FLOPs, on 1.48 times the tokens", "recall_2_8k", "2", "std_more_2"),
