@@ -9,6 +9,7 @@ from pathlib import Path
 
 from config import ArgumentParser, cli
 from experiments import RESULTS, ROOT, read
+from experiments.induction import looks_up, trained_at, where_a_look_up
 from experiments.rows import ABLATIONS, DEPTHS, LONGER, MANY, SHORT, SMALL
 from experiments.study import losses_by_rate
 from model import UserError, check
@@ -224,6 +225,39 @@ def learning_rates(folder: Path, path: Path):
     ax.minorticks_off()
     ax.set(xlabel="learning rate", ylabel="validation loss, nats per byte")
     legend_below(ax)
+    save(figure, path)
+
+
+# Runs of the study by what their training cost: the FLOPs of Std on the same tokens, 1.5 times and 2.4 times.
+LOOK_UP = {
+    "std_8k": ("Std (1)", "o"), "std_4_heads": ("Std (1)", "o"), "std_six": ("Std of six blocks (1.5)", "s"),
+    "std_more_2": ("Std on more tokens (1.5)", "^"), "std_ten": ("Std of ten blocks (2.4)", "D"),
+    "std_more": ("Std on more tokens (2.4)", "v"), "recall_2_8k": ("recall, trained at r = 2 (1.5)", "P"),
+    "recall_p6b3": ("recall, trained at many r (2.4)", "*"),
+    "recall_4_heads": ("recall, trained at many r (2.4)", "*"),
+}  # fmt: skip
+
+
+def look_up(folder: Path, path: Path):
+    """Loss where a look-up would be right against loss where it finds nothing, a point for each model, filled
+    if it looks up random letters."""
+    figure, ax = plt.subplots(figsize=(7, 6), layout="constrained")
+    for run in read("induction", folder):
+        name = Path(run["ckpt"]).name.rpartition("-")[0]  # of the row, with or without a learning rate
+        row = name if name in LOOK_UP else name.rpartition("_")[0]
+        by_look_up = where_a_look_up(run, trained_at(run))
+        if row not in LOOK_UP or name.endswith("_books") or not by_look_up:
+            continue
+        (label, marker), color = LOOK_UP[row], colour_of(row)
+        style = {"marker": marker, "s": 90 if marker in "*P" else 45, "edgecolors": color, "label": label}
+        fill = color if looks_up(run, trained_at(run)) else "none"
+        ax.scatter(by_look_up["finds nothing"], by_look_up["is right"], facecolors=fill, **style)
+    handles, labels = ax.get_legend_handles_labels()
+    check(bool(handles), "results/induction.jsonl has no run of the study yet")
+    ax.set(xlabel="nats per byte where a look-up finds nothing: new text")
+    ax.set(ylabel="where it would be right: repeated text")
+    named = dict(zip(labels, handles))
+    ax.legend(named.values(), named.keys(), title="filled: looks up random letters", fontsize="small")
     save(figure, path)
 
 
@@ -515,6 +549,7 @@ def hops_exit(folder: Path, path: Path):
 FIGURES = {
     "more_iterations": more_iterations,
     "learning_rates": learning_rates,
+    "look_up": look_up,
     "exits": exits,
     "study_loss": study_loss,
     "study_flops": study_flops,

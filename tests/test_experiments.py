@@ -32,11 +32,12 @@ def model_of(model_class=AbbIE, **changes) -> AbbIE:
 # --------------------------------------------------------------------------------------------------- records
 
 
-def test_every_row_of_the_study_stands_in_the_results_document_as_it_is_printed(capsys):
-    study.main(["--table"])
+@pytest.mark.parametrize("print_table", [lambda: study.main(["--table"]), lambda: induction.main([])])
+def test_tables_stand_in_the_results_document_as_they_are_printed(print_table, capsys):
+    print_table()
     printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     document = (ROOT / "RESULTS.md").read_text()
-    assert len(printed) > 60 and "\n".join(printed[:20]) in document
+    assert len(printed) > 30 and "\n".join(printed[:20]) in document
     assert set(printed) <= set(document.splitlines())
 
 
@@ -406,6 +407,15 @@ def test_a_model_that_looks_up_is_told_from_one_that_does_not(corpus, tmp_path, 
     assert len(two["text_by_quarter"]) == 4
     assert sum(run["share_of_text"].values()) == pytest.approx(1, abs=1e-3)
     assert two["text_by_match"]["long_right"] < 1 < 5 < two["text_by_match"]["long_wrong"]
+    assert induction.looks_up(run, "2") and not induction.looks_up(run, "1")
+
+
+def test_matches_of_any_length_weigh_by_their_share_of_the_text():
+    share = {"no_match": 0.6, "short_wrong": 0.1, "short_right": 0.1, "long_wrong": 0.1, "long_right": 0.1}
+    nats = {"no_match": 1.0, "short_wrong": 2.0, "short_right": 0.5, "long_wrong": 4.0, "long_right": 0.1}
+    run = {"trained_iters": "poisson:6", "share_of_text": share, "iters": {"6": {"text_by_match": nats}}}
+    found = induction.where_a_look_up(run, induction.trained_at(run))
+    assert found == pytest.approx({"finds nothing": 1.0, "is wrong": 3.0, "is right": 0.3})
 
 
 def test_the_longest_match_and_what_followed_it():
