@@ -116,7 +116,8 @@ def find_checkpoint(path: str | Path | None = None, names=TO_RUN) -> Path:
         "give a run folder such as out/abbie_tiny, or one step_* folder in it",
     )
     raise UserError(
-        f"{path}: no checkpoint here is sound (its files and manifest.json disagree)\ntrain again"
+        f"{path}: no checkpoint here is sound (its files and manifest.json disagree)\n"
+        "train again, with --resume=never"
     )
 
 

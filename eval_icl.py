@@ -79,10 +79,10 @@ def read(model: AbbIE, idx: Tensor, iters: list[int | str], live=None, **tree):
         rope = kv.rope(model)
     for r, z in zip(depths, model.states_at(idx, depths, rope, kv)):
         yield z, r * live
-    for exit in iters[len(depths) :]:
+    for rule in iters[len(depths) :]:
         # All tokens are in this chunk, so that a slot for all iterations is exact: none is read later.
         kv = Chunk(KVCache(model, B, depths[-1], "last", length=T), T, **tree)
-        yield adaptive_states(model, idx, kv, parse_exit(exit), live)
+        yield adaptive_states(model, idx, kv, parse_exit(rule), live)
 
 
 def score_tokens(model: AbbIE, z: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -513,17 +513,18 @@ def prepare(args, rank: int, world: int, model_class=AbbIE) -> tuple:
     found here, before anything is computed."""
     model = load_model(args.ckpt, choose_device(args.device), model_class)
     args.iters, T = ascending(model, args.iters), model.config.block_size
-    args.exits = [resolve_exit(model, exit, args.iters[-1]) for exit in args.exits]
+    args.exits = list(dict.fromkeys(resolve_exit(model, rule, args.iters[-1]) for rule in args.exits))
     if args.exits:  # whose predictions are all kept until the next iteration
         most = 8 * LOGITS_AT_A_TIME // (model.config.vocab_size * T)
         args.batch_size = min(args.batch_size, max(1, most))
-    own, shards = model.meta.get("data"), None
+    data, shards = args.ppl or model.meta.get("data"), None
     needed = args.ppl is not None or any(name in BUILT_IN for name in args.tasks)
     why = "this model does not name the data that it was trained on"
-    check(not needed or bool(own or args.ppl), f"{why}\ngive a folder of shards with --ppl DATA")
-    examples = load_tasks(args.tasks, own or args.ppl, args.data_dir, T, args.limit)
+    advice = "give a folder of shards: --ppl DATA, and for the built-in tasks --tasks cloze,lastword too"
+    check(not needed or bool(data), f"{why}\n{advice}")
+    examples = load_tasks(args.tasks, data, args.data_dir, T, args.limit)
     if args.ppl is not None:
-        shards, tokenizer = Shards(args.ppl or own, "val", T), model.meta["tokenizer"]
+        shards, tokenizer = Shards(data, "val", T), model.meta["tokenizer"]
         why = f"{shards.folder} holds {shards.tokenizer} tokens, but the model reads {tokenizer}"
         check(shards.tokenizer == tokenizer, f"{why}\nprepare it with --tokenizer {tokenizer}")
     manager = None

@@ -431,6 +431,7 @@ def text_inputs(names: list[str], split: str) -> list[Input]:
     for path in map(Path, names):
         found = sorted(path.rglob("*")) if path.is_dir() else [path]
         found = [file for file in found if file.name.lower().endswith(FORMATS) and file.is_file()]
+        found = [file for file in found if file == path or file.stat().st_size]  # no empty __init__.py
         formats = ", ".join(FORMATS)
         check(bool(found), f"{path}: no file that can be read\nfiles must exist and end in {formats}")
         inputs += [Input(file, split) for file in found]

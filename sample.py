@@ -138,7 +138,7 @@ def main(argv: list[str]):
     tokenizer = get_tokenizer(model.meta["tokenizer"])
     show = show_side_by_side if args.compare else show_samples
     if prompt is None and not sys.stdin.isatty():
-        prompt = sys.stdin.read()
+        prompt = read_text()
     if prompt is not None:
         return show(model, tokenizer, prompt, args)
     say("a prompt a line; Ctrl-D ends\n> ", end="")
@@ -151,11 +151,12 @@ def main(argv: list[str]):
     say()
 
 
-def read_text(path: str) -> str:
+def read_text(path: str = "") -> str:
+    """A file's, or that of standard input."""
     try:
-        return Path(path).read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8") if path else sys.stdin.read()
     except UnicodeDecodeError:
-        raise UserError(f"{path} is no UTF-8 text") from None
+        raise UserError(f"{path or 'standard input'} is no UTF-8 text") from None
 
 
 if __name__ == "__main__":

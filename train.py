@@ -10,7 +10,7 @@
 
 The same command continues an interrupted run. What a step computes does not depend on the number of
 processes: the config fixes the tokens of a step, and data order and iterations are pure functions of (seed,
-step); there is no other state. SIGTERM and SIGINT save and leave. torchrun gives its workers 30 s to finish
+step); nothing else is random. SIGTERM and SIGINT save and leave. torchrun gives its workers 30 s to finish
 the save before it kills them, whereby only the step at hand is lost, and then reports a failure."""
 
 import contextlib
@@ -72,13 +72,12 @@ def draw_iters(spec: int | str, seed: int, step: int) -> int:
 
 def lr_at(step: int, config: Config, max_steps: int) -> float:
     """Warmup-Stable-Decay: linear up, constant, linear down to min_lr, which the step after the last would
-    have."""
+    have; the lower of the two where a short run does both at once."""
     warmup = config.warmup_steps if config.warmup_steps >= 0 else max_steps // 100
     decay = max(1, round(config.decay_frac * max_steps))
-    if step < warmup:
-        return config.lr * (step + 1) / warmup
     left = min(1.0, (max_steps - step) / decay)
-    return config.min_lr + (config.lr - config.min_lr) * left
+    decayed = config.min_lr + (config.lr - config.min_lr) * left
+    return min(config.lr * (step + 1) / warmup, decayed) if step < warmup else decayed
 
 
 def windows_at(n_windows: int, order, first: int, count: int) -> np.ndarray:
@@ -124,8 +123,12 @@ def choose_dtype(config: Config, device: torch.device) -> torch.dtype:
     """auto: bfloat16 where the matrix units have it (CUDA from Ampere on, CPUs with AVX512-BF16 or AMX)."""
     if config.dtype != "auto":
         return getattr(torch, config.dtype)
-    fast = {"cuda": torch.cuda.is_bf16_supported, "cpu": torch.ops.mkldnn._is_mkldnn_bf16_supported}
-    return torch.bfloat16 if device.type in fast and fast[device.type]() else torch.float32
+    fast = False
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported()
+    elif device.type == "cpu" and torch.backends.mkldnn.is_available():  # not in every build for a Mac
+        fast = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.bfloat16 if fast else torch.float32
 
 
 def choose_attention(device: torch.device, dtype: torch.dtype, compiled: bool):
@@ -277,9 +280,14 @@ def open_log(path: Path, header: dict, start: int, rank: int):
     file = open(path, "a", buffering=1)
     file.truncate(kept)
 
+    def finite(value):
+        """JSON knows no NaN: null."""
+        if isinstance(value, dict):
+            return {key: finite(one) for key, one in value.items()}
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
     def write(record: dict):
-        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-        file.write(json.dumps(finite) + "\n")
+        file.write(json.dumps(finite(record)) + "\n")
 
     write({**header, "resumed_at": start})
     return write
@@ -397,7 +405,8 @@ def run(config: Config, rank: int, world: int, model_class=AbbIE) -> int:
     start, skipped, flops = 0, 0, 0.0
     if resume_from is not None:
         saved = load_tensors(resume_from / "train.pt")
-        optimizer.load_state_dict(saved["optimizer"])
+        groups = optimizer.state_dict()["param_groups"]  # decay and betas are the config's
+        optimizer.load_state_dict({**saved["optimizer"], "param_groups": groups})
         start, skipped, flops = saved["step"], saved["skipped"], saved["flops"]
     tokens = config.max_steps * config.tokens_per_step or config.tokens_per_param * model.n_params()
     max_steps = max(start, round(tokens / config.tokens_per_step))
@@ -449,6 +458,7 @@ def run(config: Config, rank: int, world: int, model_class=AbbIE) -> int:
             if due and not (step == start and start_is_saved):
                 on_rank_0(functools.partial(save, step))
             if last or stop:
+                stop = stop or agreed_signal(asked, device, world)  # of the last evaluation or save
                 break
 
             began, lr = time.perf_counter(), lr_at(step, config, max_steps)

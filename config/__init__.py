@@ -56,7 +56,9 @@ class Config(AbbIEConfig):
     eval_tokens: int = key(2**20, "validation tokens of an evaluation, always the same ones", least=1)
     save_every: int = key(500, "steps between checkpoints (0: only at the end)", least=0)
     keep_last: int = key(2, "checkpoints that are kept", least=1)
-    resume: str = key("auto", "auto: continue the run in out_dir; never: start afresh; or a checkpoint")
+    resume: str = key(
+        "auto", "auto: continue the run in out_dir; never: start afresh; or a checkpoint to go on from"
+    )
     init_from: str = key("", "checkpoint, or hf:FOLDER, whose weights the run starts from")
     force: bool = key(False, "resume although data, rule or shape differ (the checkpoint's count)")
     max_skips: int = key(10, "steps without a finite loss or gradient that stop a run, in a row", least=1)
@@ -116,7 +118,7 @@ def from_text(hint, text: str):
 def load_config(argv: list[str]) -> Config:
     """CONFIG.py [--key=value | --key value ...] -> Config. Raises UserError for what is wrong in either."""
     hints = typing.get_type_hints(Config)
-    parser = ArgumentParser(prog="train.py", description=__doc__)
+    parser = ArgumentParser(prog="train.py", description=__doc__.partition("\n\n")[2])
     parser.add_argument("file", metavar="CONFIG.py", type=Path, help="such as config/abbie_tiny.py")
     for f in dataclasses.fields(Config):
         choices = f" ({', '.join(f.metadata['choices'])})" if f.metadata["choices"] else ""

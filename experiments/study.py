@@ -52,6 +52,8 @@ def write_thin_data(folder: Path):
 def run_row(study: Study, name: str, seed: int, args):
     """Train (or go on, or take the run in --evaluate), evaluate, and add the record to the results."""
     row, run = study.rows[name], Path(args.evaluate or f"{args.out}/{study.name}/{name}-{seed}")
+    joined = all("=" in flag for flag in args.flags.split())
+    check(joined, f"--flags='{args.flags}': write --KEY=VALUE, with no space")
     argv = [*study.base, *row.flags, f"--seed={seed}", f"--out_dir={run}", *args.flags.split()]
     config = load_config(argv)
     if config.data == THIN_DATA and not Path(config.data, "meta.json").exists():

@@ -135,6 +135,8 @@ def llama_config(model: AbbIE) -> dict:
 def export(model: AbbIE, folder: Path, kind: str = "abbie", command: str = "hf.export"):
     """Write the model as a folder that transformers loads, whole or not at all."""
     save_file, rule = optional("safetensors.torch").save_file, model.config.rule
+    name = type(model).__name__
+    check(type(model) is AbbIE, f"an export holds model.py alone, which does not compute what {name} does")
     standard = rule not in ("abbie_d_literal", "zero_pt")
     check(kind == "abbie" or standard, f"rule {rule} is no Llama at r = 1\nleave out --as llama")
     free = not folder.exists() or folder.is_dir() and not any(folder.iterdir())

@@ -161,7 +161,7 @@ def llama_config(path: Path, raw: dict, changes: dict) -> AbbIEConfig:
         scaling = {name: raw[name] for name in stretch}
         shape["rope_scaling"] = {"rope_type": rope_type, **scaling}
     shape["tie_embeddings"] = raw.get("tie_word_embeddings", False)
-    return AbbIEConfig(**shape)
+    return AbbIEConfig(**shape, iters=1)  # what it was trained at
 
 
 def llama_names(config: AbbIEConfig) -> dict[str, dict[str, int]]:

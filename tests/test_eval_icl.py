@@ -205,6 +205,24 @@ def test_a_threshold_for_the_wanted_mean(corpus):
         resolve_exit(model, "mean:9", 8)
 
 
+def test_exits_that_are_the_same_have_one_column(ckpt, tmp_path):
+    main(
+        [f"--ckpt={ckpt}", "--iters=1,8", "--exit=kl:1e1,kl:1e1,kl:1e-9", "--ppl", f"--out={tmp_path}/r.json"]
+    )
+    found = json.loads((tmp_path / "r.json").read_text())["ppl"]["iters"]
+    assert list(found) == ["1", "8", "kl:1e1", "kl:1e-9"]
+    assert found["kl:1e1"]["mean_iters"] == 2 and found["kl:1e-9"]["mean_iters"] > 7
+
+
+def test_data_that_is_named_counts_for_the_built_in_tasks_too(corpus, tmp_path, capsys):
+    nowhere = save(tmp_path / "run", 1, make(**SHAPE), tokenizer="bytes", data=str(tmp_path / "gone"))
+    flags = [f"--ckpt={nowhere}", "--iters=1", "--tasks=cloze", "--limit=3"]
+    with pytest.raises(UserError, match="gone holds no prepared data"):
+        main(flags)
+    main([*flags, f"--ppl={corpus}"])
+    assert "cloze" in capsys.readouterr().out
+
+
 def test_one_sweep_and_shared_contexts(icl, tokenizer):
     """A sweep costs max(iters) Bodies and a Tail per entry; a context, and what all its continuations begin
     with, is read once for all."""

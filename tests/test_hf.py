@@ -287,7 +287,7 @@ SHAPES = [
 def test_one_iteration_is_the_llama(tmp_path, keys):
     theirs, idx = write_llama(tmp_path, **keys), tokens(vocab=300)
     model = load_model(f"hf:{tmp_path}")
-    assert same(model(idx, iters=1)[0], theirs(idx).logits)
+    assert same(model(idx)[0], theirs(idx).logits)  # which is what it does by default
 
 
 def test_a_long_context_is_as_exact(tmp_path):  # angles of a thousand radians show every rounding
@@ -313,6 +313,14 @@ def test_what_older_versions_write_is_understood(tmp_path):
     weights["lm_head.weight"][7, 7] += 1
     safetensors.torch.save_file(weights, path)
     refused("lm_head.weight is not the embedding, although", load_model, f"hf:{tmp_path}")
+
+
+def test_a_subclass_is_not_exported_as_what_it_is_not(tmp_path):
+    class Ours(AbbIE):
+        pass
+
+    model = Ours(ours().config)
+    refused("does not compute what Ours does", export.export, model, tmp_path / "x")
 
 
 def test_the_cut_and_the_recurrence_are_chosen_at_loading(llama):
@@ -440,7 +448,8 @@ def test_one_iteration_goes_out_as_a_llama_and_comes_back(tmp_path, keys):
     theirs, report = AutoModelForCausalLM.from_pretrained(tmp_path / "x", output_loading_info=True)
     assert isinstance(theirs, transformers.LlamaForCausalLM) and not any(report.values())
     assert same(theirs.eval()(idx).logits, model(idx, iters=1)[0])
-    again = load_model(f"hf:{tmp_path / 'x'}", rule="abbie_c", n_head_blocks=1, n_body_blocks=2)
+    cut = {"n_head_blocks": 1, "n_body_blocks": 2}
+    again = load_model(f"hf:{tmp_path / 'x'}", rule="abbie_c", iters=2, **cut)
     assert again.config == model.config
     assert torch.equal(again(idx, iters=4)[0], model(idx, iters=4)[0])
 

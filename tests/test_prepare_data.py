@@ -152,6 +152,7 @@ def test_another_field_a_folder_in_the_order_of_names_and_validation_text_of_its
     for name in ("b.jsonl", "a.jsonl"):
         (tmp_path / name).write_text("".join(f'{{"body": "{name} {i}"}}\n\n' for i in range(50)))
     (tmp_path / "notes.pdf").write_text("not for us")
+    (tmp_path / "__init__.py").write_text("")
     (tmp_path / "held_out").mkdir()
     (tmp_path / "held_out" / "val.md").write_text("held out")
     inputs = tmp_path / "b.jsonl", tmp_path

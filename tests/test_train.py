@@ -2,6 +2,7 @@
 
 Processes, ranks, signals and kills are real; tests/faulty_train.py runs train.py with one fault injected."""
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -183,6 +184,10 @@ def test_warmup_stable_decay():
     lr = [train.lr_at(step, config, 100) for step in range(101)]
     assert lr[0] == 0.1 and lr[9] == 1 and lr[10:81] == [1] * 71
     assert lr[100] == pytest.approx(0.1) and np.allclose(np.diff(lr[80:]), -0.045)
+    short = [train.lr_at(step, config, 11) for step in range(12)]  # the decay begins within the warmup
+    assert np.allclose(short[:9], np.arange(1, 10) / 10) and np.allclose(short[9:], [1, 0.55, 0.1])
+    overlapping = dataclasses.replace(config, decay_frac=1.0)
+    assert max(train.lr_at(step, overlapping, 11) for step in range(12)) < 0.6
 
 
 def test_the_peak_of_a_device_is_that_of_its_name_and_of_no_other():
@@ -256,11 +261,15 @@ def test_two_ranks_signalled_then_crashed_and_restarted_by_torchrun_end_the_same
     assert digest(out) == digest(undisturbed[2]) and losses(out) == losses(undisturbed[2])
 
 
-@pytest.mark.parametrize("fault, status, saved", [("int", 130, 4), ("term_in_save", 143, 5)])
-def test_a_signal_during_a_save_waits_for_it(small, tmp_path, fault, status, saved):
-    """SIGTERM in the middle of the save of step 4 is acted on after step 5; SIGINT between steps at once."""
+@pytest.mark.parametrize(
+    "fault, step, status, saved",
+    [("int", 3, 130, 4), ("term_in_save", 3, 143, 5), ("term_in_save", 7, 143, 8)],
+)
+def test_a_signal_during_a_save_waits_for_it(small, tmp_path, fault, step, status, saved):
+    """SIGTERM in the middle of the save of step 4 is acted on after step 5, in that of step 8, the last, when
+    it is done; SIGINT between steps at once."""
     out = tmp_path / "run"
-    done = ranks(1, small, out, fault, 3, flags=["--keep_last=9"])
+    done = ranks(1, small, out, fault, step, flags=["--keep_last=9"])
     assert done.statuses == [status] and find_checkpoint(out).name == f"step_{saved:08d}"
     assert all(is_sound(path) for path in out.glob("step_*"))
 
@@ -306,6 +315,20 @@ def test_starting_afresh_moves_the_earlier_run_aside(here):
     before = digest(folder)
     assert digest(here("run", "--max_steps=2", "--resume=never")) == before
     assert digest(folder.with_name("run.1")) == before
+
+
+def test_the_optimizer_follows_the_config_when_a_run_is_continued(here):
+    folder = here("run", "--max_steps=2")
+    here("run", "--max_steps=3", "--weight_decay=0.3", "--beta2=0.99")
+    matrices, norms = load_tensors(find_checkpoint(folder) / "train.pt")["optimizer"]["param_groups"]
+    assert (matrices["weight_decay"], norms["weight_decay"]) == (0.3, 0)
+    assert matrices["betas"] == (0.9, 0.99)
+
+
+def test_the_log_is_json_whatever_a_loss_is(tmp_path):
+    write = train.open_log(tmp_path / "log.jsonl", {}, 0, rank=0)
+    write({"val_loss": {"1": math.nan, "2": 1.5}, "loss": math.inf})
+    assert log(tmp_path)[1] == {"val_loss": {"1": None, "2": 1.5}, "loss": None}
 
 
 def test_changed_data_shape_rule_or_start_is_refused(here, corpus, tmp_path):
