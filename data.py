@@ -52,7 +52,7 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 # ---------------------------------------------------------------------------------------- shards -> windows
 
-COMMANDS = ("stdlib", "c4", "tinystories", "fineweb_edu")  # of prepare_data.py: what data/NAME is made by
+COMMANDS = ("stdlib", "c4", "tinystories", "fineweb_edu")  # of prepare_data.py: each makes data/ITS_NAME
 
 
 def broken(path: Path, why: str) -> UserError:

@@ -98,7 +98,7 @@ class Chunk:
 
     def only(self, live: Tensor) -> tuple[tuple, "Chunk"]:
         """Some of these tokens, live (B, T) bool -> (where they are in (B, T), the chunk of them alone). Rows
-        of which none is left drop out; shorter rows repeat their last one, which changes nothing."""
+        of which none is left drop out; shorter rows repeat their last one, which writes the same values."""
         if live.all():
             return (slice(None), slice(None)), self
         rows = live.any(1).nonzero()  # (b, 1)
@@ -188,8 +188,8 @@ def resolve_exit(model: AbbIE, text: str, iters: int) -> str:
     states = model.states_at(idx.to(model.embed.weight.device), list(range(1, iters)))
     seen = (model.logits(z).float().log_softmax(-1) for z in states)
     changes = torch.stack([change("kl", *pair) for pair in pairwise(seen)])  # (iters - 2, B, T)
-    # A token goes on for as long as all changes so far are above the threshold: 2 iterations, and one more
-    # for every minimum of its first changes that is.
+    # least: the smallest change of a token so far. A token runs 2 iterations, and one more for each of these
+    # that is above the threshold; so the one of this rank, of all tokens', is the threshold.
     least = changes.cummin(0).values.flatten().sort(descending=True).values
     return f"kl:{max(1e-13, least[int((mean - 2) * idx.numel())]):.3g}"
 
@@ -208,7 +208,7 @@ def adaptive_states(model: AbbIE, idx: Tensor, kv: Chunk, exit_rule, live: Tenso
     (kind, threshold), iters = exit_rule, kv.cache.iters
     h = model.run_head(idx, kv.rope(model), kv)
     x, z, before = model.start(h).clone(), torch.zeros_like(h), None
-    live, depths = live.clone(), torch.zeros_like(idx)
+    live, ran = live.clone(), torch.zeros_like(idx)
     for k in range(iters):
         where, some = kv.only(live)
         rope = some.rope(model)
@@ -227,12 +227,12 @@ def adaptive_states(model: AbbIE, idx: Tensor, kv: Chunk, exit_rule, live: Tenso
         leaving = torch.zeros_like(live)
         leaving[where] = settled
         if leaving.any():
-            depths[leaving] = k + 1
+            ran[leaving] = k + 1
             kv.only(leaving)[1].fill_deeper(k + 1)
             live &= ~leaving
             if not live.any():
                 break
-    return z if kind == "kl" else model.run_tail(z, kv.rope(model), kv), depths
+    return z if kind == "kl" else model.run_tail(z, kv.rope(model), kv), ran
 
 
 # ------------------------------------------------------------------------------------------------------ steps
@@ -251,8 +251,8 @@ def step(
     kv, lengths = Chunk(cache, T, rows), torch.tensor(n_new, device=device)
     if exit_rule:
         live = torch.arange(T, device=device) < lengths[:, None]
-        z, depths = adaptive_states(model, idx, kv, exit_rule, live)
-        stats.iters.update(depths[live].tolist())
+        z, ran = adaptive_states(model, idx, kv, exit_rule, live)
+        stats.iters.update(ran[live].tolist())
     else:
         [z] = model.states_at(idx, [cache.iters], kv.rope(model), kv)
     for b, n in zip(rows, n_new):

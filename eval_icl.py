@@ -36,7 +36,6 @@ import random
 from collections.abc import Iterable
 from contextlib import nullcontext
 from functools import lru_cache
-from os.path import commonprefix
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
@@ -71,17 +70,17 @@ def read(model: AbbIE, idx: Tensor, iters: list[int | str], live=None, **tree):
     unembedded, (B, T, D), and the iterations that each token ran, (B, T): 0 where it is padding, which `live`
     (B, T) is False for. One sweep of the Body serves all r; an early exit has one of its own, to the last of
     them. tree: positions and mask of a decode.Chunk."""
-    depths = [r for r in iters if isinstance(r, int)]
+    fixed = [r for r in iters if isinstance(r, int)]
     live = torch.ones_like(idx, dtype=torch.bool) if live is None else live
     (B, T), rope, kv = idx.shape, None, None
     if tree:
         kv = Chunk(KVCache(model, B, 1, "none", length=T), T, **tree)
         rope = kv.rope(model)
-    for r, z in zip(depths, model.states_at(idx, depths, rope, kv)):
+    for r, z in zip(fixed, model.states_at(idx, fixed, rope, kv)):
         yield z, r * live
-    for rule in iters[len(depths) :]:
+    for rule in iters[len(fixed) :]:
         # All tokens are in this chunk, so that a slot for all iterations is exact: none is read later.
-        kv = Chunk(KVCache(model, B, depths[-1], "last", length=T), T, **tree)
+        kv = Chunk(KVCache(model, B, fixed[-1], "last", length=T), T, **tree)
         yield adaptive_states(model, idx, kv, parse_exit(rule), live)
 
 
@@ -184,14 +183,9 @@ class Group(NamedTuple):
     context: list[int]
     continuations: list[tuple[int, list[int]]]  # (number of the request, tokens)
 
-    def trunk(self) -> list[int]:
-        """The context, and what all continuations begin with: a last token is predicted, but not read."""
-        return self.context + commonprefix([tokens[:-1] for _, tokens in self.continuations])
-
     def size(self) -> int:
-        """The tokens that are read."""
-        trunk, start = len(self.trunk()), len(self.context)
-        return trunk + sum(start + len(tokens) - 1 - trunk for _, tokens in self.continuations)
+        """The tokens that are read: the last one of a continuation is predicted only."""
+        return len(self.context) + sum(len(tokens) - 1 for _, tokens in self.continuations)
 
 
 def group(requests: list[Pair], T: int) -> tuple[list[Group], list[int]]:
@@ -222,33 +216,26 @@ def batches_of(groups: list[Group], batch_size: int) -> list[list[Group]]:
 
 
 def pack(groups: list[Group]) -> tuple[Tensor, ...]:
-    """The continuations of a context lie one after another in its row, behind what they have in common. ->
-    idx (B, T); its branches (B, T): 0 in the trunk, 1, 2, ... in its continuations, -1 for padding on the
-    right; the positions (B, T) that tokens would have in a text alone; for M tokens to score, the place in
-    B * T whose logits predict it, and the token, (M,) each; and which of the M count for which request, as
-    two lists of equal length."""
+    """The continuations of a context lie one after another in its row. -> idx (B, T); its branches (B, T): 0
+    in the context, 1, 2, ... in its continuations, -1 for padding on the right; the positions (B, T) that
+    tokens would have in a text alone; and for each of M tokens to score the place in B * T whose logits
+    predict it, the token, and the number of its request, (M,) each."""
     T = max(row.size() for row in groups)
     idx, branches, positions = (np.zeros((len(groups), T), np.int64) for _ in range(3))
-    places, tokens, parts, owners = [], [], [], []
+    places, tokens, owners = [], [], []
     for b, row in enumerate(groups):
-        trunk, place = row.trunk(), b * T + len(row.context) - 1  # whose logits predict the first token
-        shared, end = len(trunk) - len(row.context), len(trunk)
-        idx[b, :end], positions[b, :end] = trunk, range(end)
-        begun = range(len(places), len(places) + shared)
-        places += range(place, place + shared)
-        tokens += trunk[len(row.context) :]
+        start = end = len(row.context)
+        idx[b, :start], positions[b, :start] = row.context, range(start)
         for c, (number, continuation) in enumerate(row.continuations, 1):
-            rest = continuation[shared:]
-            new = range(end, end + len(rest) - 1)
-            idx[b, new], branches[b, new] = rest[:-1], c
-            positions[b, new] = len(trunk) + np.arange(len(new))
-            parts += [*begun, *range(len(places), len(places) + len(rest))]
+            new = range(end, end + len(continuation) - 1)
+            idx[b, new], branches[b, new] = continuation[:-1], c
+            positions[b, new] = start + np.arange(len(new))
+            places += [b * T + at for at in (start - 1, *new)]
+            tokens += continuation
             owners += [number] * len(continuation)
-            places += [place + shared, *(b * T + at for at in new)]
-            tokens += rest
             end = new.stop
         branches[b, end:] = -1
-    return tuple(torch.as_tensor(a) for a in (idx, branches, positions, places, tokens, parts, owners))
+    return tuple(torch.as_tensor(a) for a in (idx, branches, positions, places, tokens, owners))
 
 
 def tree_of(branches: Tensor, positions: Tensor) -> dict:
@@ -272,14 +259,14 @@ def score(
     total, misses = (torch.zeros(len(requests), len(iters), dtype=torch.float64) for _ in range(2))
     ran = torch.zeros(2, len(iters), dtype=torch.float64)  # iterations, tokens
     for batch in progress(batches_of(groups, batch_size)[rank::world], bar, rank):
-        *packed, parts, owners = pack(batch)
+        *packed, owners = pack(batch)
         idx, branches, positions, places, tokens = (t.to(device) for t in packed)
         live = branches >= 0
         for i, (z, depth) in enumerate(read(model, idx, iters, live, **tree_of(branches, positions))):
             ran[:, i] += torch.stack([depth.sum(), live.sum()]).cpu()
             nats, missed = score_tokens(model, z.flatten(0, 1)[places], tokens)
-            total[:, i].index_add_(0, owners, -nats[parts])
-            misses[:, i].index_add_(0, owners, missed[parts].double())
+            total[:, i].index_add_(0, owners, -nats)
+            misses[:, i].index_add_(0, owners, missed.double())
     total, misses, ran = (sum_over_ranks(x, world).numpy() for x in (total, misses, ran))
     return total, misses == 0, truncated, (ran[0] / ran[1]).tolist()
 

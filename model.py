@@ -291,7 +291,7 @@ class AbbIE(nn.Module):
         if not backprop and torch.is_grad_enabled():
             with torch.no_grad():
                 y = self.run_body(x, c, k=k, rope=rope, kv=kv)
-            return y + (x - x.detach())
+            return y + (x - x.detach())  # the value of y, the gradient of x
         c = x.new_full((), c)  # a tensor, so that one compiled block serves every iteration
         for i, block in enumerate(self.body):
             x = block(x, rope, kv and kv.at("body", i, k), c)
@@ -382,12 +382,12 @@ class AbbIE(nn.Module):
         return 3 * once + r * (again + 3 * project) + 2 * reached * again
 
 
-# -------------------------------------------------------------------------- two details of the configuration
+# ------------------------------------------------------------------- what `iters` says, and the rotary table
 
 
 def parse_iters(spec: int | str) -> tuple[str, float, int]:
-    """2 -> ("fixed", 2, 2), "1-3" -> ("uniform", 1, 3), "poisson:4" -> ("poisson", 4.0, 128): kind,
-    parameter, largest. Raises UserError for anything else."""
+    """2 -> ("fixed", 2, 2), "1-3" -> ("uniform", 1, 3), "poisson:4" -> ("poisson", 4.0, 128): kind, smallest
+    (of poisson: mean), largest. Raises UserError for anything else."""
     text, kind, low, high = str(spec), "fixed", 0, 0
     try:
         if text.startswith("poisson:"):

@@ -290,8 +290,9 @@ def write_batch(folder: Path, meta: dict, batch: dict[str, list]):
 
 
 def write_shards(args, stages: list[list[Input]], meta: dict, tokenizer):
-    """Take meta, and unfinished.json batch by batch, from where it stands to the end of the stages: files
-    that are read without a pause. Those of a source are fetched before and deleted after their stage."""
+    """Read the stages from meta["progress"] on, and write their shards; after each batch meta goes to
+    unfinished.json, from which a killed job goes on. A stage is files that are read as one stream: one's own
+    all together, or one that is downloaded, before its stage, and deleted after it."""
     folder, progress, source = Path(args.out), meta["progress"], SOURCES.get(args.command)
     write_json(folder / "unfinished.json", meta)
     batch = {split: [] for split in SPLITS}

@@ -83,9 +83,9 @@ def show_samples(model, tokenizer, prompt: str, args):
 
 def show_side_by_side(model, tokenizer, prompt: str, args):
     """The same prompt, and the same random numbers, at several iters, a column each."""
-    columns, depths = [], parse_list(args.compare, "compare")
-    width = max(16, (shutil.get_terminal_size().columns - 3 * (len(depths) - 1)) // len(depths))
-    for iters in depths:
+    columns, compared = [], parse_list(args.compare, "compare")
+    width = max(16, (shutil.get_terminal_size().columns - 3 * (len(compared) - 1)) // len(compared))
+    for iters in compared:
         pieces = continuations(model, tokenizer, prompt, args, iters, Stats())
         text, column = prompt + "".join(piece for _, piece in pieces), [f"iters {iters}", "-" * width]
         for line in text.expandtabs(4).splitlines():

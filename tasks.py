@@ -140,7 +140,8 @@ class Task(NamedTuple):
     sha256: str = ""  # "": what the Hub says it is
 
 
-# The names of the converted files follow the Hub's rule; the configuration of piqa's is a guess.
+# The names of the converted files follow the Hub's rule. We have not seen piqa's: should its
+# download fail, look the name up on the Hub.
 ACC, NORM, WORD = ("acc",), ("acc", "acc_norm"), ("perplexity", "acc")
 TASKS = {
     "cloze": Task(NORM, make_cloze),

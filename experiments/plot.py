@@ -108,7 +108,7 @@ CONTROLS = {
     "std_ten": "Std of ten blocks, equal FLOPs and tokens",
     "std_more": "Std, equal parameters and FLOPs, 2.4 times the tokens",
 }
-# x of a control's seeds, and how far from its line the label is kept off the curves, in points.
+# Of a control: x of the marks of its seeds, and how far its label is from its line, in points.
 SEEDS_AT = {"std_8k": (39, -13), "std_ten": (46, 2), "std_more": (54, -29)}
 
 

@@ -106,7 +106,7 @@ def run_row(study: Study, name: str, seed: int, args):
 
 
 def read_at(iters: str, config) -> list[int]:
-    """A list of r, of which a Std is read at 1 and 2 only: it stays where it is then."""
+    """A list of r, of which a Std is read at 1 and 2 only: its loss beyond is of no interest."""
     return [r for r in parse_list(iters, "iters") if r <= 2 or parse_iters(config.iters)[2] > 1]
 
 

@@ -15,7 +15,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .model import AbbIE, AbbIEConfig, check, rope_table
 
-# Since version 5.2x, transformers calls `past_key_values` `cache`.
+# Newer versions of transformers call `past_key_values` `cache`.
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
