@@ -258,7 +258,7 @@ SCARCE = {
     "std_thin_2k": thin("Std, 1, 2000 steps", STD, "std_thin_2k", 3),
     "std_thin_4k": thin("Std, 1, 4000 steps", [*STD, *TWICE], "std_thin_4k"),
     "std_thin": thin("Std, 1, 8000 steps", [*STD, *FOUR_TIMES], "std_thin"),
-    "std_ten_thin_2k": thin("Std of ten blocks, 1, 2000 steps", TEN, "std_thin_2k"),
+    "std_ten_thin_2k": thin("Std of ten blocks, 1, 2000 steps", TEN, "std_thin_2k", 3),
     "recall_thin_2k": thin(f"{MANY_TITLE}, 2000 steps", MANY_THIN, "std_thin_2k", 3),
     "recall_thin_4k": thin(f"{MANY_TITLE}, 4000 steps", [*MANY_THIN, *TWICE], "std_thin_4k"),
     "recall_thin": thin(f"{MANY_TITLE}, 8000 steps", [*MANY_THIN, *FOUR_TIMES], "std_thin"),
