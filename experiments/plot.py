@@ -211,14 +211,18 @@ RATES = {
 
 
 def learning_rates(folder: Path, path: Path):
-    """Loss after 8000 steps (or as many FLOPs) against the learning rate, seed 1."""
-    found = losses_by_rate(SMALL, read("study", folder))
+    """Loss after 8000 steps (or as many FLOPs) against the learning rate: lines of seed 1, pale marks of the
+    other seeds."""
+    found, *others = (losses_by_rate(SMALL, read("study", folder), seed) for seed in (1, 2, 3))
     found = {row: losses for row, losses in found.items() if len(losses) > 1}
     check(bool(found), "results/study.jsonl has no row at two learning rates yet")
     figure, ax = plt.subplots(figsize=(6, 5.2), layout="constrained")
     for row, losses in found.items():
         label, style = RATES[row]
         ax.plot([float(lr) for lr in losses], losses.values(), style, color=colour_of(row), label=label)
+        for other in others:
+            rates, pale = [float(lr) for lr in other[row]], {"alpha": 0.35, "linestyle": "none"}
+            ax.plot(rates, other[row].values(), style[0], color=colour_of(row), **pale)
     rates = sorted({float(lr) for losses in found.values() for lr in losses})
     ax.set_xscale("log")
     ax.set_xticks(rates, [f"{lr:g}" for lr in rates])

@@ -200,9 +200,11 @@ def print_seeds(study: Study, rows: dict[str, list[dict]]):
         print(f"| `{name}` | r={r} | {' | '.join(cells)} |")
 
 
-def losses_by_rate(study: Study, runs: list[dict]) -> dict[str, dict[str, float]]:
-    """{row: {learning rate: loss of seed 1 at the r that the row was trained at}}, high rates first."""
-    losses = {run["row"]: run["val_loss"][trained_r(study, run["row"])] for run in runs if run["seed"] == 1}
+def losses_by_rate(study: Study, runs: list[dict], seed: int = 1) -> dict[str, dict[str, float]]:
+    """{row: {learning rate: a seed's loss at the r that the row was trained at}}, high rates first."""
+    losses = {
+        run["row"]: run["val_loss"][trained_r(study, run["row"])] for run in runs if run["seed"] == seed
+    }
     found = {row: {} for row in RATED}
     for row in RATED:
         for lr in sorted(("1e-3", *OTHER_RATES), key=float, reverse=True):
