@@ -117,7 +117,7 @@ def find_checkpoint(path: str | Path | None = None, names=TO_RUN) -> Path:
     )
     raise UserError(
         f"{path}: no checkpoint here is sound (its files and manifest.json disagree)\n"
-        "train again, with --resume=never"
+        + ("train again, with --resume=never" if steps else f"{path.parent} may hold another")
     )
 
 

@@ -476,7 +476,8 @@ def parse_args(argv: list[str]):
     add("--data_dir", default="data/icl", help="holds TASK/SPLIT.jsonl")
     add("--limit", type=int, help="rows of each task, the first N; of a built-in one, examples (300)")
     whole = "loss, perplexity and bits per byte on the whole validation split of a folder of shards"
-    add("--ppl", nargs="?", const="", metavar="DATA", help=f"{whole} (default: the training data's)")
+    tasks_too = "default: the training data's; what is given the built-in tasks are made of too"
+    add("--ppl", nargs="?", const="", metavar="DATA", help=f"{whole} ({tasks_too})")
     anything = "tasks of lm-evaluation-harness, such as mmlu,gsm8k, at every r in turn, in one process"
     add("--lm_eval", type=comma_list, default="", help=anything)
     add("--num_fewshot", type=int, help="shots for --lm_eval (default: the task's own)")
@@ -521,6 +522,7 @@ def prepare(args, rank: int, world: int, model_class=AbbIE) -> tuple:
         name = model.meta["tokenizer"]
         exported = name in ("bytes", "gpt2") or name.startswith("hf:")
         check(exported, f"--lm_eval runs models of bytes, gpt2 and hf: tokens, not of {name}")
+        check(type(model) is AbbIE, f"--lm_eval runs exported models, and {type(model).__name__} is not one")
         manager = find_harness_tasks(args.lm_eval, args.include_path)
     for path in (args.out, args.log_samples):
         if path and rank == 0:

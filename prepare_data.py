@@ -427,14 +427,15 @@ def stdlib_files() -> tuple[list[Input], str]:
 
 
 def text_inputs(names: list[str], split: str) -> list[Input]:
-    """Files, and the files below folders in the order of their names."""
+    """Files, and those below folders in the order of their names, but for empty ones of text."""
     inputs = []
     for path in map(Path, names):
         found = sorted(path.rglob("*")) if path.is_dir() else [path]
         found = [file for file in found if file.name.lower().endswith(FORMATS) and file.is_file()]
-        found = [file for file in found if file == path or file.stat().st_size]  # no empty __init__.py
+        empty = [file for file in found if file.suffix in (".txt", ".md", ".py") and not file.stat().st_size]
+        found = [file for file in found if file == path or file not in empty]  # __init__.py, above all
         formats = ", ".join(FORMATS)
-        check(bool(found), f"{path}: no file that can be read\nfiles must exist and end in {formats}")
+        check(bool(found), f"{path}: no file that can be read\nfiles must hold text and end in {formats}")
         inputs += [Input(file, split) for file in found]
     return inputs
 

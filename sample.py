@@ -14,6 +14,7 @@ which begin with the prompt.
 """
 
 import codecs
+import io
 import itertools
 import shutil
 import sys
@@ -54,8 +55,14 @@ def say(*text, end="\n"):
 OPTIONS = ("temperature", "top_k", "top_p", "seed", "cache_mode", "draft_iters", "draft_tokens", "early_exit")
 
 
+def is_unicode(text: str) -> bool:
+    """Bytes that are no UTF-8 reach Python as surrogates, from flags and files alike."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
 def continuations(model, tokenizer, prompt: str, args, iters, stats):
     """An iterator of (sample, piece of its text)."""
+    check(is_unicode(prompt), "the prompt is no UTF-8 text")
     ids = list(tokenizer.encode_ordinary(prompt))
     n, S = len(ids), model.config.block_size
     check(n > 0, "the prompt is empty\ngive some text: --prompt, --prompt_file or standard input")
@@ -127,7 +134,11 @@ def parse_args(argv: list[str]):
 
 def main(argv: list[str]):
     args = parse_args(argv)
-    prompt = read_text(args.prompt_file) if args.prompt_file else args.prompt
+    prompt = args.prompt
+    if args.prompt_file:
+        prompt = Path(args.prompt_file).read_text(encoding="utf-8", errors="surrogateescape")
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
     model = load_model(args.ckpt, choose_device(args.device)).eval()
     if args.dtype == "int8":
         quantize(model)
@@ -138,7 +149,7 @@ def main(argv: list[str]):
     tokenizer = get_tokenizer(model.meta["tokenizer"])
     show = show_side_by_side if args.compare else show_samples
     if prompt is None and not sys.stdin.isatty():
-        prompt = read_text()
+        prompt = sys.stdin.read()
     if prompt is not None:
         return show(model, tokenizer, prompt, args)
     say("a prompt a line; Ctrl-D ends\n> ", end="")
@@ -149,14 +160,6 @@ def main(argv: list[str]):
             say(error)
         say("> ", end="")
     say()
-
-
-def read_text(path: str = "") -> str:
-    """A file's, or that of standard input."""
-    try:
-        return Path(path).read_text(encoding="utf-8") if path else sys.stdin.read()
-    except UnicodeDecodeError:
-        raise UserError(f"{path or 'standard input'} is no UTF-8 text") from None
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from checkpoint import load_model
 from config import ArgumentParser, cli, parse_list
 from data import Shards
 from experiments import RESULTS, append, read
-from model import check
+from model import AbbIEConfig, check
 
 STRINGS, LENGTH, WINDOWS = 256, 100, 512  # of letters; of the validation split
 MATCH, LONG_MATCH = 4, 12  # bytes
@@ -84,8 +84,9 @@ def measure(args) -> dict:
 
 
 def trained_at(run: dict) -> str:
-    """The r that a run was trained at, on the average."""
-    return str(run["trained_iters"]).removeprefix("poisson:")
+    """Of the r that a run was read at, the nearest to the mean of its training."""
+    mean = AbbIEConfig(iters=run["trained_iters"]).mean_iters
+    return min(run["iters"], key=lambda r: abs(int(r) - mean))
 
 
 def looks_up(run: dict, r: str) -> bool:
@@ -97,7 +98,7 @@ def where_a_look_up(run: dict, r: str) -> dict[str, float]:
     """{"finds nothing", "is wrong", "is right": nats per byte there} of text, matches of any length; {} in
     records that are older than this."""
     nats, share = run["iters"][r].get("text_by_match"), run.get("share_of_text")
-    if nats is None:
+    if nats is None or share is None:
         return {}
     found = {"finds nothing": nats["no_match"]}
     for what in ("wrong", "right"):

@@ -245,7 +245,7 @@ LOOK_UP = {
 def look_up(folder: Path, path: Path):
     """Loss where a look-up would be right against loss where it finds nothing, a point for each model, filled
     if it looks up random letters."""
-    figure, ax = plt.subplots(figsize=(7, 6), layout="constrained")
+    (figure, ax), shown = plt.subplots(figsize=(7, 6), layout="constrained"), {}
     for run in read("induction", folder):
         name = Path(run["ckpt"]).name.rpartition("-")[0]  # of the row, with or without a learning rate
         row = name if name in LOOK_UP else name.rpartition("_")[0]
@@ -253,15 +253,16 @@ def look_up(folder: Path, path: Path):
         if row not in LOOK_UP or name.endswith("_books") or not by_look_up:
             continue
         (label, marker), color = LOOK_UP[row], colour_of(row)
-        style = {"marker": marker, "s": 90 if marker in "*P" else 45, "edgecolors": color, "label": label}
-        fill = color if looks_up(run, trained_at(run)) else "none"
-        ax.scatter(by_look_up["finds nothing"], by_look_up["is right"], facecolors=fill, **style)
-    handles, labels = ax.get_legend_handles_labels()
-    check(bool(handles), "results/induction.jsonl has no run of the study yet")
+        style = {"marker": marker, "color": color, "linestyle": "none", "markersize": 9}
+        style["fillstyle"] = "full" if looks_up(run, trained_at(run)) else "none"
+        ax.plot(by_look_up["finds nothing"], by_look_up["is right"], **style)
+        shown[label] = plt.Line2D([], [], **{**style, "fillstyle": "none"}, label=label)
+    check(bool(shown), "results/induction.jsonl has no run of the study yet")
     ax.set(xlabel="nats per byte where a look-up finds nothing: new text")
     ax.set(ylabel="where it would be right: repeated text")
-    named = dict(zip(labels, handles))
-    ax.legend(named.values(), named.keys(), title="filled: looks up random letters", fontsize="small")
+    ax.legend(
+        handles=shown.values(), title="filled: looks up random letters\n(training FLOPs)", fontsize="small"
+    )
     save(figure, path)
 
 

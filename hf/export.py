@@ -78,9 +78,8 @@ def fast_tokenizer(encoding):
 
 def write_tokenizer(name: str, folder: Path) -> dict:
     """The tokenizer files of a model -> the ids of its special tokens, for its config.json."""
-    special = dict.fromkeys(
-        ("bos_token_id", "eos_token_id", "pad_token_id")
-    )  # None: a Llama's default is 1, 2
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    special = dict.fromkeys(names)  # None is written too: left out they would be a Llama's, 1 and 2
     if name.startswith("hf:"):
         origin = find_folder(name[3:])
         for file in (*TOKENIZER_FILES, "generation_config.json"):

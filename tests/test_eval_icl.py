@@ -206,10 +206,9 @@ def test_a_threshold_for_the_wanted_mean(corpus):
 
 
 def test_exits_that_are_the_same_have_one_column(ckpt, tmp_path):
-    main(
-        [f"--ckpt={ckpt}", "--iters=1,8", "--exit=kl:1e1,kl:1e1,kl:1e-9", "--ppl", f"--out={tmp_path}/r.json"]
-    )
-    found = json.loads((tmp_path / "r.json").read_text())["ppl"]["iters"]
+    flags = ["--exit=kl:1e1,kl:1e1,kl:1e-9", "--tasks=cloze", "--limit=5", f"--out={tmp_path}/r.json"]
+    main([f"--ckpt={ckpt}", "--iters=1,8", *flags])
+    found = json.loads((tmp_path / "r.json").read_text())["tasks"]["cloze"]["iters"]
     assert list(found) == ["1", "8", "kl:1e1", "kl:1e-9"]
     assert found["kl:1e1"]["mean_iters"] == 2 and found["kl:1e-9"]["mean_iters"] > 7
 

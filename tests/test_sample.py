@@ -126,11 +126,12 @@ def test_a_terminal_without_a_prompt_is_interactive(folder, cli):
     assert err.index(b"the prompt is empty") < err.index(b"tokens/s")
 
 
-def test_standard_input_that_is_no_text_is_refused(folder, monkeypatch):
-    monkeypatch.setenv("PYTHONIOENCODING", "utf-8:strict")  # as in a locale of UTF-8
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])  # as locales have it
+def test_a_prompt_that_is_no_text_is_refused(folder, monkeypatch, errors):
+    monkeypatch.setenv("PYTHONIOENCODING", f"utf-8:{errors}")
     with start(folder, stdin=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         _, err = process.communicate(b"\xff\xfe", timeout=300)
-    assert (process.returncode, err) == (2, b"error: standard input is no UTF-8 text\n")
+    assert (process.returncode, err) == (2, b"error: the prompt is no UTF-8 text\n")
 
 
 @pytest.mark.parametrize(
