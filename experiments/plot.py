@@ -261,7 +261,9 @@ def look_up(folder: Path, path: Path):
     ax.set(xlabel="nats per byte where a look-up finds nothing: new text")
     ax.set(ylabel="where it would be right: repeated text")
     ax.legend(
-        handles=shown.values(), title="filled: looks up random letters\n(training FLOPs)", fontsize="small"
+        handles=shown.values(),
+        title="filled: looks up random letters\n(training FLOPs, Std = 1)",
+        fontsize="small",
     )
     save(figure, path)
 
