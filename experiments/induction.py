@@ -83,6 +83,13 @@ def measure(args) -> dict:
     return {**result, **train.versions(torch.device("cpu"))}
 
 
+def tested(folder: Path) -> list[dict]:
+    """The newest record of every model, in the order of their names."""
+    return sorted(
+        {run["ckpt"]: run for run in read("induction", folder)}.values(), key=lambda run: run["ckpt"]
+    )
+
+
 def trained_at(run: dict) -> str:
     """Of the r that a run was read at, the nearest to the mean of its training."""
     mean = AbbIEConfig(iters=run["trained_iters"]).mean_iters
@@ -114,7 +121,7 @@ def print_table(folder: Path):
     columns += ["look-up finds nothing", "is wrong", "is right"]
     print(f"| {' | '.join(columns)} |")
     print("|---" * len(columns) + "|")
-    for run in sorted(read("induction", folder), key=lambda run: run["ckpt"]):
+    for run in tested(folder):
         r = trained_at(run)
         entry = run["iters"][r]
         copies = [f"{entry[copy]:.2f}" for copy in ("first_copy", "second_copy")]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from config import ArgumentParser, cli
 from experiments import RESULTS, ROOT, read
-from experiments.induction import looks_up, trained_at, where_a_look_up
+from experiments.induction import looks_up, tested, trained_at, where_a_look_up
 from experiments.rows import ABLATIONS, DEPTHS, LONGER, MANY, SHORT, SMALL
 from experiments.study import losses_by_rate
 from model import UserError, check
@@ -246,7 +246,7 @@ def look_up(folder: Path, path: Path):
     """Loss where a look-up would be right against loss where it finds nothing, a point for each model, filled
     if it looks up random letters."""
     (figure, ax), shown = plt.subplots(figsize=(7, 6), layout="constrained"), {}
-    for run in read("induction", folder):
+    for run in tested(folder):
         name = Path(run["ckpt"]).name.rpartition("-")[0]  # of the row, with or without a learning rate
         row = name if name in LOOK_UP else name.rpartition("_")[0]
         by_look_up = where_a_look_up(run, trained_at(run))
