@@ -103,13 +103,13 @@ CURVES = {
     "abbie_d_p6b3": "abbie_d, trained at many r",
     "abbie_d_2_8k": "abbie_d, trained at r = 2",
 }
+# Of a control: its name, and what is equal; the style of its line; x of the marks of its seeds; and how far
+# its label is from its line, in points.
 CONTROLS = {
-    "std_8k": "Std, equal parameters and tokens",
-    "std_ten": "Std of ten blocks, equal FLOPs and tokens",
-    "std_more": "Std, equal parameters and FLOPs, 2.4 times the tokens",
+    "std_8k": ("Std", "equal parameters and tokens", "--", 39, -13),
+    "std_ten": ("Std of ten blocks", "equal FLOPs and tokens", ":", 46, 2),
+    "std_more": ("Std on 2.4 times the tokens", "equal parameters and FLOPs", "-.", 54, -29),
 }
-# Of a control: x of the marks of its seeds, and how far its label is from its line, in points.
-SEEDS_AT = {"std_8k": (39, -13), "std_ten": (46, 2), "std_more": (54, -29)}
 
 
 # Rows on scarce text: three lengths of training, and where they are read.
@@ -176,23 +176,19 @@ def more_iterations(folder: Path, path: Path):
         bands = [min(seeds) for seeds in accuracies], [max(seeds) for seeds in accuracies]
         right.fill_between(depths, *bands, color=red, alpha=0.2, linewidth=0)
 
-    for row, label in CONTROLS.items():
+    for row, (name, equal, style, place, below) in CONTROLS.items():
         if row not in found:
             continue
+        line = {"color": grey, "linestyle": style, "linewidth": 1}
         losses = [run["val_loss"]["1"] for run in found[row]]
-        loss, label = statistics.mean(losses), f"{label} ({len(losses)})"
-        left.axhline(loss, color=grey, linestyle="--", linewidth=1)
-        place, below = SEEDS_AT[row]
+        loss = statistics.mean(losses)
+        left.axhline(loss, **line)
         left.plot([place] * len(losses), losses, "_", color=grey, markersize=9)  # each seed
         text = {"color": "#333333", "ha": "right", "textcoords": "offset points", **small}
-        left.annotate(f"{label}: {loss:.3f}", (32, loss), (0, below), **text)
+        left.annotate(f"{name}, {equal} ({len(losses)}): {loss:.3f}", (32, loss), (0, below), **text)
         for task in tasks:
             runs = [run["tasks"][task]["iters"]["1"]["acc"] for run in found[row]]
-            right.axhline(100 * statistics.mean(runs), color=grey, linestyle="--", linewidth=1)
-            name = CONTROLS[row].partition(",")[0] if row == "std_ten" else CONTROLS[row].rpartition(", ")[2]
-            under = row == "std_8k" or task == "cloze"  # its line: no curve is there
-            beside = {**small, "va": "top"} if under else small
-            right.text(8, 100 * statistics.mean(runs), f"Std, {name}", ha="right", color="#333333", **beside)
+            right.axhline(100 * statistics.mean(runs), label=name if task == "cloze" else None, **line)
     set_iters(left, iters, ylabel="validation loss, nats per byte")
     set_iters(right, [1, 2, 4, 8], ylabel="accuracy in %")
     left.set_ylim(top=min(left.get_ylim()[1], 1.3))  # recall trained at r = 2 leaves the panel
