@@ -432,7 +432,7 @@ def text_inputs(names: list[str], split: str) -> list[Input]:
     for path in map(Path, names):
         found = sorted(path.rglob("*")) if path.is_dir() else [path]
         found = [file for file in found if file.name.lower().endswith(FORMATS) and file.is_file()]
-        empty = [file for file in found if file.suffix in (".txt", ".md", ".py") and not file.stat().st_size]
+        empty = {file for file in found if file.suffix in (".txt", ".md", ".py") and not file.stat().st_size}
         found = [file for file in found if file == path or file not in empty]  # __init__.py, above all
         formats = ", ".join(FORMATS)
         check(bool(found), f"{path}: no file that can be read\nfiles must hold text and end in {formats}")
