@@ -244,6 +244,26 @@ def print_tasks(rows: dict[str, list[dict]]):
             print(f"| `{name}` | {' | '.join(accuracy(found, r) for r in columns)} |")
 
 
+def print_pairs(study: Study, pairs: list[dict], runs: list[dict]):
+    """What print_pair found, at the r that the first row was trained at (of tasks: at 4, where that is 6)."""
+    tasks = study.tasks.split(",")
+    print("\n**Two rows on the same windows and examples**\n")
+    print(f"| first less second | seed | loss | {' | '.join(f'{task}, points' for task in tasks)} |")
+    print("|---" * (len(tasks) + 3) + "|")
+    for record in pairs:
+        first, second = record["pair"].split(",")
+        r, cells = trained_r(study, first), []
+        for task in tasks:
+            tests = record.get("tasks", {}).get(task)
+            if tests:
+                test = tests[r if r in tests else "4"]
+                n = next(run["tasks"][task]["n"] for run in runs if run["row"] == first)
+                cells.append(f"{100 * (test['gained'] - test['lost']) / n:+.1f} (p {test['p']:.2g})")
+        name = f"`{first}` at r = {r}, `{second}` at {record['second_at']}"
+        loss = f"{record['gap'][r]:+.3f} ± {record['gap_stderr'][r]:.3f}"
+        print(f"| {name} | {record['seed']} | {loss} | {' | '.join(cells or [''] * len(tasks))} |")
+
+
 def print_table(study: Study, folder):
     """The records as Markdown."""
     runs = read(study.name, folder)
@@ -256,6 +276,9 @@ def print_table(study: Study, folder):
             if names is RATES:
                 print_rates(study, losses_by_rate(study, runs))
             print_tasks(rows)
+    pairs = sorted(read(f"{study.name}_pairs", folder), key=lambda record: (record["pair"], record["seed"]))
+    if pairs:
+        print_pairs(study, pairs, runs)
 
 
 def print_pair(study: Study, pair: str, args):

@@ -153,6 +153,10 @@ def test_a_row_is_trained_once_recorded_and_paired(corpus, tmp_path, monkeypatch
     study.main([*raw_tail, "--evaluate", str(folder), *where])  # the same weights, another model
     study.main(["--pair", "abbie_d_raw_tail,abbie_d", *where])
     assert "abbie_d_raw_tail at r = 2 less abbie_d at r = 2: +" in capsys.readouterr().out
+    (pair,) = read("study_pairs", tmp_path)
+    study.main(["--table", "--results", str(tmp_path)])
+    compared = f"| `abbie_d_raw_tail` at r = 2, `abbie_d` at 2 | 3 | {pair['gap']['2']:+.3f} ± "
+    assert compared in capsys.readouterr().out
     for pair, why in {"abbie_d": "give two", "abbie_d,no": "give two", "std,recall": "run both"}.items():
         with pytest.raises(UserError, match=why):
             study.main(["--pair", pair, *where])
