@@ -276,7 +276,9 @@ def print_table(study: Study, folder):
             if names is RATES:
                 print_rates(study, losses_by_rate(study, runs))
             print_tasks(rows)
-    pairs = sorted(read(f"{study.name}_pairs", folder), key=lambda record: (record["pair"], record["seed"]))
+    known = {run["row"] for run in runs}  # those of rows in another folder are left out
+    pairs = [pair for pair in read(f"{study.name}_pairs", folder) if pair["pair"].split(",")[0] in known]
+    pairs.sort(key=lambda pair: (pair["pair"], pair["seed"]))
     if pairs:
         print_pairs(study, pairs, runs)
 
