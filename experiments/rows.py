@@ -154,7 +154,7 @@ MANY = {
     "std_more": many("Std, 1, 19,000 steps", [*STD, "--dtype=float32", "--max_steps=19000"], 3),
     "recall_p6b3": many(MANY_TITLE, MANY_RECALL, 3),
     "recall_4_heads": many(f"{MANY_TITLE}, four heads", [*MANY_RECALL, *HEADS], 3, "std_4_heads"),
-    "recall_p6": many("`recall`, poisson:6, all gradients", [*RECALL, *MANY_R]),
+    "recall_p6": many("`recall`, poisson:6, all gradients", [*RECALL, *MANY_R], 3),
     "recall_p6b2": many("`recall`, poisson:6, gradients of 2", [*RECALL, *MANY_R, *B2]),
     "recall_p6b1": many("`recall`, poisson:6, gradients of 1", [*RECALL, *MANY_R, *B1]),
     "recall_1to7_8k": many("`recall`, 1-7", [*RECALL, "--iters=1-7", *FP32]),
@@ -183,7 +183,21 @@ LONGER = {
         "`recall`, 2", [*RECALL, *FP32, *STEPS_16K], 3, "std_16k", start=("recall_2_8k", 4000)
     ),
     "recall_p6b3_16k": many(MANY_TITLE, [*MANY_RECALL, *STEPS_16K], 3, "std_16k"),
-}
+    # At 2e-3, where both many r and the Std on more tokens look up with every seed.
+    "std_16k_2e-3": many(
+        "Std, 1, learning rate 2e-3", [*STD, *FP32, *STEPS_16K, "--lr=2e-3", "--keep_last=21"], 1,
+        "std_16k_2e-3",
+    ),
+    "std_more_16k_2e-3": many(
+        "Std, 1, 38,000 steps, learning rate 2e-3",
+        [*STD, *FP32, "--max_steps=38000", "--lr=2e-3", "--keep_last=49"], 1, "std_16k_2e-3",
+        start=("std_16k_2e-3", 8000),
+    ),
+    "recall_p6b3_16k_2e-3": many(
+        f"{MANY_TITLE}, learning rate 2e-3", [*MANY_RECALL, *STEPS_16K, "--lr=2e-3", "--keep_last=21"], 1,
+        "std_16k_2e-3",
+    ),
+}  # fmt: skip
 # Does the learning rate of 1e-3, chosen for shorter runs, suit 8000 steps? Where another is the best, it has
 # three seeds.
 RATED = ("std_8k", "std_six", "std_ten", "std_more_2", "std_more", "recall_2_8k", "recall_p6b3")
