@@ -6,3 +6,4 @@ from config.recall_tiny import *  # noqa: F403
 iters = "poisson:6"
 backprop_iters = 3
 max_steps = 8000
+lr = 2e-3

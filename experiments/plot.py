@@ -97,8 +97,10 @@ def loss_curve(ax, runs: list[dict], label: str, **style):
     return iters
 
 
+# Rows of the figure at the top of the README, each at the best learning rate that was tried of it.
+MANY_R = "recall_p6b3_2e-3"
 CURVES = {
-    "recall_p6b3": "recall, trained at many r",
+    MANY_R: "recall, trained at many r",
     "recall_2_8k": "recall, trained at r = 2",
     "abbie_d_p6b3": "abbie_d, trained at many r",
     "abbie_d_2_8k": "abbie_d, trained at r = 2",
@@ -106,9 +108,9 @@ CURVES = {
 # Of a control: its name, and what is equal; the style of its line; x of the marks of its seeds; and how far
 # its label is from its line, in points.
 CONTROLS = {
-    "std_8k": ("Std", "equal parameters and tokens", "--", 39, -13),
+    "std_8k_2e-3": ("Std", "equal parameters and tokens", "--", 39, -13),
     "std_ten": ("Std of ten blocks", "equal FLOPs and tokens", ":", 46, 2),
-    "std_more": ("Std on 2.4 times the tokens", "equal parameters and FLOPs", "-.", 54, -29),
+    "std_more_2e-3": ("Std on 2.4 times the tokens", "equal parameters and FLOPs", "-.", 54, -15),
 }
 
 
@@ -144,10 +146,7 @@ def more_iterations(folder: Path, path: Path):
     """The figure at the top of the README: loss and accuracy against r of a model trained at many r, with its
     controls; and loss against FLOPs where text is scarce."""
     found = runs_of(folder)
-    check("recall_p6b3" in found, "results/study.jsonl has no row recall_p6b3 yet")
-    curves = dict(CURVES)
-    if "abbie_d_2_8k" not in found:  # the same run in less precision, read on a quarter of the bytes
-        curves["abbie_d_longer"] = "abbie_d, trained at r = 2 (bf16, 65,536 bytes)"
+    check(MANY_R in found, f"results/study.jsonl has no row {MANY_R} yet")
     figure, (left, right, scarce) = plt.subplots(
         1, 3, figsize=(15.5, 4.6), layout="constrained", width_ratios=(1.7, 1, 1)
     )
@@ -160,14 +159,14 @@ def more_iterations(folder: Path, path: Path):
         )
 
     iters = [1, 32]
-    for row, label in curves.items():
+    for row, label in CURVES.items():
         if row in found:
             n = f" ({len(found[row])} seeds)" if len(found[row]) > 1 else ""
             style = {"color": colour_of(row), "marker": "o", "linestyle": "-" if "many r" in label else "--"}
             iters = loss_curve(left, found[row], label + n, **style)
     tasks = {"cloze": "-", "lastword": ":"}
     for task, style in tasks.items():
-        runs = [run["tasks"][task]["iters"] for run in found["recall_p6b3"]]
+        runs = [run["tasks"][task]["iters"] for run in found[MANY_R]]
         columns = list(runs[0])
         accuracies = [[100 * run[r]["acc"] for run in runs] for r in columns]
         means = [statistics.mean(seeds) for seeds in accuracies]

@@ -38,15 +38,15 @@ TASK_ITERS, VAL_TOKENS = "1,2,4,8", 2**18  # r that tasks are read at; validatio
 # -------------------------------------------------------------------------------------------- making a record
 
 
-def write_thin_data(folder: Path):
-    """Every 16th training document of data/stdlib, and its whole validation split."""
+def write_thin_data(folder: str):
+    """Every so many training documents of data/stdlib one, and its whole validation split."""
     with TemporaryDirectory() as texts:
-        for split, step in (("train", 16), ("val", 1)):
+        for split, every in (("train", THIN_DATA[folder]), ("val", 1)):
             with open(f"{texts}/{split}.jsonl", "w") as file:
-                for tokens in islice(documents("data/stdlib", split), 0, None, step):
+                for tokens in islice(documents("data/stdlib", split), 0, None, every):
                     file.write(json.dumps({"text": bytes(tokens.tolist()).decode()}) + "\n")
         inputs = ["--input", f"{texts}/train.jsonl", "--val_input", f"{texts}/val.jsonl"]
-        prepare_data.main(["text", *inputs, "--out", str(folder)])
+        prepare_data.main(["text", *inputs, "--out", folder])
 
 
 def run_row(study: Study, name: str, seed: int, args):
@@ -56,8 +56,8 @@ def run_row(study: Study, name: str, seed: int, args):
     check(joined, f"--flags='{args.flags}': write --KEY=VALUE, with no space")
     argv = [*study.base, *row.flags, f"--seed={seed}", f"--out_dir={run}", *args.flags.split()]
     config = load_config(argv)
-    if config.data == THIN_DATA and not Path(config.data, "meta.json").exists():
-        write_thin_data(Path(config.data))
+    if config.data in THIN_DATA and not Path(config.data, "meta.json").exists():
+        write_thin_data(config.data)
     if row.start and not any(run.glob("step_*")):
         other, step = row.start
         argv.append(f"--resume={args.out}/{study.name}/{other}-{seed}/step_{step:08}")

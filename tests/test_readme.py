@@ -99,13 +99,12 @@ def test_numbers_come_from_results_with_a_line_per_run():
 
 # README's table of leads: a line's title, its row of the study, where that is read, what is subtracted.
 LEADS = [
-    ("read at r = 1", "recall_p6b3", "1", None),
-    ("read at r = 6", "recall_p6b3", "6", None),
-    ("read at r = 32", "recall_p6b3", "32", None),
-    ("r = 6 less Std on the same tokens", "recall_p6b3", "6", "std_8k"),
-    ("r = 6 less Std on 2.4 times the tokens", "recall_p6b3", "6", "std_more"),
-    ("at a learning rate of 2e-3 instead of 1e-3, r = 6", "recall_p6b3_2e-3", "6", None),
-    ("the same less Std on 2.4 times the tokens, at 2e-3 too", "recall_p6b3_2e-3", "6", "std_more_2e-3"),
+    ("`recall` at r = 1", "recall_p6b3_2e-3", "1", None),
+    ("`recall` at r = 6", "recall_p6b3_2e-3", "6", None),
+    ("`recall` at r = 32", "recall_p6b3_2e-3", "32", None),
+    ("r = 6 less Std: the same parameters and tokens", "recall_p6b3_2e-3", "6", "std_8k_2e-3"),
+    ("r = 6 less Std of ten blocks", "recall_p6b3_2e-3", "6", "std_ten"),
+    ("r = 6 less Std on 2.4 times the tokens", "recall_p6b3_2e-3", "6", "std_more_2e-3"),
 ]
 
 
