@@ -108,46 +108,49 @@ CURVES = {
 # Of a control: its name, and what is equal; the style of its line; x of the marks of its seeds; and how far
 # its label is from its line, in points.
 CONTROLS = {
-    "std_8k_2e-3": ("Std", "equal parameters and tokens", "--", 39, -13),
+    "std_8k_2e-3": ("Std", "equal parameters and tokens", "--", 39, 2),
     "std_ten": ("Std of ten blocks", "equal FLOPs and tokens", ":", 46, 2),
     "std_more_2e-3": ("Std on 2.4 times the tokens", "equal parameters and FLOPs", "-.", 54, -15),
 }
 
 
-# Rows on scarce text: three lengths of training, and where they are read.
-RECALL_THIN = ("recall_thin_2k", "recall_thin_4k", "recall_thin")
-SCARCE = {
-    "Std": ("1", ("std_thin_2k", "std_thin_4k", "std_thin")),
-    "Std of ten blocks": ("1", ("std_ten_thin_2k",)),
-    "recall at r = 2": ("2", RECALL_THIN),
-    "recall at r = 6": ("6", RECALL_THIN),
+# Rows on a quarter of the text and on all of it, where they are read, and their line.
+TEXT_MB = (2.56, 11.7)
+BY_TEXT = {
+    "Std": (("std_quarter", "std_8k_2e-3"), "1", "o--"),
+    "Std of ten blocks": (("std_ten_quarter", "std_ten"), "1", "D:"),
+    "Std on 2.4 times the tokens": (("std_more_quarter", "std_more_2e-3"), "1", "v-."),
+    "recall, r = 6": (("recall_quarter", MANY_R), "6", "o-"),
 }
 
 
-def draw_scarce(ax, found: dict[str, list[dict]]):
-    """Loss against training FLOPs where all text is half a megabyte: 2000, 4000 and 8000 steps."""
-    for (label, (r, rows)), style in zip(SCARCE.items(), ("--", ":", ":", "-")):
-        runs = [found[row] for row in rows if row in found]
-        if not runs:
-            continue
-        flops = [statistics.mean(run["flops"] for run in seeds) for seeds in runs]
-        losses = [statistics.mean(run["val_loss"][r] for run in seeds) for seeds in runs]
-        color = colour_of(rows[0])
-        ax.plot(flops, losses, style, marker="o", markersize=4, color=color, label=label)
+def draw_by_text(ax, found: dict[str, list[dict]]):
+    """Loss against the amount of text: a pale mark for every seed, lines of the means of those seeds that all
+    rows have."""
+    shown = [row for rows, _, _ in BY_TEXT.values() for row in rows if row in found]
+    common = set.intersection(*({run["seed"] for run in found[row]} for row in shown))
+    for label, (rows, r, style) in BY_TEXT.items():
+        losses = [{run["seed"]: run["val_loss"][r] for run in found.get(row, [])} for row in rows]
+        how = {"color": colour_of(rows[0]), "markersize": 5}
+        for size, seeds in zip(TEXT_MB, losses):
+            ax.plot([size] * len(seeds), seeds.values(), style[0], alpha=0.4, **how)
+        if common and all(losses):
+            means = [statistics.mean(seeds[seed] for seed in common) for seeds in losses]
+            ax.plot(TEXT_MB, means, style, label=label, **how)
     ax.set_xscale("log")
-    ax.set_xticks([1e13, 3e13, 1e14], ["1e13", "3e13", "1e14"])
+    ax.set_xticks(TEXT_MB, [f"{size:.1f}" for size in TEXT_MB])
     ax.minorticks_off()
-    ax.set(xlabel="training FLOPs", ylabel="validation loss")
-    ax.set_title("0.5 MB of text: 4, 8 and 17 epochs", fontsize="small")
+    ax.set(xlabel="MB of text, for 3.2 and 0.7 epochs of recall", ylabel="validation loss")
+    ax.set_xlim(2.2, 13.6)
     legend_below(ax)
 
 
 def more_iterations(folder: Path, path: Path):
     """The figure at the top of the README: loss and accuracy against r of a model trained at many r, with its
-    controls; and loss against FLOPs where text is scarce."""
+    controls; and loss against the amount of text."""
     found = runs_of(folder)
     check(MANY_R in found, f"results/study.jsonl has no row {MANY_R} yet")
-    figure, (left, right, scarce) = plt.subplots(
+    figure, (left, right, by_text) = plt.subplots(
         1, 3, figsize=(15.5, 4.6), layout="constrained", width_ratios=(1.7, 1, 1)
     )
     small, grey = {"fontsize": "small", "va": "bottom"}, colour_of("std")
@@ -193,7 +196,7 @@ def more_iterations(folder: Path, path: Path):
     left.set_ylim(top=min(left.get_ylim()[1], 1.3))  # recall trained at r = 2 leaves the panel
     legend_below(left)
     legend_below(right)
-    draw_scarce(scarce, found)
+    draw_by_text(by_text, found)
     save(figure, path)
 
 

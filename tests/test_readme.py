@@ -103,8 +103,11 @@ LEADS = [
     ("`recall` at r = 6", "recall_p6b3_2e-3", "6", None),
     ("`recall` at r = 32", "recall_p6b3_2e-3", "32", None),
     ("r = 6 less Std: the same parameters and tokens", "recall_p6b3_2e-3", "6", "std_8k_2e-3"),
-    ("r = 6 less Std of ten blocks", "recall_p6b3_2e-3", "6", "std_ten"),
-    ("r = 6 less Std on 2.4 times the tokens", "recall_p6b3_2e-3", "6", "std_more_2e-3"),
+    ("r = 6 less Std of ten blocks: the same", "recall_p6b3_2e-3", "6", "std_ten"),
+    ("r = 6 less Std on 2.4 times the tokens: the same", "recall_p6b3_2e-3", "6", "std_more_2e-3"),
+    ("on a quarter of the text: `recall` at r = 6", "recall_quarter", "6", None),
+    ("r = 6 less Std of ten blocks, on a quarter", "recall_quarter", "6", "std_ten_quarter"),
+    ("r = 6 less Std on 2.4 times the tokens, on a quarter", "recall_quarter", "6", "std_more_quarter"),
 ]
 
 
