@@ -39,7 +39,7 @@ TASK_ITERS, VAL_TOKENS = "1,2,4,8", 2**18  # r that tasks are read at; validatio
 
 
 def write_thin_data(folder: str):
-    """Every so many training documents of data/stdlib one, and its whole validation split."""
+    """One of so many training documents of data/stdlib (THIN_DATA), and its whole validation split."""
     with TemporaryDirectory() as texts:
         for split, every in (("train", THIN_DATA[folder]), ("val", 1)):
             with open(f"{texts}/{split}.jsonl", "w") as file:
