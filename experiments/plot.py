@@ -125,18 +125,17 @@ BY_TEXT = {
 
 
 def draw_by_text(ax, found: dict[str, list[dict]]):
-    """Loss against the amount of text: a pale mark for every seed, lines of the means of those seeds that all
-    rows have."""
-    shown = [row for rows, _, _ in BY_TEXT.values() for row in rows if row in found]
-    common = set.intersection(*({run["seed"] for run in found[row]} for row in shown))
+    """Loss against the amount of text: a pale mark for every seed; lines of the means of those seeds that a
+    row has on both."""
     for label, (rows, r, style) in BY_TEXT.items():
         losses = [{run["seed"]: run["val_loss"][r] for run in found.get(row, [])} for row in rows]
         how = {"color": colour_of(rows[0]), "markersize": 5}
         for size, seeds in zip(TEXT_MB, losses):
             ax.plot([size] * len(seeds), seeds.values(), style[0], alpha=0.4, **how)
-        if common and all(losses):
-            means = [statistics.mean(seeds[seed] for seed in common) for seeds in losses]
-            ax.plot(TEXT_MB, means, style, label=label, **how)
+        both = losses[0].keys() & losses[1].keys()
+        if both:
+            means = [statistics.mean(seeds[seed] for seed in both) for seeds in losses]
+            ax.plot(TEXT_MB, means, style, label=f"{label} ({len(both)})", **how)
     ax.set_xscale("log")
     ax.set_xticks(TEXT_MB, [f"{size:.1f}" for size in TEXT_MB])
     ax.minorticks_off()
