@@ -299,7 +299,7 @@ QUARTER = {
     ),
     "recall_quarter": many(MANY_TITLE, [*MANY_RECALL, "--lr=2e-3", *QUARTER_DATA], 3, "std_quarter"),
 }  # fmt: skip
-# Text that is seen again asks for more regularisation than weight decay of 0.1.
+# Text that is seen again may ask for more regularisation than weight decay of 0.1: not measured yet.
 QUARTER |= {
     f"{name}_decay": row._replace(
         title=f"{row.title}, weight decay 0.3", flags=[*row.flags, "--weight_decay=0.3"], seeds=1
