@@ -96,6 +96,7 @@ class Row(NamedTuple):
 RECALL, STD = ["--rule=recall"], ["--iters=1"]
 SIX, TEN = [*STD, "--n_body_blocks=4"], [*STD, "--n_body_blocks=8"]  # blocks: the FLOPs of r = 2, of r = 4
 WIDE = ["--n_embd=256", "--ffn_dim=704", "--n_attn_heads=4"]  # 3.3M parameters
+CUT_2_1_1 = ["--n_head_blocks=2", "--n_body_blocks=1"]
 TWICE, FOUR_TIMES = ["--max_steps=4000"], ["--max_steps=8000"]
 
 # 2000 steps unless a row says otherwise.
@@ -112,7 +113,7 @@ SHORT = {
     "recall_1to7": Row("`recall`, 1-7", [*RECALL, "--iters=1-7"]),
     "abbie_d_raw_tail": Row("`abbie_d`, raw state to the Tail, 2", [], model_class=RawTail),
     "abbie_d_half_tail": Row("`abbie_d`, half-sized Tail projections, 2", [], model_class=HalfTail),
-    "abbie_d_body_1": Row("`abbie_d` cut 2+1+1, 2", ["--n_head_blocks=2", "--n_body_blocks=1"]),
+    "abbie_d_body_1": Row("`abbie_d` cut 2+1+1, 2", CUT_2_1_1),
     "abbie_d_body_4": Row(
         "`abbie_d` cut 0+4+0, 2", ["--n_head_blocks=0", "--n_body_blocks=4", "--n_tail_blocks=0"]
     ),
@@ -169,7 +170,10 @@ MANY = {
     "recall_6_8k": many("`recall`, 6", [*RECALL, "--iters=6", *FP32]),
     "abbie_d_2_8k": many("`abbie_d`, 2", FP32, 3),
     "abbie_d_p6b3": many("`abbie_d`, poisson:6, gradients of 3", [*MANY_R, *B3]),
-    # A cheaper way: less depth in the mean and gradients of 2, at the better rate.
+    # A cheaper way, at the better rate: a Body of one block; less depth in the mean and gradients of 2.
+    "recall_body_1_2e-3": many(
+        f"{MANY_TITLE}, cut 2+1+1, learning rate 2e-3", [*MANY_RECALL, *CUT_2_1_1, "--lr=2e-3"]
+    ),
     "recall_p3b2": many(
         "`recall`, poisson:3, gradients of 2, learning rate 2e-3", [*CHEAPER, "--iters=poisson:3"]
     ),
@@ -191,6 +195,7 @@ LONGER = {
         "`recall`, 2", [*RECALL, *FP32, *STEPS_16K], 3, "std_16k", start=("recall_2_8k", 4000)
     ),
     "recall_p6b3_16k": many(MANY_TITLE, [*MANY_RECALL, *STEPS_16K], 3, "std_16k"),
+    "std_ten_16k": many("Std of ten blocks, 1", [*TEN, *FP32, *STEPS_16K], 1, "std_16k"),
     # At 2e-3, where both many r and the Std on more tokens look up with every seed.
     "std_16k_2e-3": many(
         "Std, 1, learning rate 2e-3", [*STD, *FP32, *STEPS_16K, "--lr=2e-3", "--keep_last=21"], 1,
@@ -209,7 +214,7 @@ LONGER = {
 # Does the learning rate of 1e-3, chosen for shorter runs, suit 8000 steps? Where another is the best, it has
 # three seeds.
 RATED = ("std_8k", "std_six", "std_ten", "std_more_2", "std_more", "recall_2_8k", "recall_p6b3")
-OTHER_RATES = ("2e-3", "5e-4", "2.5e-4")
+OTHER_RATES = ("4e-3", "2e-3", "5e-4", "2.5e-4")
 BEST_RATES = ("std_8k_2e-3", "recall_p6b3_2e-3", "std_more_2e-3")
 
 
