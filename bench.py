@@ -121,7 +121,7 @@ def machine(device: torch.device):
         can = {"bandwidth": 2 * size / best(lambda: target.copy_(source))}
         for dtype in (torch.float32, torch.bfloat16):
             a = torch.randn(n, n, device=device).to(dtype)
-            can[str(dtype)[6:]] = 2 * n**3 / best(lambda a=a: a @ a)
+            can[str(dtype).removeprefix("torch.")] = 2 * n**3 / best(lambda a=a: a @ a)
         yield can
 
 
@@ -133,6 +133,7 @@ def settings(config: Config) -> tuple[torch.device, torch.dtype]:
 
 
 def vocab_size(config: Config) -> int:
+    """The data's; where that is not here, that of bytes for data/stdlib, else GPT-2's."""
     if config.vocab_size or not Path(config.data, "meta.json").exists():
         return config.vocab_size or (257 if config.data == "data/stdlib" else 50257)
     return read_meta(config.data)["vocab_size"]
@@ -188,7 +189,7 @@ def measure_training(model, optimizer, config: Config, steps: int, facts: dict):
         measure(iters, 1)
     yield {
         **facts,
-        "dtype": str(dtype)[6:],
+        "dtype": str(dtype).removeprefix("torch."),
         "tokens_per_step": config.tokens_per_step,
         "micro_batch": micro_batch,
         "block_size": T,
@@ -251,7 +252,7 @@ def decode_side(config: Config, ckpt: str, batches: list[int], depths: list[int]
     yield {
         "ckpt": ckpt or None,
         "n_params": model.n_params(),
-        "dtype": str(dtype)[6:],
+        "dtype": str(dtype).removeprefix("torch."),
         "prompt_tokens": prompt,
         "new_tokens": tokens,
         "cells": cells,

@@ -44,11 +44,16 @@ def sync_folder(path: Path):
             os.close(descriptor)
 
 
+def write_whole(path: Path, write):
+    """Create or replace a file through write(file), whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    write_synced(temporary, write)
+    os.replace(temporary, path)
+
+
 def write_json(path: Path, value):
     """Replace a file by value as JSON, whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    write_synced(temporary, lambda file: file.write(json.dumps(value, indent=1).encode() + b"\n"))
-    os.replace(temporary, path)
+    write_whole(path, lambda file: file.write(json.dumps(value, indent=1).encode() + b"\n"))
     sync_folder(path.parent)
 
 

@@ -52,14 +52,14 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 # ---------------------------------------------------------------------------------------- shards -> windows
 
-COMMANDS = ("stdlib", "c4", "tinystories", "fineweb_edu")  # of prepare_data.py: each makes data/ITS_NAME
+CORPORA = ("stdlib", "c4", "tinystories", "fineweb_edu")  # `prepare_data.py NAME` makes data/NAME
 
 
 def broken(path: Path, why: str) -> UserError:
     return UserError(f"{path} {why}\nremove {path.parent} and prepare the data again")
 
 
-def read_json(path: Path) -> dict:
+def json_or_empty(path: Path) -> dict:
     """{} where there is none, or none that can be read."""
     try:
         return json.loads(path.read_text())
@@ -76,7 +76,7 @@ def read_meta(folder: str | Path) -> dict:
             meta[name]
         return meta
     except (FileNotFoundError, NotADirectoryError):
-        command = folder.name if folder.name in COMMANDS else "text --input FILE_OR_DIR"
+        command = folder.name if folder.name in CORPORA else "text --input FILE_OR_DIR"
         raise UserError(
             f"{folder} holds no prepared data, or its preparation was interrupted\n"
             f"make it: python prepare_data.py {command} --out {folder}"
@@ -119,7 +119,7 @@ class Shards:
     def verify(self, shards: list[dict]):
         """Check each shard's SHA-256, unless verified.json knows the file by its size and time."""
         memory = self.folder / "verified.json"
-        known = read_json(memory)
+        known = json_or_empty(memory)
         marks = {}
         for path, shard in zip(self.paths, shards):
             stat = path.stat()

@@ -40,12 +40,7 @@ class KVCache:
     Body block share one slot: a prompt is processed exactly, then only its last iteration is left for all
     iterations to read. In mode "none" there are no slots: nothing is kept. tail_every_iter: the Tail is run
     in every iteration too (for early exit by "kl", which looks at its predictions), and in mode "full" has
-    slots as the Body has.
-
-    The protocol between a cache and the model: the model turns to block i of "head", "body" or "tail" in
-    iteration k by `kv.at(part, i, k)`; Attention hands over its new keys and values, (B, K, T, E) each, by
-    `store`, gets all that there are, (B, K, S, E) each, and lets queries see them by `mask`, (B, 1, T, S) of
-    True where a query sees a key, or None, and `causal`."""
+    slots as the Body has. The model reads and writes it through a Chunk."""
 
     def __init__(
         self, model: AbbIE, batch_size=1, iters=None, mode="full", tail_every_iter=False, length=None
@@ -66,10 +61,15 @@ class KVCache:
 
 
 class Chunk:
-    """T new tokens for some rows of a cache (default: all). `places` (B, T): where in the cache their keys
-    and values go, right behind what a row holds. `positions` (B, T): for the rotary embedding, by default the
-    places. `mask` (B, 1, T, S): who sees whom, by default every place up to one's own. Positions and a mask
-    are given where a row is a tree of texts. One chunk serves every block and iteration."""
+    """T new tokens for some rows of a cache (default: all), and what the model sees of it (its `kv`): it
+    turns to block i of "head", "body" or "tail" in iteration k by `kv.at(part, i, k)`; Attention hands over
+    its new keys and values, (B, K, T, E) each, by `store`, gets all that there are, (B, K, S, E) each, and
+    lets queries see them by `mask`, (B, 1, T, S) of True where a query sees a key, or None, and `causal`.
+    One chunk serves every block and iteration.
+
+    `places` (B, T): where in the cache the new keys and values go, right behind what a row holds. `positions`
+    (B, T): for the rotary embedding, by default the places. By default a token sees every place up to its
+    own; positions and a mask are given where a row is a tree of texts."""
 
     def __init__(self, cache: KVCache, T: int, rows=None, positions=None, mask=None):
         self.cache, device = cache, cache.keys.device
@@ -83,9 +83,9 @@ class Chunk:
         self.positions = self.places if positions is None else positions
         # Rows of equal length are written and read as slices; others through their indices, under a mask.
         self.together = rows == all_rows and len(set(lengths)) == 1
-        self.where = (self.rows[:, None], slice(None), self.places)  # of (B, K, S, E)
+        self.cells = (self.rows[:, None], slice(None), self.places)  # the tokens' own, in (B, K, S, E)
         if self.together:
-            self.where = (slice(None), slice(None), slice(lengths[0], self.end))
+            self.cells = (slice(None), slice(None), slice(lengths[0], self.end))
         # SDPA aligns its causal mask top-left: it is for a prefill only. One token sees all.
         self.causal = self.together and mask is None and T > 1 and lengths[0] == 0
         self.mask = mask
@@ -98,19 +98,19 @@ class Chunk:
 
     def only(self, live: Tensor) -> tuple[tuple, "Chunk"]:
         """Some of these tokens, live (B, T) bool -> (where they are in (B, T), the chunk of them alone). Rows
-        of which none is left drop out; shorter rows repeat their last one, which writes the same values."""
+        without any drop out; one with fewer than others repeats its last, which writes the same again."""
         if live.all():
             return (slice(None), slice(None)), self
         rows = live.any(1).nonzero()  # (b, 1)
         counts = live[rows[:, 0]].sum(1, keepdim=True)
-        first = (~live[rows[:, 0]]).byte().argsort(dim=1, stable=True)  # the live ones, in order, come first
+        order = (~live[rows[:, 0]]).byte().argsort(dim=1, stable=True)  # the live ones, as they are, first
         number = torch.arange(int(counts.max()), device=live.device)
-        where = (rows, first.gather(1, torch.minimum(number, counts - 1)))  # (b, 1), (b, t)
+        where = (rows, order.gather(1, torch.minimum(number, counts - 1)))  # (b, 1), (b, t)
 
         part = copy.copy(self)
         part.together, part.causal, part.rows = False, False, self.rows[rows[:, 0]]
         part.places, part.positions = self.places[where], self.positions[where]
-        part.where = (part.rows[:, None], slice(None), part.places)
+        part.cells = (part.rows[:, None], slice(None), part.places)
         mask = self.see_earlier() if self.mask is None else self.mask
         part.mask = mask[rows, 0, where[1]][:, None]
         return where, part
@@ -120,6 +120,7 @@ class Chunk:
         return tuple(table[self.positions][:, None] for table in model.rope_on(self.positions.device))
 
     def at(self, part: str, i: int, k: int = 0) -> "Chunk":
+        """This chunk, turned to the slot of block i of a part in iteration k, which `store` takes next."""
         self.slot = self.cache.first[part] + i + k * self.cache.stride
         return self
 
@@ -129,7 +130,7 @@ class Chunk:
         found = []
         for table, new in ((self.cache.keys, keys), (self.cache.values, values)):
             table = table[self.slot]  # (B, K, S, E)
-            table[self.where] = new if self.together else new.transpose(1, 2)
+            table[self.cells] = new if self.together else new.transpose(1, 2)
             if len(self.rows) < len(table):
                 table = table[self.rows]
             found.append(table[:, :, : self.end])
@@ -143,8 +144,8 @@ class Chunk:
             return
         for table in (cache.keys, cache.values):
             slots = table[cache.n_once :].unflatten(0, (cache.iters, -1))  # (iters, blocks, B, K, S, E)
-            last = slots[(slice(iters - 1, iters), slice(None), *self.where)]
-            slots[(slice(iters, None), slice(None), *self.where)] = last
+            last = slots[(slice(iters - 1, iters), slice(None), *self.cells)]
+            slots[(slice(iters, None), slice(None), *self.cells)] = last
 
 
 # ------------------------------------------------------------------------------------------------- early exit
@@ -173,8 +174,9 @@ def change(kind: str, before: Tensor, now: Tensor) -> Tensor:
 
 @torch.no_grad()
 def resolve_exit(model: AbbIE, text: str, iters: int) -> str:
-    """'mean:2.5' -> 'kl:0.0123', with which text of the model's training data runs so many iterations per
-    token on average; others as they are. Raises UserError where that text is not at hand."""
+    """'mean:2.5' -> 'kl:0.0123', the threshold at which a token of the model's training data would run so
+    many iterations on average, found on 4096 of them; other exits as they are. Raises UserError where that
+    data is not at hand."""
     kind, mean = parse_exit(text, ("kl", "u", "mean"))
     if kind != "mean":
         return text
@@ -189,7 +191,7 @@ def resolve_exit(model: AbbIE, text: str, iters: int) -> str:
     seen = (model.logits(z).float().log_softmax(-1) for z in states)
     changes = torch.stack([change("kl", *pair) for pair in pairwise(seen)])  # (iters - 2, B, T)
     # least: the smallest change of a token so far. A token runs 2 iterations, and one more for each of these
-    # that is above the threshold; so the one of this rank, of all tokens', is the threshold.
+    # above the threshold. So mean - 2 a token have to lie above it: it is the next one in falling order.
     least = changes.cummin(0).values.flatten().sort(descending=True).values
     return f"kl:{max(1e-13, least[int((mean - 2) * idx.numel())]):.3g}"
 
@@ -207,17 +209,18 @@ def adaptive_states(model: AbbIE, idx: Tensor, kv: Chunk, exit_rule, live: Tenso
       little: the change of u quarters with every iteration by construction, whatever the token."""
     (kind, threshold), iters = exit_rule, kv.cache.iters
     h = model.run_head(idx, kv.rope(model), kv)
-    x, z, before = model.start(h).clone(), torch.zeros_like(h), None
+    x, before = model.start(h).clone(), None
+    left = torch.zeros_like(h)  # by each token's last iteration: for "kl" z, for "u" u
     live, ran = live.clone(), torch.zeros_like(idx)
     for k in range(iters):
         where, some = kv.only(live)
         rope = some.rope(model)
         u, x[where] = model.advance(x[where], h[where], k, k + 1, rope, some)
         if kind == "kl":
-            z[where] = model.run_tail(u, rope, some, k)
-            now = model.logits(z[where]).float().log_softmax(-1)
+            left[where] = model.run_tail(u, rope, some, k)
+            now = model.logits(left[where]).float().log_softmax(-1)
         else:
-            z[where] = now = u
+            left[where] = now = u
         settled = torch.full(u.shape[:2], k + 1 == iters, device=idx.device)
         if before is None:
             before = now.new_empty(*idx.shape, now.shape[-1])
@@ -232,7 +235,7 @@ def adaptive_states(model: AbbIE, idx: Tensor, kv: Chunk, exit_rule, live: Tenso
             live &= ~leaving
             if not live.any():
                 break
-    return z if kind == "kl" else model.run_tail(z, kv.rope(model), kv), ran
+    return left if kind == "kl" else model.run_tail(left, kv.rope(model), kv), ran
 
 
 # ------------------------------------------------------------------------------------------------------ steps
@@ -346,7 +349,7 @@ def stream(
     stop_token, which is not yielded. Row b draws from seed + b, so that a batch of N equals N batches of 1.
     cache_mode: see KVCache; draft_iters > 0: see draft_and_verify, one prompt after the other; early_exit,
     "kl:1e-3" or "u:1e-2": see adaptive_states. `stats` is filled on the way. Raises UserError for values that
-    are out of range or contradict one another."""
+    are out of range or contradict one another: at once, since this is no generator itself."""
     iters, S, V = model.check_iters(iters), model.config.block_size, model.config.vocab_size
     check(len(prompts) > 0 and all(prompts), "a prompt has no tokens")
     check(all(len(prompt) <= S for prompt in prompts), f"a prompt is longer than the context of {S} tokens")
@@ -432,7 +435,7 @@ def draft_and_verify(model, cache, token, room, rng, *, iters, draft_iters, draf
     draft_iters iterations do not depend on iters: the draft's Head and Body, their states and their keys and
     values, are the beginning of the verification and are not repeated. The Tail's are overwritten."""
     n, start = min(draft_tokens + 1, room), cache.lengths[0]
-    states, drafted, q = [], [], []
+    states, drafted, qs = [], [], []
     for j in range(n):
         kv = Chunk(cache, 1)
         rope = kv.rope(model)
@@ -441,8 +444,8 @@ def draft_and_verify(model, cache, token, room, rng, *, iters, draft_iters, draf
         states.append((h, x))
         cache.lengths[0] += 1
         if j < n - 1:  # after the last one, the verification itself predicts
-            q.append(sample(model.logits(model.run_tail(u, rope, kv))[:, 0]))
-            [token] = draw(q[-1], [rng])
+            qs.append(sample(model.logits(model.run_tail(u, rope, kv))[:, 0]))
+            [token] = draw(qs[-1], [rng])
             drafted.append(token)
 
     h, x = (torch.cat(parts, dim=1) for parts in zip(*states))  # (1, n, D)
@@ -453,11 +456,11 @@ def draft_and_verify(model, cache, token, room, rng, *, iters, draft_iters, draf
     p = sample(model.logits(model.run_tail(u, rope, kv))[0])  # (n, V)
 
     accepted = 0
-    for token, draft in zip(drafted, q):
-        if rng.random() * draft[0, token] >= p[accepted, token]:
+    for token, q in zip(drafted, qs):
+        if rng.random() * q[0, token] >= p[accepted, token]:
             # What is left of p: drafted with q and accepted with min(1, p/q), or else drawn from here, tokens
             # come out distributed as p.
-            p[accepted] = (p[accepted] - draft[0]).clamp(min=0)
+            p[accepted] = (p[accepted] - q[0]).clamp(min=0)
             break
         accepted += 1
     cache.lengths[0] = start + 1 + accepted  # what was rejected is forgotten
@@ -480,8 +483,8 @@ def lay_out_for_decoding(model: AbbIE) -> AbbIE:
 
 class Int8Linear(nn.Module):
     """A Linear whose weights are 8-bit integers with a scale for each row: a quarter of the bytes to read.
-    What it multiplies is rounded to 7 bits (with 8, sums of products overflow on CPUs without VNNI), with a
-    scale for each token, so that no token depends on its batch. PyTorch's own integer product on x86 CPUs."""
+    Its input is rounded to 7 bits (with 8, sums of products overflow on CPUs without VNNI), with a scale for
+    each token, so that no token depends on its batch. PyTorch's own integer product on x86 CPUs."""
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
@@ -497,7 +500,7 @@ class Int8Linear(nn.Module):
         """(..., in) -> (..., out), fp32."""
         scale = x.abs().amax(-1, keepdim=True).clamp(min=1e-30)
         multiply = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
-        return multiply(x / scale, 1 / 63, 64, self.packed) * scale
+        return multiply(x / scale, 1 / 63, 64, self.packed) * scale  # -1 ... 1 -> 64 - 63 ... 64 + 63
 
 
 def quantize(model: AbbIE) -> AbbIE:

@@ -65,11 +65,11 @@ def ascending(model: AbbIE, iters: Iterable[int]) -> list[int]:
     return sorted({model.check_iters(r) for r in iters})
 
 
-def read(model: AbbIE, idx: Tensor, iters: list[int | str], live=None, **tree):
+def states_and_depths(model: AbbIE, idx: Tensor, iters: list[int | str], live=None, **tree):
     """Yields for every entry of iters (ascending numbers, then early exits) the states of idx (B, T) that are
     unembedded, (B, T, D), and the iterations that each token ran, (B, T): 0 where it is padding, which `live`
-    (B, T) is False for. One sweep of the Body serves all r; an early exit has one of its own, to the last of
-    them. tree: positions and mask of a decode.Chunk."""
+    (B, T) is False for. One sweep of the Body serves all r; each early exit has one of its own, of at most
+    the largest r. tree: positions and mask of a decode.Chunk."""
     fixed = [r for r in iters if isinstance(r, int)]
     live = torch.ones_like(idx, dtype=torch.bool) if live is None else live
     (B, T), rope, kv = idx.shape, None, None
@@ -79,7 +79,8 @@ def read(model: AbbIE, idx: Tensor, iters: list[int | str], live=None, **tree):
     for r, z in zip(fixed, model.states_at(idx, fixed, rope, kv)):
         yield z, r * live
     for rule in iters[len(fixed) :]:
-        # All tokens are in this chunk, so that a slot for all iterations is exact: none is read later.
+        # All tokens take an iteration together, so that one slot for all iterations is exact: it holds what
+        # those still running have just written, and what the others wrote in their last.
         kv = Chunk(KVCache(model, B, fixed[-1], "last", length=T), T, **tree)
         yield adaptive_states(model, idx, kv, parse_exit(rule), live)
 
@@ -97,7 +98,7 @@ def score_tokens(model: AbbIE, z: Tensor, tokens: Tensor) -> tuple[Tensor, Tenso
 
 
 def sum_over_ranks(x: Tensor, world: int) -> Tensor:
-    """Every entry was computed by one rank and is 0 on the others, so the sum is exact."""
+    """Exact: a score is computed by one rank and 0 on the others; iterations and tokens are whole numbers."""
     if world > 1:
         dist.all_reduce(x)
     return x
@@ -127,7 +128,7 @@ def window_losses(
         x, y = (t.to(device) for t in shards.batch(chosen[first : first + batch_size]))
         rows = slice(first, first + len(x))
         with autocast():
-            for i, (z, depth) in enumerate(read(model, x, iters)):
+            for i, (z, depth) in enumerate(states_and_depths(model, x, iters)):
                 nats, _ = score_tokens(model, z.flatten(0, 1), y.flatten())
                 losses[rows, i] = nats.view(y.shape).mean(1)
                 ran[rows, i] = depth.cpu().double().mean(1)
@@ -262,7 +263,8 @@ def score(
         *packed, owners = pack(batch)
         idx, branches, positions, places, tokens = (t.to(device) for t in packed)
         live = branches >= 0
-        for i, (z, depth) in enumerate(read(model, idx, iters, live, **tree_of(branches, positions))):
+        found = states_and_depths(model, idx, iters, live, **tree_of(branches, positions))
+        for i, (z, depth) in enumerate(found):
             ran[:, i] += torch.stack([depth.sum(), live.sum()]).cpu()
             nats, missed = score_tokens(model, z.flatten(0, 1)[places], tokens)
             total[:, i].index_add_(0, owners, -nats)
@@ -471,12 +473,12 @@ def parse_args(argv: list[str]):
     add("--iters", default="1,2,4,8", help="iterations of the Body (default 1,2,4,8)")
     adaptive = "also at adaptive depth, up to the last of --iters, as in sample.py: kl:1e-2,mean:2.5"
     add("--exit", dest="exits", type=comma_list, default="", help=adaptive)
-    default = "the first two, where neither --ppl nor --lm_eval is given"
+    default = f"{','.join(BUILT_IN)}, where neither --ppl nor --lm_eval is given"
     add("--tasks", type=comma_list, default="", help=f"of {', '.join(TASKS)} (default: {default})")
     add("--data_dir", default="data/icl", help="holds TASK/SPLIT.jsonl")
     add("--limit", type=int, help="rows of each task, the first N; of a built-in one, examples (300)")
     whole = "loss, perplexity and bits per byte on the whole validation split of a folder of shards"
-    tasks_too = "default: the training data's; what is given the built-in tasks are made of too"
+    tasks_too = "default: the training data; the built-in tasks are made of the same folder"
     add("--ppl", nargs="?", const="", metavar="DATA", help=f"{whole} ({tasks_too})")
     anything = "tasks of lm-evaluation-harness, such as mmlu,gsm8k, at every r in turn, in one process"
     add("--lm_eval", type=comma_list, default="", help=anything)
@@ -496,10 +498,10 @@ def parse_args(argv: list[str]):
     return args
 
 
-def prepare(args, rank: int, world: int, model_class=AbbIE) -> tuple:
+def prepare(args, rank: int, world: int) -> tuple:
     """-> model, examples of the tasks, shards or None, the harness's tasks or None. Whatever can be wrong is
     found here, before anything is computed."""
-    model = load_model(args.ckpt, choose_device(args.device), model_class)
+    model = load_model(args.ckpt, choose_device(args.device))
     args.iters, T = ascending(model, args.iters), model.config.block_size
     args.exits = list(dict.fromkeys(resolve_exit(model, rule, args.iters[-1]) for rule in args.exits))
     if args.exits:  # whose predictions are all kept until the next iteration
@@ -522,7 +524,6 @@ def prepare(args, rank: int, world: int, model_class=AbbIE) -> tuple:
         name = model.meta["tokenizer"]
         exported = name in ("bytes", "gpt2") or name.startswith("hf:")
         check(exported, f"--lm_eval runs models of bytes, gpt2 and hf: tokens, not of {name}")
-        check(type(model) is AbbIE, f"--lm_eval runs exported models, and {type(model).__name__} is not one")
         manager = find_harness_tasks(args.lm_eval, args.include_path)
     for path in (args.out, args.log_samples):
         if path and rank == 0:
@@ -548,10 +549,10 @@ def evaluate(args, rank: int, world: int, model: AbbIE, examples: dict, shards, 
     return results
 
 
-def main(argv: list[str], model_class=AbbIE):
+def main(argv: list[str]):
     rank, world = start_ranks()
     args = together(lambda: parse_args(argv))
-    work = together(lambda: prepare(args, rank, world, model_class))
+    work = together(lambda: prepare(args, rank, world))
     results = together(lambda: evaluate(args, rank, world, *work))
     if args.out and rank == 0:
         Path(args.out).write_text(json.dumps(results, indent=1, default=float) + "\n")

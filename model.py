@@ -6,13 +6,15 @@ A Transformer is cut into Head, Body and Tail, each a few ordinary blocks (arXiv
 
 What differs from a textbook GPT is `AbbIE.iterate`, one iteration of the Body, and the loop around it,
 `AbbIE.advance`. The block is Llama's: RMSNorm before each sublayer, rotary embedding, SwiGLU, no biases, tied
-embeddings. At r = 1 the model is exactly a standard Transformer. This file needs nothing but PyTorch.
+embeddings. At r = 1 it is exactly a standard Transformer (rules abbie_d, abbie_c and recall). This file needs
+nothing but PyTorch.
 
 One letter, one meaning. r: iterations in all; k = 0 ... r - 1: the one at hand; h: what the Head hands on;
 x: the state between iterations (within a block: its residual stream); u: what the Tail reads; z: what is
-unembedded; c: what an iteration's updates are multiplied by. Shapes: B batch, T tokens, D n_embd, H
-n_attn_heads, K n_kv_heads, E attn_head_dim, M ffn_dim, V vocab_size, S positions in a cache. "head" alone is
-always the paper's Head, never an attention head.
+unembedded; c: what an iteration's updates are multiplied by; Delta(x): the sum of the Body's updates, so that
+B(x) = x + Delta(x). Shapes: B batch, T tokens, D n_embd, H n_attn_heads, K n_kv_heads, E attn_head_dim,
+M ffn_dim, V vocab_size, S positions in a cache. "head" alone is always the paper's Head, never an attention
+head.
 """
 
 import math
@@ -42,9 +44,9 @@ def check(condition: bool, message: str):
 # ---------------------------------------------------------------------------------------------- configuration
 
 
-def key(default, help: str, least=None, most=None, choices=()):
+def key(default, about: str, least=None, most=None, choices=()):
     """A field of a configuration: its meaning, which `train.py --help` prints, and its bounds."""
-    return field(default=default, metadata={"help": help, "least": least, "most": most, "choices": choices})
+    return field(default=default, metadata={"about": about, "least": least, "most": most, "choices": choices})
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,8 @@ class AbbIEConfig:
     def mean_iters(self) -> int:
         """The rounded mean of `iters`: what a model does when no iters is given."""
         kind, low, high = parse_iters(self.iters)
-        return int((low if kind == "poisson" else (low + high) / 2) + 0.5)
+        mean = low if kind == "poisson" else (low + high) / 2
+        return int(mean + 0.5)
 
 
 # -------------------------------------------------------------------------------------------------- the block
@@ -124,7 +127,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], kv=None) -> Tensor:
         """x (B, T, D) -> (B, T, D). rope: cosines and sines, (T, E/2) each, or (B, 1, T, E/2) where every row
         has positions of its own. kv: None, or this block's slot of a cache: `kv.store(keys, values)` keeps
-        what is new and returns all there is, `kv.mask` and `kv.causal` say who sees what (decode.KVCache)."""
+        what is new and returns all there is, `kv.mask` and `kv.causal` say who sees what (decode.Chunk)."""
         B, T, D = x.shape
         E, H, K = self.config.attn_head_dim, self.config.n_attn_heads, self.config.n_kv_heads
         qkv = self.qkv(x).split((H * E, K * E, K * E), dim=-1)
@@ -185,10 +188,11 @@ class AbbIE(nn.Module):
     overflow near r = 64, and the Tail's updates would fade beside it as r grows.
 
     The geometric weights.             u = h + sum_{k<r-1} 2^-(k+1) Delta_k + 2^-(r-1) Delta_{r-1}
-    They sum to 1 at every r: (1), (1/2, 1/2), (1/2, 1/4, 1/4), (1/2, 1/4, 1/8, 1/8). So the Tail meets the
-    same scale at every r, and u converges as r grows, by construction, trained or not: the change of x halves
-    with each iteration, that of u, 2^-(k+1) (Delta_{k+1} - Delta_k), quarters. It also means that later
-    iterations can refine, but hardly compute. AbbIE-C has the weights (1, 1, 1, ...), and does not converge.
+    where Delta_k = Delta(X_k). The weights sum to 1 at every r: (1), (1/2, 1/2), (1/2, 1/4, 1/4), (1/2, 1/4,
+    1/8, 1/8). So the Tail meets the same scale at every r, and u converges as r grows, by construction,
+    trained or not: the change of x halves with each iteration, that of u, 2^-(k+1) (Delta_{k+1} - Delta_k),
+    quarters. It also means that later iterations can refine, but hardly compute. AbbIE-C has the weights (1,
+    1, 1, ...), and does not converge.
     """
 
     def __init__(self, config: AbbIEConfig):
@@ -204,7 +208,7 @@ class AbbIE(nn.Module):
         if config.tie_embeddings:
             self.unembed.weight = self.embed.weight
         if config.rule == "zero_pt":
-            # Without a draw of its own, so that all other weights begin as in every other rule.
+            # skip_init: Linear's own draw would change all that init_weights draws after it.
             self.project = skip_init(nn.Linear, 2 * config.n_embd, config.n_embd, bias=False)
         self._rope = rope_table(config)  # no buffer: the angles stay fp32 when the weights are bf16
         self.activation_checkpointing = False  # recompute each iteration in the backward pass
@@ -229,15 +233,15 @@ class AbbIE(nn.Module):
                 s = self.project(torch.cat((x, h), dim=-1))
                 u = body(s.to(h.dtype))  # under autocast too, the residual stream keeps its precision
                 return u, u
-            case "recall":  # ours: damped iteration to x = h + Delta(x), updates of full size. At r = 2 it
-                # is the explicit midpoint method for dx/dt = Delta(x): u = h + Delta(h + Delta(h) / 2).
+            case "recall":  # ours: u = h + Delta(x), and x goes half of the way there: a damped iteration to
+                # x = h + Delta(x). At r = 2 it is the explicit midpoint method for dx/dt = Delta(x).
                 u = body(x) + (h - x)
                 return u, (u + x) / 2
 
-    def advance(self, x: Tensor, h: Tensor, first: int, last: int, rope, kv=None, backprop_from: int = 0):
-        """Iterations first, ..., last - 1 -> (u, next x). Training, evaluation, decoding: all come here."""
+    def advance(self, x: Tensor, h: Tensor, first: int, end: int, rope, kv=None, backprop_from: int = 0):
+        """Iterations first, ..., end - 1 -> (u, next x). Training, evaluation, decoding: all come here."""
         u = None
-        for k in range(first, last):
+        for k in range(first, end):
             body = partial(self.run_body, k=k, rope=rope, kv=kv, backprop=k >= backprop_from)
             if self.activation_checkpointing and torch.is_grad_enabled():
                 u, x = checkpoint(self.iterate, x, h, k, body, use_reentrant=False)
@@ -332,7 +336,9 @@ class AbbIE(nn.Module):
 
     def check_iters(self, iters: int | None) -> int:
         """iters, or the default for None. Raises UserError outside the rule's range."""
-        iters, most = self.config.mean_iters if iters is None else iters, RULES[self.config.rule]
+        if iters is None:
+            iters = self.config.mean_iters
+        most = RULES[self.config.rule]
         valid = type(iters) is int and 1 <= iters <= most
         check(valid, f"iters={iters!r}: rule {self.config.rule} runs at any integer from 1 to {most}")
         return iters

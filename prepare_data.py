@@ -39,9 +39,9 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from checkpoint import sha256, sync_folder, write_json, write_synced
+from checkpoint import sha256, sync_folder, write_json, write_whole
 from config import ArgumentParser, cli, optional
-from data import get_tokenizer, read_json, token_dtype
+from data import get_tokenizer, json_or_empty, token_dtype
 from model import UserError, check
 from tasks import DOWNLOADED, TASKS
 
@@ -264,12 +264,10 @@ SOURCES = {
 SPLITS = ("train", "val")
 
 
-def write_whole(path: Path, parts: list):
-    """A file of these bytes, there whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
+def write_parts(path: Path, parts: list):
+    """A file of these bytes, one part after the other."""
     try:
-        write_synced(temporary, lambda file: file.writelines(parts))
-        os.replace(temporary, path)
+        write_whole(path, lambda file: file.writelines(parts))
     except OSError as error:
         again = "nothing is lost: once that is mended, the same command goes on"
         raise UserError(f"{path}: {error.strerror}\n{again}") from None
@@ -281,7 +279,7 @@ def write_batch(folder: Path, meta: dict, batch: dict[str, list]):
         if documents:
             shards = meta["splits"][split]["shards"]
             path = folder / f"{split}_{len(shards):05d}.bin"
-            write_whole(path, documents)
+            write_parts(path, documents)
             n_tokens = sum(len(tokens) for tokens in documents)
             shards.append({"file": path.name, "tokens": n_tokens, "sha256": sha256(path)})
             documents.clear()
@@ -329,7 +327,7 @@ def write_shards(args, stages: list[list[Input]], meta: dict, tokenizer):
 
 
 def nothing_yet(threshold: int) -> dict:
-    """What meta.json counts, before the first batch. The next one begins at that chunk of that stage."""
+    """What meta.json counts, before the first batch; progress says at which chunk of a stage one begins."""
     return {
         "splits": {split: {"documents": 0, "tokens": 0, "bytes": 0, "shards": []} for split in SPLITS},
         "skipped": 0,
@@ -345,11 +343,11 @@ def prepare(args, stages: list[list[Input]], source: str, identity):
     finished, unfinished = folder / "meta.json", folder / "unfinished.json"
     decides = [source, identity, args.tokenizer, args.val_fraction, args.shard_tokens, args.field]
     job = hashlib.sha256(json.dumps(decides).encode()).hexdigest()
-    meta = read_json(finished)
+    meta = json_or_empty(finished)
     if meta.get("job") == job:
         return report(f"{folder} is complete", meta)
     tokenizer = get_tokenizer(args.tokenizer)
-    meta = meta or read_json(unfinished)
+    meta = meta or json_or_empty(unfinished)
     if meta.get("job") == job:
         print(f"{folder}: going on after {meta['splits']['train']['tokens']:,} tokens")
     else:
@@ -405,7 +403,7 @@ def fetch_eval_set(task: str, folder: Path):
     found = f"{known.repo}, {known.file} has {len(lines)} rows"
     check(len(lines) == known.n_rows, f"{found}, not the {known.n_rows} of the task: it may have changed")
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, lines)
+    write_parts(path, lines)
     shutil.rmtree(folder / "download")
     print(f"{path}: {known.n_rows} rows", flush=True)
 

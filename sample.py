@@ -74,15 +74,15 @@ def continuations(model, tokenizer, prompt: str, args, iters, stats):
 
 def show_samples(model, tokenizer, prompt: str, args):
     """Continuations of a prompt to stdout: the first as it comes, the others after it."""
-    stats, later = Stats(), [""] * args.num_samples
+    stats, texts = Stats(), [""] * args.num_samples
     pieces = continuations(model, tokenizer, prompt, args, args.iters, stats)
     say(prompt, end="")
     for b, piece in pieces:
         if b == 0:
             print(piece, end="", flush=True)
-        later[b] += piece
+        texts[b] += piece
     print(flush=True)
-    for b, text in enumerate(later[1:], 2):
+    for b, text in enumerate(texts[1:], 2):
         say(f"--- sample {b}\n{prompt}", end="")
         print(text, flush=True)
     say(f"[{stats.report(model.check_iters(args.iters))}]")

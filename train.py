@@ -10,8 +10,9 @@
 
 The same command continues an interrupted run. What a step computes does not depend on the number of
 processes: the config fixes the tokens of a step, and data order and iterations are pure functions of (seed,
-step); nothing else is random. SIGTERM and SIGINT save and leave. torchrun gives its workers 30 s to finish
-the save before it kills them, whereby only the step at hand is lost, and then reports a failure."""
+step); nothing else is random. SIGTERM and SIGINT end the run after the step at hand, and save it. torchrun
+passes them on and kills its workers 30 s later: a save that takes longer is lost, and the run goes on from
+the checkpoint before it. In either case torchrun reports a failure."""
 
 import contextlib
 import dataclasses
@@ -65,14 +66,14 @@ def draw_iters(spec: int | str, seed: int, step: int) -> int:
     rng = np.random.default_rng([seed, step, 1])  # [.., 1]: apart from the data order's stream
     if kind == "uniform":
         return int(rng.integers(low, high + 1))
-    sigma = 0.5
-    rate = rng.lognormal(math.log(low - 1) - sigma**2 / 2, sigma)
+    mean, sigma = low, 0.5
+    rate = rng.lognormal(math.log(mean - 1) - sigma**2 / 2, sigma)
     return min(1 + int(rng.poisson(rate)), high)
 
 
 def lr_at(step: int, config: Config, max_steps: int) -> float:
-    """Warmup-Stable-Decay: linear up, constant, linear down to min_lr, which the step after the last would
-    have; the lower of the two where a short run does both at once."""
+    """Warmup-Stable-Decay: up linearly, constant, down linearly over the last decay_frac of the run, so that
+    the step after the last would have min_lr. The lower of the two where a short run does both at once."""
     warmup = config.warmup_steps if config.warmup_steps >= 0 else max_steps // 100
     decay = max(1, round(config.decay_frac * max_steps))
     left = min(1.0, (max_steps - step) / decay)
@@ -140,9 +141,9 @@ def choose_attention(device: torch.device, dtype: torch.dtype, compiled: bool):
 
 
 def compile_blocks(model: AbbIE, config: Config, device: torch.device, **how) -> bool:
-    """torch.compile each block in place (one compilation serves all blocks and iterations) and the loss.
-    Returns whether it was done. auto: on CUDA only, since a short run on a CPU does not earn the compilation
-    back."""
+    """torch.compile each block in place, and the loss. Head and Tail share one compilation, the Body has
+    another, and both serve any number of blocks and iterations. Returns whether it was done. auto: on CUDA
+    only, since a short run on a CPU does not earn the compilation back. how: options of torch.compile."""
     if config.compile == "off" or (config.compile == "auto" and device.type != "cuda"):
         return False
     try:
@@ -180,7 +181,7 @@ def new_model(config: Config, shards: Shards, model_class=AbbIE) -> AbbIE:
     cut = {name: getattr(config, name) for name in ("n_head_blocks", "n_body_blocks", "n_tail_blocks")}
     if config.init_from.startswith("hf:"):  # its shape counts, and the config's cut where it fits
         model = load_model(config.init_from, model_class=model_class, **changes)
-        if model.config.n_blocks == config.n_blocks:
+        if model.config.n_blocks == config.n_blocks:  # only now is that known
             model = load_model(config.init_from, model_class=model_class, **changes, **cut)
         else:
             print(f"{config.init_from}: {model.config.n_blocks} blocks, cut into thirds, not as configured")
@@ -280,14 +281,14 @@ def open_log(path: Path, header: dict, start: int, rank: int):
     file = open(path, "a", buffering=1)
     file.truncate(kept)
 
-    def finite(value):
+    def null_for_nan(value):
         """JSON knows no NaN: null."""
         if isinstance(value, dict):
-            return {key: finite(one) for key, one in value.items()}
+            return {key: null_for_nan(one) for key, one in value.items()}
         return None if isinstance(value, float) and not math.isfinite(value) else value
 
     def write(record: dict):
-        file.write(json.dumps(finite(record)) + "\n")
+        file.write(json.dumps(null_for_nan(record)) + "\n")
 
     write({**header, "resumed_at": start})
     return write
@@ -329,7 +330,8 @@ def peak_flops(device_name: str) -> float | None:
 
 # ---------------------------------------------------------------------------------------------------- the run
 
-SIGNALS, DIVERGED = (signal.SIGTERM, signal.SIGINT), -1
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+DIVERGED = -1  # in place of a signal: what stopped the run
 
 
 @contextlib.contextmanager
@@ -394,7 +396,11 @@ def run(config: Config, rank: int, world: int, model_class=AbbIE) -> int:
     # The data, the model, fresh or from a checkpoint, and its optimizer.
     splits = ("train", "val")
     shards, val_shards = together(lambda: [Shards(config.data, s, T, verify=False) for s in splits])
-    order = functools.lru_cache(maxsize=1)(lambda epoch: shards.window_order(config.seed, epoch))
+
+    @functools.lru_cache(maxsize=1)  # a permutation is as long as the data: of one epoch at a time
+    def order(epoch: int) -> np.ndarray:
+        return shards.window_order(config.seed, epoch)
+
     if resume_from is None:
         model = together(lambda: new_model(config, shards, model_class))
     else:
@@ -408,8 +414,10 @@ def run(config: Config, rank: int, world: int, model_class=AbbIE) -> int:
         groups = optimizer.state_dict()["param_groups"]  # decay and betas are the config's
         optimizer.load_state_dict({**saved["optimizer"], "param_groups": groups})
         start, skipped, flops = saved["step"], saved["skipped"], saved["flops"]
-    tokens = config.max_steps * config.tokens_per_step or config.tokens_per_param * model.n_params()
-    max_steps = max(start, round(tokens / config.tokens_per_step))
+    max_steps = config.max_steps
+    if not max_steps:
+        max_steps = round(config.tokens_per_param * model.n_params() / config.tokens_per_step)
+    max_steps = max(start, max_steps)
     dtype = choose_dtype(config, device)
     compiled = compile_blocks(model, config, device)
     choose_attention(device, dtype, compiled)
@@ -458,7 +466,7 @@ def run(config: Config, rank: int, world: int, model_class=AbbIE) -> int:
             if due and not (step == start and start_is_saved):
                 on_rank_0(functools.partial(save, step))
             if last or stop:
-                stop = stop or agreed_signal(asked, device, world)  # of the last evaluation or save
+                stop = stop or agreed_signal(asked, device, world)  # sent while it saved
                 break
 
             began, lr = time.perf_counter(), lr_at(step, config, max_steps)

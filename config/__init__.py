@@ -60,7 +60,7 @@ class Config(AbbIEConfig):
         "auto", "auto: continue the run in out_dir; never: start afresh; or a checkpoint to go on from"
     )
     init_from: str = key("", "checkpoint, or hf:FOLDER, whose weights the run starts from")
-    force: bool = key(False, "resume although data, rule or shape differ (the checkpoint's count)")
+    force: bool = key(False, "go on although data, rule or shape differ (the checkpoint's are kept)")
     max_skips: int = key(10, "steps without a finite loss or gradient that stop a run, in a row", least=1)
     activation_checkpointing: bool = key(False, "recompute iterations in the backward pass, to save memory")
 
@@ -122,7 +122,7 @@ def load_config(argv: list[str]) -> Config:
     parser.add_argument("file", metavar="CONFIG.py", type=Path, help="such as config/abbie_tiny.py")
     for f in dataclasses.fields(Config):
         choices = f" ({', '.join(f.metadata['choices'])})" if f.metadata["choices"] else ""
-        text = f"{f.metadata['help']}{choices}; default {f.default!r}".replace("%", "%%")
+        text = f"{f.metadata['about']}{choices}; default {f.default!r}".replace("%", "%%")
         parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, metavar="", help=text)
     flags = vars(parser.parse_args(argv))
     path = flags.pop("file")
@@ -225,7 +225,7 @@ def start_ranks() -> tuple[int, int]:
     if rank:
         sys.stdout = open(os.devnull, "w")
     if world > 1:
-        # Apart from what the store may still hold of ranks that died before a restart: their addresses.
+        # A prefix for each restart: the store may still hold the addresses of ranks that died before it.
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         store, *_ = next(dist.rendezvous("env://"))
         dist.init_process_group(rank=rank, world_size=world, store=dist.PrefixStore(attempt, store))

@@ -28,7 +28,7 @@ from checkpoint import find_checkpoint, load_model, save_checkpoint
 from config import ArgumentParser, cli, load_config, parse_list
 from data import Shards, get_tokenizer
 from decode import resolve_exit
-from eval_icl import read
+from eval_icl import states_and_depths
 from experiments import RESULTS, ROOT, append
 from model import AbbIE, check, parse_iters
 
@@ -190,7 +190,7 @@ def accuracy_with_exit(model: AbbIE, shards: Shards, exit: str, iters: int, n_pr
     depths, right, n_programs, total = {}, {}, min(n_programs, shards.n_windows), 0
     for first in range(0, n_programs, 64):
         x, y = shards.batch(range(first, min(first + 64, n_programs)))
-        [_, (z, ran)] = read(model, x, [iters, exit])
+        [_, (z, ran)] = states_and_depths(model, x, [iters, exit])
         hit = model.logits(z).argmax(-1) == y
         total += int(ran.sum())
         for row in range(len(x)):

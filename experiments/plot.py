@@ -247,7 +247,7 @@ def look_up(folder: Path, path: Path):
         name = Path(run["ckpt"]).name.rpartition("-")[0]  # of the row, with or without a learning rate
         row = name if name in LOOK_UP else name.rpartition("_")[0]
         by_look_up = where_a_look_up(run, trained_at(run))
-        apart = any(mark in name for mark in ("_books", "_quarter", "_16k"))  # of other text, or longer
+        apart = any(mark in name for mark in ("_books", "_quarter", "_16k", "_32k"))  # other text, or longer
         if row not in LOOK_UP or apart or not by_look_up:
             continue
         (label, marker), color = LOOK_UP[row], colour_of(row)

@@ -118,7 +118,7 @@ def abbie_config(model: AbbIE) -> dict:
     }  # fmt: skip
 
 
-def llama_config(model: AbbIE) -> dict:
+def config_to_llama(model: AbbIE) -> dict:
     c = model.config
     rope = {"rope_type": "default", **(c.rope_scaling or {}), "rope_theta": c.rope_base}
     return {
@@ -148,7 +148,7 @@ def export(model: AbbIE, folder: Path, kind: str = "abbie", command: str = "hf.e
 
     weights = dict(model.named_parameters())  # tied ones once
     if kind == "llama":
-        config, tensors = llama_config(model), to_llama(model.config, weights)
+        config, tensors = config_to_llama(model), to_llama(model.config, weights)
     else:
         config = abbie_config(model)
         tensors = {f"model.{name}": tensor for name, tensor in weights.items()}

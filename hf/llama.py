@@ -58,7 +58,7 @@ def read_folder(name: str, changes: dict) -> tuple[dict, dict[str, Tensor]]:
         tensors = read_tensors(folder)
         state = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
     else:
-        config = llama_config(folder / "config.json", raw, changes)
+        config = config_from_llama(folder / "config.json", raw, changes)
         meta = asdict(config)
         state = from_llama(folder, config, read_tensors(folder))
     if meta["tie_embeddings"]:
@@ -123,33 +123,33 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
 # -------------------------------------------------------------------------------------------------- the Llama
 
 
-def llama_config(path: Path, raw: dict, changes: dict) -> AbbIEConfig:
+def config_from_llama(path: Path, raw: dict, changes: dict) -> AbbIEConfig:
     """config.json of a Llama -> the config, its layers cut. What we cannot compute is refused by name."""
     # transformers 5 writes rope_parameters; older versions rope_theta and rope_scaling.
     rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     found = {key: value for key, value in {**raw, **rope}.items() if value is not None}
-    raw = {**DEFAULTS, "num_key_value_heads": found.get("num_attention_heads"), **found}
+    llama = {**DEFAULTS, "num_key_value_heads": found.get("num_attention_heads"), **found}
 
     wrong = []
     for name, value in SUPPORTED.items():
-        if raw.get(name, value) != value:
-            wrong.append(f"{name}={raw[name]!r}")
+        if llama.get(name, value) != value:
+            wrong.append(f"{name}={llama[name]!r}")
     if rope_type not in ("default", "llama3"):
         wrong.append(f"rope_type={rope_type!r}")
     asked = ", ".join(wrong)
     check(not wrong, f"{path} asks for what this model does not have: {asked}")
     stretch = STRETCH if rope_type == "llama3" else ()
     for name in (*KEYS.values(), *stretch):
-        value = raw.get(name)
+        value = llama.get(name)
         valid = type(value) in (int, float) and value > 0
         check(valid, f"{path}: {name}={value!r} is no positive number")
 
-    shape = {ours: raw[theirs] for ours, theirs in KEYS.items()}
+    shape = {ours: llama[theirs] for ours, theirs in KEYS.items()}
     shape["block_size"] = min(shape["block_size"], MAX_BLOCK_SIZE)
     layers, width, heads = shape.pop("n_blocks"), shape["n_embd"], shape["n_attn_heads"]
-    standard = raw.get("head_dim", width // heads) * heads == width
-    check(standard, f"{path}: head_dim={raw.get('head_dim')} is not hidden_size / num_attention_heads")
+    standard = llama.get("head_dim", width // heads) * heads == width
+    check(standard, f"{path}: head_dim={llama.get('head_dim')} is not hidden_size / num_attention_heads")
     head = changes.get("n_head_blocks", layers // 3)
     body = changes.get("n_body_blocks", layers - 2 * (layers // 3))  # with what thirds leave over
     advice = "set n_head_blocks, n_body_blocks"
@@ -158,9 +158,9 @@ def llama_config(path: Path, raw: dict, changes: dict) -> AbbIEConfig:
     shape["n_body_blocks"] = body
     shape["n_tail_blocks"] = layers - head - body
     if stretch:
-        scaling = {name: raw[name] for name in stretch}
+        scaling = {name: llama[name] for name in stretch}
         shape["rope_scaling"] = {"rope_type": rope_type, **scaling}
-    shape["tie_embeddings"] = raw.get("tie_word_embeddings", False)
+    shape["tie_embeddings"] = llama.get("tie_word_embeddings", False)
     return AbbIEConfig(**shape, iters=1)  # what it was trained at
 
 
