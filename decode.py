@@ -294,6 +294,49 @@ def draw(p: Tensor, rngs: list[random.Random]) -> list[int]:
     return torch.searchsorted(total, u * total[:, -1:], right=True).clamp_(max=p.shape[-1] - 1)[:, 0].tolist()
 
 
+# --------------------------------------------------------------------------------------------------- drafting
+
+
+def draft_and_verify(model, cache, token, room, rng, *, iters, draft_iters, draft_tokens, sample, stats):
+    """Self-speculative decoding (LayerSkip, arXiv 2404.16710): after `token`, draft some at few iterations,
+    then take all of them on to `iters` in one pass -> those that decoding at `iters` could have drawn
+    (speculative sampling, arXiv 2302.01318, and 2211.17192) and one more, at most `room` in all. The first
+    draft_iters iterations do not depend on iters: the draft's Head and Body, their states and their keys and
+    values, are the beginning of the verification and are not repeated. The Tail's are overwritten."""
+    n, start = min(draft_tokens + 1, room), cache.lengths[0]
+    states, drafted, qs = [], [], []
+    for j in range(n):
+        kv = Chunk(cache, 1)
+        rope = kv.rope(model)
+        h = model.run_head(torch.tensor([[token]], device=cache.keys.device), rope, kv)
+        u, x = model.advance(model.start(h), h, 0, draft_iters, rope, kv)
+        states.append((h, x))
+        cache.lengths[0] += 1
+        if j < n - 1:  # after the last one, the verification itself predicts
+            qs.append(sample(model.logits(model.run_tail(u, rope, kv))[:, 0]))
+            [token] = draw(qs[-1], [rng])
+            drafted.append(token)
+
+    h, x = (torch.cat(parts, dim=1) for parts in zip(*states))  # (1, n, D)
+    cache.lengths[0] = start
+    kv = Chunk(cache, n)
+    rope = kv.rope(model)
+    u, _ = model.advance(x, h, draft_iters, iters, rope, kv)
+    p = sample(model.logits(model.run_tail(u, rope, kv))[0])  # (n, V)
+
+    accepted = 0
+    for token, q in zip(drafted, qs):
+        if rng.random() * q[0, token] >= p[accepted, token]:
+            # What is left of p: drafted with q and accepted with min(1, p/q), or else drawn from here, tokens
+            # come out distributed as p.
+            p[accepted] = (p[accepted] - q[0]).clamp(min=0)
+            break
+        accepted += 1
+    cache.lengths[0] = start + 1 + accepted  # what was rejected is forgotten
+    stats.drafted, stats.accepted = stats.drafted + n - 1, stats.accepted + accepted
+    return drafted[:accepted] + draw(p[accepted][None], [rng])
+
+
 # -------------------------------------------------------------------------------------- generate and stream
 
 
@@ -320,12 +363,50 @@ class Stats:
         return text
 
 
-def generate(model: AbbIE, prompts: list[list[int]], max_new_tokens: int, iters=None, **options):
-    """-> the new ids of every prompt, at most max_new_tokens each. Options and errors: see `stream`."""
-    new = [[] for _ in prompts]
-    for row, token in stream(model, prompts, max_new_tokens, iters, **options):
-        new[row].append(token)
-    return new
+def feed(cache, contexts, next_step) -> Tensor:
+    """Take what the cache does not hold yet of contexts, dict of row -> ids, through the model by
+    `next_step(idx, n_new=, rows=)` -> logits (len(contexts), V) after the last ids. Prompts, and contexts
+    that start again because they have become too long, go together, padded; and so do single tokens."""
+    S = cache.length
+    for b, ids in contexts.items():
+        if len(ids) > S:
+            contexts[b], cache.lengths[b] = ids[-(S // 2) :], 0
+    prompts = [b for b in contexts if cache.lengths[b] == 0]
+    others = [b for b in contexts if cache.lengths[b] > 0]
+    logits = {}
+    for rows in (prompts, others):
+        new = [torch.tensor(contexts[b][cache.lengths[b] :]) for b in rows]
+        if rows:
+            idx = pad_sequence(new, batch_first=True).to(cache.keys.device)
+            found = next_step(idx, n_new=[len(ids) for ids in new], rows=rows)
+            logits.update(zip(rows, found))
+    return torch.stack([logits[b] for b in contexts])
+
+
+@torch.no_grad()
+def stream_rows(cache, prompts, max_new_tokens, next_step, sample, rngs, stop_token, stats, draft):
+    """Every row's next token, again and again, of as many prompts at a time as the cache has rows; a row that
+    draws stop_token leaves. `draft`, if there is one, takes the place of a step (of one row)."""
+    size, S, start = len(cache.lengths), cache.length, time.perf_counter()
+    for first in range(0, len(prompts), size):
+        contexts, n = dict(enumerate(map(list, prompts[first : first + size]))), 0
+        cache.lengths = [0] * size
+        while contexts and n < max_new_tokens:
+            room = min(S - cache.lengths[0], max_new_tokens - n)
+            if draft and 0 < cache.lengths[0] < S:  # neither a prompt nor a context that starts again
+                new = [draft(contexts[0][-1], room, rngs[first])]
+            else:
+                p = sample(feed(cache, contexts, next_step))
+                new = [[token] for token in draw(p, [rngs[first + b] for b in contexts])]
+            n += len(new[0])
+            for b, tokens in zip(list(contexts), new):
+                for token in tokens:
+                    if token == stop_token:
+                        del contexts[b]
+                        break
+                    contexts[b].append(token)
+                    stats.tokens, stats.seconds = stats.tokens + 1, time.perf_counter() - start
+                    yield first + b, token
 
 
 def stream(
@@ -379,93 +460,12 @@ def stream(
     return stream_rows(cache, prompts, max_new_tokens, next_step, sample, rngs, stop_token, stats, draft)
 
 
-def feed(cache, contexts, next_step) -> Tensor:
-    """Take what the cache does not hold yet of contexts, dict of row -> ids, through the model by
-    `next_step(idx, n_new=, rows=)` -> logits (len(contexts), V) after the last ids. Prompts, and contexts
-    that start again because they have become too long, go together, padded; and so do single tokens."""
-    S = cache.length
-    for b, ids in contexts.items():
-        if len(ids) > S:
-            contexts[b], cache.lengths[b] = ids[-(S // 2) :], 0
-    prompts = [b for b in contexts if cache.lengths[b] == 0]
-    others = [b for b in contexts if cache.lengths[b] > 0]
-    logits = {}
-    for rows in (prompts, others):
-        new = [torch.tensor(contexts[b][cache.lengths[b] :]) for b in rows]
-        if rows:
-            idx = pad_sequence(new, batch_first=True).to(cache.keys.device)
-            found = next_step(idx, n_new=[len(ids) for ids in new], rows=rows)
-            logits.update(zip(rows, found))
-    return torch.stack([logits[b] for b in contexts])
-
-
-@torch.no_grad()
-def stream_rows(cache, prompts, max_new_tokens, next_step, sample, rngs, stop_token, stats, draft):
-    """Every row's next token, again and again, of as many prompts at a time as the cache has rows; a row that
-    draws stop_token leaves. `draft`, if there is one, takes the place of a step (of one row)."""
-    size, S, start = len(cache.lengths), cache.length, time.perf_counter()
-    for first in range(0, len(prompts), size):
-        contexts, n = dict(enumerate(map(list, prompts[first : first + size]))), 0
-        cache.lengths = [0] * size
-        while contexts and n < max_new_tokens:
-            room = min(S - cache.lengths[0], max_new_tokens - n)
-            if draft and 0 < cache.lengths[0] < S:  # neither a prompt nor a context that starts again
-                new = [draft(contexts[0][-1], room, rngs[first])]
-            else:
-                p = sample(feed(cache, contexts, next_step))
-                new = [[token] for token in draw(p, [rngs[first + b] for b in contexts])]
-            n += len(new[0])
-            for b, tokens in zip(list(contexts), new):
-                for token in tokens:
-                    if token == stop_token:
-                        del contexts[b]
-                        break
-                    contexts[b].append(token)
-                    stats.tokens, stats.seconds = stats.tokens + 1, time.perf_counter() - start
-                    yield first + b, token
-
-
-# --------------------------------------------------------------------------------------------------- drafting
-
-
-def draft_and_verify(model, cache, token, room, rng, *, iters, draft_iters, draft_tokens, sample, stats):
-    """Self-speculative decoding (LayerSkip, arXiv 2404.16710): after `token`, draft some at few iterations,
-    then take all of them on to `iters` in one pass -> those that decoding at `iters` could have drawn
-    (speculative sampling, arXiv 2302.01318, and 2211.17192) and one more, at most `room` in all. The first
-    draft_iters iterations do not depend on iters: the draft's Head and Body, their states and their keys and
-    values, are the beginning of the verification and are not repeated. The Tail's are overwritten."""
-    n, start = min(draft_tokens + 1, room), cache.lengths[0]
-    states, drafted, qs = [], [], []
-    for j in range(n):
-        kv = Chunk(cache, 1)
-        rope = kv.rope(model)
-        h = model.run_head(torch.tensor([[token]], device=cache.keys.device), rope, kv)
-        u, x = model.advance(model.start(h), h, 0, draft_iters, rope, kv)
-        states.append((h, x))
-        cache.lengths[0] += 1
-        if j < n - 1:  # after the last one, the verification itself predicts
-            qs.append(sample(model.logits(model.run_tail(u, rope, kv))[:, 0]))
-            [token] = draw(qs[-1], [rng])
-            drafted.append(token)
-
-    h, x = (torch.cat(parts, dim=1) for parts in zip(*states))  # (1, n, D)
-    cache.lengths[0] = start
-    kv = Chunk(cache, n)
-    rope = kv.rope(model)
-    u, _ = model.advance(x, h, draft_iters, iters, rope, kv)
-    p = sample(model.logits(model.run_tail(u, rope, kv))[0])  # (n, V)
-
-    accepted = 0
-    for token, q in zip(drafted, qs):
-        if rng.random() * q[0, token] >= p[accepted, token]:
-            # What is left of p: drafted with q and accepted with min(1, p/q), or else drawn from here, tokens
-            # come out distributed as p.
-            p[accepted] = (p[accepted] - q[0]).clamp(min=0)
-            break
-        accepted += 1
-    cache.lengths[0] = start + 1 + accepted  # what was rejected is forgotten
-    stats.drafted, stats.accepted = stats.drafted + n - 1, stats.accepted + accepted
-    return drafted[:accepted] + draw(p[accepted][None], [rng])
+def generate(model: AbbIE, prompts: list[list[int]], max_new_tokens: int, iters=None, **options):
+    """-> the new ids of every prompt, at most max_new_tokens each. Options and errors: see `stream`."""
+    new = [[] for _ in prompts]
+    for row, token in stream(model, prompts, max_new_tokens, iters, **options):
+        new[row].append(token)
+    return new
 
 
 # -------------------------------------------------------------------------------------- weights for decoding
