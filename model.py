@@ -78,6 +78,7 @@ class AbbIEConfig:
             least, most, choices = (f.metadata[bound] for bound in ("least", "most", "choices"))
             check(least is None or value >= least, f"{name}={value} must be at least {least}")
             check(most is None or value <= most, f"{name}={value} must be at most {most}")
+            check(value not in (math.inf, -math.inf), f"{name}={value} must be finite")
             check(not choices or value in choices, f"{name}={value!r} is none of {', '.join(choices)}")
         D, H, K, most = self.n_embd, self.n_attn_heads, self.n_kv_heads, RULES[self.rule]
         check(D % (2 * H) == 0, f"n_embd={D} is no even multiple of n_attn_heads={H}")
@@ -295,6 +296,8 @@ class AbbIE(nn.Module):
         if not backprop and torch.is_grad_enabled():
             with torch.no_grad():
                 y = self.run_body(x, c, k=k, rope=rope, kv=kv)
+            # Older PyTorch keeps the bf16 weights of here, which have no gradient, for later (issue #65766).
+            torch.clear_autocast_cache()
             return y + (x - x.detach())  # the value of y, the gradient of x
         c = x.new_full((), c)  # a tensor, so that one compiled block serves every iteration
         for i, block in enumerate(self.body):
@@ -416,10 +419,12 @@ def rope_table(config: AbbIEConfig) -> tuple[Tensor, Tensor]:
     freq = 1 / config.rope_base ** (torch.arange(0, E, 2, dtype=torch.int64).float() / E)  # (E/2,) per token
     if scaling is not None:
         wanted = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
-        known = scaling.get("rope_type") == "llama3" and wanted <= set(scaling)
-        check(known, f"rope_scaling needs rope_type 'llama3' and {', '.join(sorted(wanted))}")
+        numbers = all(type(scaling.get(name)) in (int, float) and scaling[name] > 0 for name in wanted)
+        known = scaling.get("rope_type") == "llama3" and numbers
+        check(known, f"rope_scaling needs rope_type 'llama3' and positive {', '.join(sorted(wanted))}")
         turns = scaling["original_max_position_embeddings"] * freq / (2 * math.pi)  # in the first context
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        check(low < high, f"rope_scaling: low_freq_factor={low} must be below high_freq_factor={high}")
         keep = ((turns - low) / (high - low)).clamp(0, 1)  # 1: short wavelengths, kept; 0: long, stretched
         freq = keep * freq + (1 - keep) * freq / scaling["factor"]
     angle = torch.outer(torch.arange(config.block_size).float(), freq)

@@ -269,7 +269,24 @@ def test_activation_checkpointing_changes_nothing(rule):
     assert all(torch.equal(grad, again[name]) for name, grad in grads.items())
 
 
+@pytest.mark.parametrize("rule", RULES)
+def test_truncated_gradients_reach_every_weight_in_bf16_too(rule):
+    """Not so in older PyTorch, if autocast kept what the iterations without gradients made of the weights."""
+    model, idx, targets = make(rule=rule, backprop_iters=1), tokens(), tokens(seed=2)
+    exact = gradients(model, model(idx, targets, iters=3)[1])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = model(idx, targets, iters=3)[1]
+    for name, grad in gradients(model, loss).items():
+        assert F.cosine_similarity(grad.flatten(), exact[name].flatten(), dim=0) > 0.9, name
+
+
 # ----------------------------------------------------------------------------------------------------- errors
+
+
+STRETCH = {
+    "rope_type": "llama3", "factor": 8, "low_freq_factor": 1, "high_freq_factor": 4,
+    "original_max_position_embeddings": 16,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -279,6 +296,8 @@ def test_activation_checkpointing_changes_nothing(rule):
         (dict(n_body_blocks=0), "n_body_blocks=0 must be at least 1"),
         (dict(rope_base=float("nan")), "rope_base=nan must be at least 1e-09"),
         (dict(rope_scaling={"rope_type": "yarn"}), "rope_scaling needs rope_type 'llama3'"),
+        (dict(rope_scaling={**STRETCH, "factor": "8"}), "rope_scaling needs .* positive factor"),
+        (dict(rope_scaling={**STRETCH, "low_freq_factor": 4}), "low_freq_factor=4 must be below"),
         (dict(rule="abbie_d_literal", iters="2-64"), "allows iters up to 48, not 2-64"),
         (dict(rule="abbie_d_literal", iters="poisson:4"), r"not poisson:4 \(up to 128\)"),
         (dict(vocab_size=0), "vocab_size is not known"),
