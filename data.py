@@ -62,8 +62,8 @@ def broken(path: Path, why: str) -> UserError:
 def json_or_empty(path: Path) -> dict:
     """{} where there is none, or none that can be read."""
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError):
         return {}
 
 

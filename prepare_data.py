@@ -48,6 +48,7 @@ from tasks import DOWNLOADED, TASKS
 CHUNK = 1 << 18  # bytes of text that a thread encodes at a time, or one document that is larger
 SECTION = 1 << 20  # bytes of running text that are read at a time
 PIECE = 1 << 13  # bytes of running text that are hashed, and so split, as one
+DOWNLOADS = ".download"  # in the folder that is made: what has been fetched and not yet read
 NO_HASH = 1 << 64  # larger than the first 64 bits of any
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -202,7 +203,11 @@ def encode_chunk(tokenizer, threshold: int, chunk: list):
             runs = [(split_of(document), [document])]
         for split, pieces in runs:
             text = b"".join(pieces)
-            encoded.append((split, len(text), encode(tokenizer, text.decode())))
+            try:
+                encoded.append((split, len(text), encode(tokenizer, text.decode())))
+            except ValueError as error:  # tiktoken's, of a million spaces in a row
+                why = f"{tokenizer.name} cannot encode a document of {len(text):,} bytes ({error})"
+                raise UserError(f"{item.path}: {why}\nleave it out, or cut it") from None
     return encoded, lowest, n_bad
 
 
@@ -301,8 +306,8 @@ def write_shards(args, stages: list[list[Input]], meta: dict, tokenizer):
     bar = tqdm(total=sum(sizes), initial=done, unit=f" {unit}", unit_scale=True, disable=None)
     for inputs in stages[progress["stage"] :]:
         if source:
-            file = inputs[0].path.relative_to(folder / "download").as_posix()
-            download(source.repo, file, source.revision, folder / "download")
+            file = inputs[0].path.relative_to(folder / DOWNLOADS).as_posix()
+            download(source.repo, file, source.revision, folder / DOWNLOADS)
         to_come = islice(chunks(inputs, args.field, args.skip_bad), progress["chunk"], None)
         results, n_tokens = encode_all(tokenizer, progress["threshold"], to_come, args.workers), 0
         for encoded, lowest, n_bad in results:
@@ -322,7 +327,8 @@ def write_shards(args, stages: list[list[Input]], meta: dict, tokenizer):
                 n_tokens = 0
         progress["stage"], progress["chunk"] = progress["stage"] + 1, 0
         write_batch(folder, meta, batch)
-        shutil.rmtree(folder / "download", ignore_errors=True)
+        if source:
+            shutil.rmtree(folder / DOWNLOADS, ignore_errors=True)
     bar.close()
 
 
@@ -353,7 +359,7 @@ def prepare(args, stages: list[list[Input]], source: str, identity):
     else:
         other = f"{folder} holds other data, or of other settings, files or Python"
         remedy = f"remove {folder}, or choose another folder with --out"
-        check(not any(folder.glob("*.bin")), f"{other}\n{remedy}")
+        check(not finished.exists() and not any(folder.glob("*.bin")), f"{other}\n{remedy}")
         meta = {"tokenizer": args.tokenizer, "vocab_size": tokenizer.n_vocab, "source": source, "job": job}
         meta.update(nothing_yet(threshold=int(args.val_fraction * 2**64)))
     folder.mkdir(parents=True, exist_ok=True)
@@ -369,7 +375,7 @@ def prepare(args, stages: list[list[Input]], source: str, identity):
         documents = meta["splits"][split]["documents"]
         more = f"remove {folder} and give more text, or validation text of its own with --val_input"
         check(documents > 0, f"{source}: no document is left for the {split} split\n{more}")
-    shutil.rmtree(folder / "download", ignore_errors=True)  # where it was killed after the last batch
+    shutil.rmtree(folder / DOWNLOADS, ignore_errors=True)  # where it was killed after the last batch
     os.replace(unfinished, finished)
     sync_folder(folder)
     report(f"{folder} is ready", meta)
@@ -394,7 +400,7 @@ def fetch_eval_set(task: str, folder: Path):
     if path.exists():
         print(f"{path} is there")
         return
-    fetched = download(known.repo, known.file, known.revision, folder / "download", known.sha256)
+    fetched = download(known.repo, known.file, known.revision, folder / DOWNLOADS, known.sha256)
     if fetched.suffix == ".parquet":
         rows = optional("pyarrow.parquet").read_table(fetched).to_pylist()
         lines = [json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows]
@@ -404,7 +410,7 @@ def fetch_eval_set(task: str, folder: Path):
     check(len(lines) == known.n_rows, f"{found}, not the {known.n_rows} of the task: it may have changed")
     path.parent.mkdir(parents=True, exist_ok=True)
     write_parts(path, lines)
-    shutil.rmtree(folder / "download")
+    shutil.rmtree(folder / DOWNLOADS)
     print(f"{path}: {known.n_rows} rows", flush=True)
 
 
@@ -430,8 +436,9 @@ def text_inputs(names: list[str], split: str) -> list[Input]:
     for path in map(Path, names):
         found = sorted(path.rglob("*")) if path.is_dir() else [path]
         found = [file for file in found if file.name.lower().endswith(FORMATS) and file.is_file()]
-        empty = {file for file in found if file.suffix in (".txt", ".md", ".py") and not file.stat().st_size}
-        found = [file for file in found if file == path or file not in empty]  # __init__.py, above all
+        texts = [file for file in found if file.suffix.lower() in (".txt", ".md", ".py")]
+        empty = {file for file in texts if not file.stat().st_size}  # __init__.py, above all
+        found = [file for file in found if file == path or file not in empty]
         formats = ", ".join(FORMATS)
         check(bool(found), f"{path}: no file that can be read\nfiles must hold text and end in {formats}")
         inputs += [Input(file, split) for file in found]
@@ -440,7 +447,7 @@ def text_inputs(names: list[str], split: str) -> list[Input]:
 
 def web_stages(args) -> list[list[Input]]:
     """A stage for each file to fetch."""
-    source, folder, n = SOURCES[args.command], Path(args.out, "download"), args.shards
+    source, folder, n = SOURCES[args.command], Path(args.out, DOWNLOADS), args.shards
     check(1 <= n <= source.n_files, f"--shards {n}: {args.command} has 1 to {source.n_files} files")
     optional("huggingface_hub")  # what is missing is said at once
     if source.file.endswith(".parquet"):

@@ -228,6 +228,31 @@ def test_a_folder_with_other_data_is_refused_and_left_alone(tmp_path, corpus):
         prepare(out, corpus)
 
 
+def test_what_else_lies_in_the_folder_stays_there(tmp_path):
+    """Were it a folder of downloads, of one's own, and the input itself."""
+    source = tmp_path / "out" / "download" / "a.jsonl"
+    source.parent.mkdir(parents=True)
+    write_jsonl(source, FOUND[:9])
+    out = prepare(tmp_path / "out", source, val_fraction=1e-9)  # read twice: for chance it is too little
+    assert len(both(out)) == 9 and source.exists()
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "meta.json").write_text('{"of": "another program"}')
+    with pytest.raises(UserError, match="holds other data"):
+        prepare(mine, source)
+    assert contents(mine) == {"meta.json": b'{"of": "another program"}'}
+
+
+def test_a_document_that_tiktoken_cannot_take_is_named(tmp_path):
+    pattern = r"\s+(?!\S)|\S+|\s+"  # of GPT-2's, what recurses a million times on a million spaces
+    ranks = {bytes([i]): i for i in range(256)}
+    special = {"<|endoftext|>": 256}
+    tokenizer = tiktoken.Encoding("own", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+    chunk = [(prepare_data.Input(tmp_path / "space.py"), b" " * 2_000_000 + b"a")]
+    with pytest.raises(UserError, match="space.py: own cannot encode a document of 2,000,001 bytes"):
+        prepare_data.encode_chunk(tokenizer, 0, chunk)
+
+
 # ------------------------------------------------------------------------------ the same bytes, in every case
 
 
@@ -323,7 +348,7 @@ def test_a_download_cut_off_goes_on_by_range_and_disk_is_freed_file_by_file(tmp_
     assert sorted(both(out)) == sorted(FOUND)
     assert hub.log[:2] == [(FIRST, None), (SECOND, None)] and len(hub.log) == 3
     assert re.fullmatch(r"bytes=[1-9]\d{4,}-", hub.log[2][1])  # what had come is not asked for again
-    assert not on_disk and not (out / "download").exists()
+    assert not on_disk and not (out / ".download").exists()
 
 
 @pytest.mark.parametrize("fault, said", [("corrupt", "arrived corrupted"), (503, "503")])
