@@ -377,9 +377,9 @@ def main(argv: list[str]):
         check(args.command == command or not getattr(args, name), f"--{name} is for {command}")
     result = {"command": "python bench.py " + shlex.join(argv), **COMMANDS[args.command](args)}
     show(result)
+    print(json.dumps(result))
     if args.out:
         write_json(Path(args.out), result)
-    print(json.dumps(result))
 
 
 if __name__ == "__main__":

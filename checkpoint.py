@@ -83,6 +83,11 @@ def save_checkpoint(run: Path, step: int, model: dict, train: dict, config: dict
 # ---------------------------------------------------------------------------------------------------- finding
 
 
+def checkpoints(run: Path) -> list[Path]:
+    """The checkpoints of a run folder, oldest first; a copy of one under another name is none."""
+    return sorted(run.glob("step_" + 8 * "[0-9]"))
+
+
 def sha256(path: Path) -> str:
     digest = hashlib.sha256()
     with open(path, "rb") as file:
@@ -109,7 +114,7 @@ def find_checkpoint(path: str | Path | None = None, names=TO_RUN) -> Path:
         check(newest is not None, "no checkpoint under out/\nmake one: python train.py config/abbie_tiny.py")
         path = newest.parents[1]
     path = Path(path)
-    steps = sorted(path.glob("step_*"), reverse=True)
+    steps = checkpoints(path)[::-1]
     for folder in steps or [path]:
         if is_sound(folder, names):
             return folder

@@ -492,6 +492,8 @@ def parse_args(argv: list[str]):
     args = parser.parse_args(argv)
     check(args.batch_size >= 1, f"--batch_size={args.batch_size} must be at least 1")
     check(args.limit is None or args.limit >= 1, f"--limit={args.limit} must be at least 1")
+    for name in ("num_fewshot", "include_path"):
+        check(args.lm_eval or getattr(args, name) is None, f"--{name} is for --lm_eval")
     args.iters = parse_list(args.iters, "iters")
     if not args.tasks and not args.lm_eval and args.ppl is None:
         args.tasks = BUILT_IN

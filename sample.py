@@ -39,7 +39,11 @@ def stream_text(model, tokenizer, prompts, max_new_tokens, iters, **options):
 
     def pieces():
         for b, token in tokens:
-            yield b, utf8[b].decode(tokenizer.decode_bytes([token]))
+            try:
+                spelt = tokenizer.decode_bytes([token])
+            except KeyError:  # an id without a token, where vocab_size is larger than the tokenizer's
+                spelt = b""
+            yield b, utf8[b].decode(spelt)
         for b, decoder in enumerate(utf8):
             yield b, decoder.decode(b"", final=True)
 
@@ -148,8 +152,8 @@ def main(argv: list[str]):
         args.early_exit = resolve_exit(model, args.early_exit, model.check_iters(args.iters))
     tokenizer = get_tokenizer(model.meta["tokenizer"])
     show = show_side_by_side if args.compare else show_samples
-    if prompt is None and not sys.stdin.isatty():
-        prompt = sys.stdin.read()
+    if prompt is None and not (sys.stdin and sys.stdin.isatty()):
+        prompt = sys.stdin.read() if sys.stdin else ""
     if prompt is not None:
         return show(model, tokenizer, prompt, args)
     say("a prompt a line; Ctrl-D ends\n> ", end="")

@@ -27,6 +27,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -38,12 +39,22 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import prepare_data
-from checkpoint import FILES, find_checkpoint, load_model, load_tensors, save_checkpoint
-from config import Config, choose_device, cli, load_config, on_rank_0, parse_list, show, start_ranks, together
+from checkpoint import FILES, checkpoints, find_checkpoint, load_model, load_tensors, save_checkpoint
+from config import (
+    Config,
+    choose_device,
+    cli,
+    is_out_of_memory,
+    load_config,
+    on_rank_0,
+    parse_list,
+    start_ranks,
+    together,
+)
 from data import Shards, get_tokenizer
-from decode import generate
 from eval_icl import evaluate_loss, print_table, run_tasks
 from model import AbbIE, UserError, check, parse_iters
+from sample import stream_text
 
 # Dense bf16 peaks in FLOP/s (no sparsity) from the vendors' data sheets; MFU is shown for these devices only.
 PEAK_FLOPS = {
@@ -184,7 +195,7 @@ def new_model(config: Config, shards: Shards, model_class=AbbIE) -> AbbIE:
         if model.config.n_blocks == config.n_blocks:  # only now is that known
             model = load_model(config.init_from, model_class=model_class, **changes, **cut)
         else:
-            print(f"{config.init_from}: {model.config.n_blocks} blocks, cut into thirds, not as configured")
+            print(f"{config.init_from}: {model.config.n_blocks} blocks, which are not cut as configured")
     else:
         model = load_model(config.init_from, model_class=model_class, **changes, **cut)
         changed = differences(vars(model.config), vars(shape))
@@ -223,18 +234,20 @@ def identity(shards: Shards) -> dict:
 
 
 def find_resume(config: Config, out_dir: Path) -> Path | None:
-    """The checkpoint to continue from, if there is one. With resume=never an earlier run is moved aside."""
-    if config.resume not in ("auto", "never"):
-        return find_checkpoint(config.resume, FILES)
-    if not any(out_dir.glob("step_*")):
-        return None
+    """The checkpoint to continue from, if there is one. A run that is in out_dir and not continued is moved
+    aside."""
+    found = None
     if config.resume == "auto":
-        return find_checkpoint(out_dir, FILES)
+        found = find_checkpoint(out_dir, FILES) if checkpoints(out_dir) else None
+    elif config.resume != "never":
+        found = find_checkpoint(config.resume, FILES)
+    if not checkpoints(out_dir) or (found and found.resolve().parent == out_dir.resolve()):
+        return found
     names = (out_dir.with_name(f"{out_dir.name}.{n}") for n in itertools.count(1))
     aside = next(path for path in names if not path.exists())
     out_dir.rename(aside)
     print(f"the earlier run in {out_dir} is now {aside}")
-    return None
+    return found
 
 
 def divide_step(config: Config, world: int) -> tuple[int, int]:
@@ -292,6 +305,11 @@ def open_log(path: Path, header: dict, start: int, rank: int):
 
     write({**header, "resumed_at": start})
     return write
+
+
+def key_values(values: dict) -> str:
+    """key=value, a few a line."""
+    return textwrap.fill("  ".join(f"{name}={value}" for name, value in values.items()), 110)
 
 
 def describe(record: dict) -> str:
@@ -358,8 +376,8 @@ def agreed_signal(asked: list, device: torch.device, world: int) -> int:
 def prune(run: Path, keep_last: int, newest: Path):
     """Delete all checkpoints but the last ones up to `newest`, and what a killed save left. Later ones can
     only be damaged or of an abandoned future: the run has just passed them by."""
-    kept = sorted(path for path in run.glob("step_*") if path.name <= newest.name)[-keep_last:]
-    for path in [*run.glob("step_*"), *run.glob(".step_*.tmp")]:
+    kept = [path for path in checkpoints(run) if path.name <= newest.name][-keep_last:]
+    for path in [*checkpoints(run), *run.glob(".step_*.tmp")]:
         if path not in kept:
             shutil.rmtree(path, ignore_errors=True)
 
@@ -370,8 +388,7 @@ def main(argv: list[str], model_class=AbbIE):
     try:
         status = run(config, rank, world, model_class)
     except RuntimeError as error:
-        signs = ("out of memory", "not enough memory", "can't allocate memory")  # of CUDA, of CPUs
-        if not any(sign in str(error).lower() for sign in signs):
+        if not is_out_of_memory(error):
             raise
         _, micro_batch = divide_step(config, world)
         smaller = f"--micro_batch={micro_batch // 2} or " if micro_batch > 1 else ""
@@ -387,7 +404,7 @@ def main(argv: list[str], model_class=AbbIE):
 
 def run(config: Config, rank: int, world: int, model_class=AbbIE) -> int:
     """Train, evaluate, save. Returns the exit status: 0, or 128 + the signal that ended the run early."""
-    print(show(dataclasses.asdict(config)))
+    print(key_values(dataclasses.asdict(config)))
     resume_from = on_rank_0(lambda: prepare_run(config, world))
     device = together(lambda: choose_device(config.device))
     T, out_dir = config.block_size, Path(config.out_dir)
@@ -432,7 +449,7 @@ def run(config: Config, rank: int, world: int, model_class=AbbIE) -> int:
     run_config["model_class"] = type(model).__name__
     facts = {**versions(device), "dtype": str(dtype).removeprefix("torch."), "compiled": compiled}
     facts |= {"world": world, "n_params": model.n_params(), "max_steps": max_steps}
-    print(show(facts))
+    print(key_values(facts))
     accumulation, epochs = sequences // micro_batch // world, max_steps * sequences / shards.n_windows
     print(f"{sequences} sequences of {T} per step = {world} x {accumulation} x {micro_batch}")
     print(f"{max_steps * config.tokens_per_step:,} tokens, {epochs:.2f} epochs")
@@ -518,18 +535,25 @@ def run(config: Config, rank: int, world: int, model_class=AbbIE) -> int:
 
 def show_off(model: AbbIE, config: Config, shards: Shards):
     """What the finished model can do: the built-in tasks at several iters, and a sample."""
+
+    def show_tasks():
+        tokenizer = get_tokenizer(shards.tokenizer)
+        print_table(run_tasks(model, tokenizer, ["cloze", "lastword"], [1, 2, 4, 8], config.data))
+
+    def show_sample():
+        tokenizer, prompt = get_tokenizer(shards.tokenizer), "def " if shards.tokenizer == "bytes" else "The "
+        options = {"temperature": 0.8, "top_k": 50, "seed": config.seed}
+        pieces = stream_text(model, tokenizer, [tokenizer.encode_ordinary(prompt)], 200, None, **options)
+        print(f"\na sample at iters {model.config.mean_iters} (python sample.py makes more):")
+        print(prompt + "".join(piece for _, piece in pieces))
+
     model.eval()
-    tokenizer = get_tokenizer(shards.tokenizer)
     with torch.compiler.set_stance("force_eager"):  # shapes vary from here on
-        try:
-            print_table(run_tasks(model, tokenizer, ["cloze", "lastword"], [1, 2, 4, 8], config.data))
-        except UserError as error:  # a context or validation split too small for them
-            print(f"no tasks: {error}")
-        prompt = "def " if shards.tokenizer == "bytes" else "The "
-        options = {"temperature": 0.8, "top_k": 50, "seed": config.seed, "stop_token": tokenizer.eot_token}
-        ids = generate(model, [tokenizer.encode_ordinary(prompt)], 200, **options)[0]
-    print(f"\na sample at iters {model.config.mean_iters} (python sample.py makes more):")
-    print(prompt + tokenizer.decode(ids))
+        for show in (show_tasks, show_sample):
+            try:
+                show()
+            except UserError as error:  # a context or split too small, a tokenizer that is not at hand
+                print(f"not shown: {error}")
 
 
 if __name__ == "__main__":

@@ -12,11 +12,11 @@ import argparse
 import dataclasses
 import difflib
 import importlib
+import io
 import json
 import os
 import runpy
 import sys
-import textwrap
 import types
 import typing
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ class Config(AbbIEConfig):
     vocab_size: int = key(0, "tokens of the vocabulary (0: as the data says)", least=0)
     data: str = key("data/stdlib", "folder of token shards, made by prepare_data.py")
     out_dir: str = key("", "folder of checkpoints and log (empty: out/ and the config file's name)")
-    seed: int = key(1, "seed of the initial weights, the data order and the iteration schedule", least=0)
+    seed: int = key(1, "seed of initial weights, data order and iteration schedule", least=0, most=2**64 - 1)
     device: str = key("auto", "auto, cpu, cuda or mps")
     dtype: str = key("auto", "of matrix products, not of weights", choices=("auto", "float32", "bfloat16"))
     compile: str = key("auto", "torch.compile of the blocks", choices=("auto", "on", "off"))
@@ -76,6 +76,8 @@ class Config(AbbIEConfig):
 
     def model_config(self, vocab_size: int) -> AbbIEConfig:
         """The model's part, with the vocabulary that the data has."""
+        fits = self.vocab_size == 0 or self.vocab_size >= vocab_size
+        check(fits, f"vocab_size={self.vocab_size} is less than the {vocab_size} of the data: leave it out")
         shape = {f.name: getattr(self, f.name) for f in dataclasses.fields(AbbIEConfig)}
         return AbbIEConfig(**{**shape, "vocab_size": self.vocab_size or vocab_size})
 
@@ -156,11 +158,6 @@ def read_config_file(path: Path) -> dict:
     return {k: v for k, v in names.items() if not k.startswith("_") and not isinstance(v, types.ModuleType)}
 
 
-def show(values: dict) -> str:
-    """key=value, a few a line."""
-    return textwrap.fill("  ".join(f"{name}={value}" for name, value in values.items()), 110)
-
-
 # --------------------------------------------------------------------------------- how every script starts
 
 
@@ -179,6 +176,8 @@ class ArgumentParser(argparse.ArgumentParser):
 
 def cli(main):
     """Run main(argv) as a script: an error that the user can mend ends in three lines at most, status 2."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # what an encoding such as ASCII cannot print
     try:
         return main(sys.argv[1:])
     except UserError as error:
@@ -190,8 +189,17 @@ def cli(main):
         message = f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
     except KeyboardInterrupt:
         sys.exit(130)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        message = "out of memory\ntry fewer rows at a time, fewer iterations, or another --device"
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    signs = ("out of memory", "not enough memory", "can't allocate memory")  # of CUDA, of CPUs
+    return any(sign in str(error).lower() for sign in signs)
 
 
 def optional(module: str, packages: str = ""):

@@ -162,6 +162,7 @@ def export(model: AbbIE, folder: Path, kind: str = "abbie", command: str = "hf.e
         manifest = {path.name: sha256(path) for path in sorted(temporary.iterdir())}
         (temporary / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
         about = {**config, "name": folder.name, "parameters": model.n_params(), "command": command}
+        about["iters"] = model.config.mean_iters
         (temporary / "README.md").write_text(CARD.format(**about))
     os.replace(temporary, folder)
 

@@ -15,7 +15,15 @@ import torch
 from common import make, save, tokens
 
 import sample
-from checkpoint import FILES, find_checkpoint, is_sound, load_model, load_tensors, save_checkpoint
+from checkpoint import (
+    FILES,
+    checkpoints,
+    find_checkpoint,
+    is_sound,
+    load_model,
+    load_tensors,
+    save_checkpoint,
+)
 from model import UserError
 
 # ---------------------------------------------------------------------------------------------------- loading
@@ -94,6 +102,13 @@ def test_a_damaged_file_is_never_loaded_and_the_older_checkpoint_is(tmp_path, ca
         assert load_model(tmp_path).meta["step"] == 999
         with pytest.raises(UserError, match="no checkpoint here is sound"):
             load_model(new)
+
+
+def test_a_copy_under_another_name_is_no_checkpoint_of_the_run(tmp_path):
+    old, new = save(tmp_path, 1, make()), save(tmp_path, 2, make(seed=1))
+    shutil.copytree(old, tmp_path / "step_best")
+    assert checkpoints(tmp_path) == [old, new] and find_checkpoint(tmp_path) == new
+    assert find_checkpoint(tmp_path / "step_best") == tmp_path / "step_best"
 
 
 def test_without_a_path_the_run_that_was_written_last_is_found(tmp_path, monkeypatch):

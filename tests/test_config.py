@@ -8,7 +8,7 @@ import pytest
 import torch
 from common import ROOT
 
-from config import Config, load_config, parse_list
+from config import Config, cli, load_config, parse_list
 from model import AbbIE, UserError
 
 TINY = str(ROOT / "config" / "abbie_tiny.py")
@@ -60,6 +60,8 @@ def test_both_spellings_of_a_flag_and_every_type():
         ("--beta2=1", "both must be below 1"),
         ("--decay_frac=2", "decay_frac=2.0 must be at most 1"),
         ("--lr=nan", "lr=nan must be at least 0"),
+        ("--tokens_per_param=inf", "tokens_per_param=inf must be finite"),
+        (f"--seed={2**64}", f"seed={2**64} must be at most"),
     ],
 )
 def test_values_that_cannot_be(flag, part):
@@ -112,6 +114,17 @@ def test_every_config_loads_and_a_baseline_differs_in_what_it_is_named_for_and_n
 def test_the_vocabulary_follows_the_data_unless_set():
     assert load_config([TINY]).model_config(257).vocab_size == 257
     assert load_config([TINY, "--vocab_size=300"]).model_config(257).vocab_size == 300
+    with pytest.raises(UserError, match="vocab_size=256 is less than the 257 of the data"):
+        load_config([TINY, "--vocab_size=256"]).model_config(257)
+
+
+def test_out_of_memory_is_an_error_of_every_script(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["script.py"])
+    with pytest.raises(SystemExit) as end:
+        cli(lambda argv: torch.empty(1 << 50))
+    assert end.value.code == 2 and capsys.readouterr().err.startswith("error: out of memory\ntry ")
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):  # any other stays what it is
+        cli(lambda argv: torch.ones(2, 3) @ torch.ones(2, 3))
 
 
 def test_lists_of_iters():

@@ -389,6 +389,7 @@ def test_errors_name_what_is_wrong(ckpt, tmp_path, monkeypatch):
 
     refused("--tasks=arc_esy", match="did you mean arc_easy")
     refused("--limit=0", match="at least 1")
+    refused("--tasks=cloze", "--num_fewshot=5", match="--num_fewshot is for --lm_eval")
     refused("--tasks=arc_easy", f"--data_dir={tmp_path}", match="python prepare_data.py icl")
     monkeypatch.setitem(sys.modules, "lm_eval", None)  # as where it is not installed
     refused("--lm_eval=mmlu", match="pip install lm_eval")

@@ -25,6 +25,7 @@ def test_characters_that_span_tokens_come_whole(monkeypatch):
     assert speak("aé中🙂b".encode()) == ["a", "", "é", "", "", "中", "", "", "", "🙂", "b", ""]
     assert "".join(speak(b"a\xe4\xb8")) == "a\ufffd"  # cut in the middle
     assert "".join(speak(b"\xffa")) == "\ufffda"
+    assert speak([97, 300, 98]) == ["a", "", "b", ""]  # 300: of a vocab_size beyond the tokenizer's
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +125,20 @@ def test_a_terminal_without_a_prompt_is_interactive(folder, cli):
     assert process.returncode == 0, err
     assert out.decode() == expected and err.count(b"> ") == 3
     assert err.index(b"the prompt is empty") < err.index(b"tokens/s")
+
+
+def test_text_that_the_terminal_cannot_print_is_escaped(folder, monkeypatch):
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    with start(folder, "--prompt=é", "--temperature=2", "--top_k=0", stderr=subprocess.PIPE) as process:
+        out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert b"\\ufffd" in out
+
+
+def test_without_any_input_the_prompt_is_missing(folder):
+    with start(folder, preexec_fn=lambda: os.close(0), stderr=subprocess.PIPE) as process:
+        _, err = process.communicate(timeout=300)
+    assert process.returncode == 2 and err.startswith(b"error: the prompt is empty\n")
 
 
 @pytest.mark.parametrize("errors", ["strict", "surrogateescape"])  # as locales have it

@@ -20,7 +20,7 @@ import faulty_train
 import numpy as np
 import pytest
 import torch
-from common import ROOT
+from common import ROOT, make
 
 import bench
 import eval_icl
@@ -315,6 +315,21 @@ def test_starting_afresh_moves_the_earlier_run_aside(here):
     before = digest(folder)
     assert digest(here("run", "--max_steps=2", "--resume=never")) == before
     assert digest(folder.with_name("run.1")) == before
+
+
+def test_going_on_from_another_run_moves_the_one_in_its_folder_aside(here):
+    mine, other = here("mine", "--max_steps=4"), here("other", "--max_steps=2")
+    before = digest(mine)
+    here("mine", f"--resume={other}", "--max_steps=3")
+    assert list(losses(mine)) == [2] and digest(mine.with_name("mine.1")) == before
+    here("mine", f"--resume={mine}", "--max_steps=4")  # its own checkpoint is no other run
+    assert list(losses(mine)) == [2, 3] and not mine.with_name("mine.2").exists()
+
+
+def test_what_cannot_be_shown_at_the_end_is_no_error(small, capsys):
+    config, model = load_config([small]), make(vocab_size=257)
+    train.show_off(model, config, SimpleNamespace(tokenizer="hf:/nowhere"))
+    assert capsys.readouterr().out.count("not shown: hf:/nowhere") == 2
 
 
 def test_the_optimizer_follows_the_config_when_a_run_is_continued(here):
