@@ -48,7 +48,17 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from checkpoint import load_model
-from config import ArgumentParser, choose_device, cli, nearest, optional, parse_list, start_ranks, together
+from config import (
+    ArgumentParser,
+    choose_device,
+    cli,
+    leave_ranks,
+    nearest,
+    optional,
+    parse_list,
+    start_ranks,
+    together,
+)
 from data import Shards, get_tokenizer
 from decode import Chunk, KVCache, adaptive_states, parse_exit, resolve_exit
 from model import AbbIE, check
@@ -558,8 +568,7 @@ def main(argv: list[str]):
     results = together(lambda: evaluate(args, rank, world, *work))
     if args.out and rank == 0:
         Path(args.out).write_text(json.dumps(results, indent=1, default=float) + "\n")
-    if world > 1:
-        dist.destroy_process_group()
+    leave_ranks()
 
 
 if __name__ == "__main__":

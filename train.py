@@ -45,6 +45,7 @@ from config import (
     choose_device,
     cli,
     is_out_of_memory,
+    leave_ranks,
     load_config,
     on_rank_0,
     parse_list,
@@ -396,8 +397,7 @@ def main(argv: list[str], model_class=AbbIE):
             f"rank {rank} is out of memory at micro_batch={micro_batch}\n"
             f"try {smaller}--activation_checkpointing=true"
         ) from None
-    if world > 1:
-        dist.destroy_process_group()
+    leave_ranks()
     if status:
         sys.exit(status)
 

@@ -17,6 +17,7 @@ import json
 import os
 import runpy
 import sys
+import time
 import types
 import typing
 from dataclasses import dataclass
@@ -240,6 +241,15 @@ def start_ranks() -> tuple[int, int]:
     return rank, world
 
 
+def leave_ranks():
+    """The end of what start_ranks began, which PyTorch wants to be told: it may abort otherwise."""
+    if dist.is_initialized():
+        # Older versions hang here if a thread of theirs has yet to let go of its last tensor, for which it
+        # needs the lock that Python holds (pytorch #154976): give it the time.
+        time.sleep(0.5)
+        dist.destroy_process_group()
+
+
 def together(function):
     """function() on every rank -> its result. What one of them refuses ends them all, with one error."""
     result = error = None
@@ -252,7 +262,7 @@ def together(function):
         dist.all_gather_object(refused, error is not None)
         if any(refused):
             first = dist.get_rank() == refused.index(True)
-            dist.destroy_process_group()  # PyTorch may abort where its threads are still running at the end
+            leave_ranks()
             if not first:
                 sys.exit(2)  # the first that refuses says why
     if error is not None:
