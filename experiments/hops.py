@@ -24,7 +24,7 @@ import torch
 
 import prepare_data
 import train
-from checkpoint import find_checkpoint, load_model, save_checkpoint
+from checkpoint import checkpoints, find_checkpoint, load_model, save_checkpoint
 from config import ArgumentParser, cli, load_config, parse_list
 from data import Shards, get_tokenizer
 from decode import resolve_exit
@@ -120,7 +120,7 @@ def start(folder: str, seed: int, flags: list[str]) -> str:
         if p.dim() == 2:
             joins = name.endswith(("proj.weight", "down.weight"))  # the residual stream
             p.normal_(std=(p.shape[1] * (2 * config.n_blocks if joins else 1)) ** -0.5)
-    if not list(Path(folder).glob("step_*")):
+    if not checkpoints(Path(folder)):
         meta = {**vars(config), **vars(model.config), "tokenizer": "bytes", "step": 0}
         save_checkpoint(Path(folder), 0, model.state_dict(), {}, meta)
     return folder
@@ -156,7 +156,7 @@ def train_stages(out: str, seed: int, flags: list[str], without: str = ""):
 def stage_steps(meta: dict) -> list[int]:
     """Steps of the stages that led to a checkpoint, as far back as they are still there."""
     steps = [meta["step"]]
-    while meta.get("init_from") and any(Path(meta["init_from"]).glob("step_*")):
+    while meta.get("init_from") and checkpoints(Path(meta["init_from"])):
         meta = json.loads((find_checkpoint(meta["init_from"]) / "config.json").read_text())
         steps.insert(0, meta["step"])
     return [n for n in steps if n]  # not the weights before stage 1

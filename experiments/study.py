@@ -24,7 +24,7 @@ import torch
 
 import prepare_data
 import train
-from checkpoint import load_model
+from checkpoint import checkpoints, load_model
 from config import ArgumentParser, choose_device, cli, load_config, nearest, parse_list
 from data import Shards, documents, get_tokenizer
 from eval_icl import mcnemar, mean_stderr, perplexity, run_tasks, window_losses
@@ -58,7 +58,7 @@ def run_row(study: Study, name: str, seed: int, args):
     config = load_config(argv)
     if config.data in THIN_DATA and not Path(config.data, "meta.json").exists():
         write_thin_data(config.data)
-    if row.start and not any(run.glob("step_*")):
+    if row.start and not checkpoints(run):
         other, step = row.start
         argv.append(f"--resume={args.out}/{study.name}/{other}-{seed}/step_{step:08}")
     if not args.evaluate:
