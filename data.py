@@ -72,8 +72,10 @@ def read_meta(folder: str | Path) -> dict:
     folder = Path(folder)
     try:
         meta = json.loads((folder / "meta.json").read_text())
-        for name in ("tokenizer", "vocab_size", "splits"):
-            meta[name]
+        [meta[name] for name in ("tokenizer", "vocab_size")]
+        for split in meta["splits"].values():
+            [split[name] for name in ("tokens", "bytes")]
+            [shard[name] for shard in split["shards"] for name in ("file", "tokens", "sha256")]
         return meta
     except (FileNotFoundError, NotADirectoryError):
         command = folder.name if folder.name in CORPORA else "text --input FILE_OR_DIR"
@@ -81,7 +83,7 @@ def read_meta(folder: str | Path) -> dict:
             f"{folder} holds no prepared data, or its preparation was interrupted\n"
             f"make it: python prepare_data.py {command} --out {folder}"
         ) from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise broken(folder / "meta.json", "does not describe token shards") from None
 
 

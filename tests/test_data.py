@@ -115,9 +115,15 @@ def lower_the_vocabulary(shard):
     meta.write_text(meta.read_text().replace("257", "200"))
 
 
+def forget_the_bytes(shard):
+    meta = shard.parent / "meta.json"
+    meta.write_text(meta.read_text().replace('"bytes": ', '"lines": '))
+
+
 @pytest.mark.parametrize(
     "damage, said",
     [
+        (forget_the_bytes, "meta.json does not describe token shards"),
         (flip_a_bit, "train_00001.bin is not what was prepared"),
         (lambda shard: os.truncate(shard, 4000), "missing or has not 6014 bytes"),
         (lower_the_vocabulary, "a token over 199"),
