@@ -339,6 +339,8 @@ GPU_ROWS = {
     "recall": Row("`recall`, 2", RECALL),
     "recall_p6b3": Row("`recall`, poisson:6, gradients of 3", [*RECALL, "--iters=poisson:6", *B3]),
     "std_deeper": Row("Std of the FLOPs of poisson:6, 1", [*STD, "--n_body_blocks=16"]),
+    "std_more_2": Row("Std, 1, on more tokens: the FLOPs of r = 2", [*STD, "--max_steps=3020"]),
+    "std_more": Row("Std, 1, on more tokens: the FLOPs of poisson:6", [*STD, "--max_steps=4220"]),
     "zero_pt": Row("`zero_pt`, 2", ["--rule=zero_pt"]),
     "abbie_c": Row("`abbie_c`, 2", ["--rule=abbie_c"]),
 }

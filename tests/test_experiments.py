@@ -77,9 +77,11 @@ def test_rows_differ_by_their_flags_only(of):
 def test_equal_flops_controls_cost_what_they_control():
     """FLOPs of the whole run, against the row with poisson:6 of which 3 have gradients, at its mean of 6."""
 
-    def flops(name):
-        config = load_config([*rows.SMALL.base, *rows.SMALL.rows[name].flags])
-        return AbbIE(config.model_config(257)).flops_per_token() * config.max_steps
+    def flops(name, study=rows.SMALL):
+        config = load_config([*study.base, *study.rows[name].flags])
+        with torch.device("meta"):  # no memory
+            model = AbbIE(config.model_config(257 if study is rows.SMALL else 50257))
+        return model.flops_per_token() * config.max_steps
 
     assert flops("std_ten") == pytest.approx(flops("recall_p6b3"), rel=0.01)
     assert flops("std_more") == pytest.approx(flops("recall_p6b3"), rel=0.05)
@@ -87,6 +89,11 @@ def test_equal_flops_controls_cost_what_they_control():
     assert flops("std_more_2") == pytest.approx(flops("recall_2_8k"), rel=0.01)
     same = ["recall_6b3_2k", "recall_1to7_2k", "recall_p4_2k", "recall_p8b2_2k", "recall_p10b1_2k"]
     assert {flops(name) for name in same} == {flops("recall_p6b3_2k")}
+    for control, name in [
+        ("std_deep", "recall"), ("std_more_2", "recall"),
+        ("std_deeper", "recall_p6b3"), ("std_more", "recall_p6b3"),
+    ]:  # fmt: skip
+        assert flops(control, rows.GPU) == pytest.approx(flops(name, rows.GPU), rel=0.05)
 
 
 VARIANTS = [  # and what the Tail reads, less h = 3, after updates of 1, 2 and 4
