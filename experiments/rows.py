@@ -222,7 +222,7 @@ RATED = ("std_8k", "std_six", "std_ten", "std_more_2", "std_more", "recall_2_8k"
 OTHER_RATES = {
     "4e-3": ("std_8k", "std_more", "recall_p6b3"), "2e-3": RATED, "5e-4": RATED, "2.5e-4": ("std_more_2",),
 }  # fmt: skip
-BEST_RATES = ("std_8k_2e-3", "recall_p6b3_2e-3", "std_more_2e-3")
+BEST_RATES = ("std_8k_2e-3", "recall_p6b3_2e-3", "std_more_2e-3", "std_six_5e-4", "std_more_2_2e-3")
 
 
 def at_rate(row: Row, lr: str, seeds: int) -> Row:
