@@ -97,8 +97,8 @@ def loss_curve(ax, runs: list[dict], label: str, **style):
     return iters
 
 
-# Rows of the figure at the top of the README, each at the best learning rate that was tried of it: by the mean
-# of its seeds, where several rates have three, or else by seed 1.
+# Rows of the figure at the top of the README, each at the best learning rate that was tried of it: by the
+# mean of its seeds where several rates have three, or else by seed 1.
 MANY_R = "recall_p6b3_2e-3"
 CURVES = {
     MANY_R: "recall, trained at many r",
