@@ -220,7 +220,7 @@ LONGER = {
 # three seeds.
 RATED = ("std_8k", "std_six", "std_ten", "std_more_2", "std_more", "recall_2_8k", "recall_p6b3")
 OTHER_RATES = {
-    "4e-3": ("std_8k", "std_more", "recall_p6b3"), "2e-3": RATED, "5e-4": RATED, "2.5e-4": ("std_more_2",),
+    "4e-3": ("std_more", "recall_p6b3"), "2e-3": RATED, "5e-4": RATED, "2.5e-4": ("std_more_2",),
 }  # fmt: skip
 BEST_RATES = ("std_8k_2e-3", "recall_p6b3_2e-3", "std_more_2e-3", "std_six_5e-4", "std_more_2_2e-3")
 
@@ -302,7 +302,7 @@ SCARCE = {
 # is its best on all of the text.
 QUARTER_DATA = ["--data=data/stdlib_4th"]
 QUARTER = {
-    "std_quarter": many("Std, 1", [*STD, *FP32, "--lr=2e-3", *QUARTER_DATA], 3, "std_quarter"),
+    "std_quarter": many("Std, 1", [*STD, *FP32, "--lr=2e-3", *QUARTER_DATA], 1, "std_quarter"),
     "std_ten_quarter": many(
         "Std of ten blocks, 1, learning rate 1e-3", [*TEN, *FP32, *QUARTER_DATA], 3, "std_quarter"
     ),
