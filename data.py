@@ -72,7 +72,7 @@ def read_meta(folder: str | Path) -> dict:
     folder = Path(folder)
     try:
         meta = json.loads((folder / "meta.json").read_text())
-        [meta[name] for name in ("tokenizer", "vocab_size")]
+        [meta[name] for name in ("tokenizer", "vocab_size")]  # a KeyError for what is missing
         for split in meta["splits"].values():
             [split[name] for name in ("tokens", "bytes")]
             [shard[name] for shard in split["shards"] for name in ("file", "tokens", "sha256")]
