@@ -165,7 +165,7 @@ class Block(nn.Module):
         self.mlp_norm = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], kv=None, c: float | Tensor = 1.0) -> Tensor:
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], kv, c: Tensor) -> Tensor:
         x = x + c * self.attn(self.attn_norm(x), rope, kv)
         return x + c * self.mlp(self.mlp_norm(x))
 
@@ -286,8 +286,9 @@ class AbbIE(nn.Module):
     def run_head(self, idx: Tensor, rope, kv=None) -> Tensor:
         """Token ids (B, T) -> h (B, T, D)."""
         x = self.embed(idx)
+        c = x.new_ones(())  # a tensor everywhere: a compiled block that meets a number too compiles again
         for i, block in enumerate(self.head):
-            x = block(x, rope, kv and kv.at("head", i))
+            x = block(x, rope, kv and kv.at("head", i), c)
         return x
 
     def run_body(self, x: Tensor, c: float = 1.0, *, k: int, rope, kv=None, backprop: bool = True) -> Tensor:
@@ -307,8 +308,9 @@ class AbbIE(nn.Module):
     def run_tail(self, u: Tensor, rope, kv=None, k: int = 0) -> Tensor:
         """What the Body hands on, (B, T, D) -> the normed state that is unembedded, (B, T, D). k: iteration
         after which early exit looks at it."""
+        c = u.new_ones(())
         for i, block in enumerate(self.tail):
-            u = block(u, rope, kv and kv.at("tail", i, k))
+            u = block(u, rope, kv and kv.at("tail", i, k), c)
         return self.norm(u)
 
     def logits(self, z: Tensor) -> Tensor:
@@ -318,7 +320,8 @@ class AbbIE(nn.Module):
     def logits_and_loss(self, z: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """(B, T, D), (B, T) -> logits (B, T, V), mean NLL; of one piece, so that a compiler can fuse it."""
         logits = self.logits(z)
-        return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
+        return logits.detach(), loss  # a gradient of zeros for the logits would be as large as they are
 
     def rope(self, idx: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines (T, E/2) for positions 0 .. T-1 of idx (B, T). Raises UserError for bad idx."""

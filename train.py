@@ -138,7 +138,7 @@ def choose_dtype(config: Config, device: torch.device) -> torch.dtype:
         return getattr(torch, config.dtype)
     fast = False
     if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported()
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
     elif device.type == "cpu" and torch.backends.mkldnn.is_available():  # not in every build for a Mac
         fast = torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return torch.bfloat16 if fast else torch.float32
@@ -163,6 +163,11 @@ def compile_blocks(model: AbbIE, config: Config, device: torch.device, **how) ->
     except Exception as error:  # a missing compiler shows in many ways
         print(f"torch.compile does not work here ({type(error).__name__}): running without", file=sys.stderr)
         return False
+    # DDP's own cuts of a graph break blocks with a number among their inputs (pytorch #196227); blocks are
+    # small graphs anyway. dynamic=False: a smaller last batch of an evaluation compiles its own graphs and
+    # does not make training's symbolic.
+    torch._dynamo.config.optimize_ddp = False
+    how = {"dynamic": False, **how}
     for block in [*model.head, *model.body, *model.tail]:
         block.compile(**how)
     model.logits_and_loss = torch.compile(model.logits_and_loss, **how)

@@ -21,6 +21,7 @@ import time
 import types
 import typing
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -237,7 +238,14 @@ def start_ranks() -> tuple[int, int]:
         # A prefix for each restart: the store may still hold the addresses of ranks that died before it.
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         store, *_ = next(dist.rendezvous("env://"))
-        dist.init_process_group(rank=rank, world_size=world, store=dist.PrefixStore(attempt, store))
+        # Both by name: without one, PyTorch makes only the accelerator's, and objects, waits and CPU tensors
+        # would need a card. Gloo waits 30 minutes for a rank 0 that checks its data or saves.
+        nccl = torch.cuda.is_available() and dist.is_nccl_available()
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if nccl else "gloo",
+            rank=rank, world_size=world, store=dist.PrefixStore(attempt, store),
+            timeout=timedelta(minutes=30),
+        )  # fmt: skip
     return rank, world
 
 

@@ -54,7 +54,7 @@ def unrolled(model, copies, idx, backprop_iters=0):
 
     h = model.embed(idx)
     for block in model.head:
-        h = block(h, rope)
+        h = block(h, rope, None, torch.ones(()))
     x = u = torch.zeros_like(h) if model.config.rule == "zero_pt" else h
     for k in range(r):
         match model.config.rule:
@@ -72,7 +72,7 @@ def unrolled(model, copies, idx, backprop_iters=0):
                 u = h + (body(k, x) - x)
                 x = 0.5 * u + 0.5 * x
     for block in model.tail:
-        u = block(u, rope)
+        u = block(u, rope, None, torch.ones(()))
     return F.linear(model.norm(u), model.unembed.weight[: model.config.vocab_size])
 
 

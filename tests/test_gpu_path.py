@@ -1,0 +1,81 @@
+"""The path that only a GPU takes, as far as a CPU can show it: what is asked of PyTorch, and under which
+conditions. Tests marked `cuda` need a card."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+from common import ROOT
+from torch.nn.parallel import DistributedDataParallel
+
+import train
+from config import load_config, start_ranks
+from eval_icl import evaluate_loss
+from model import AbbIE
+
+
+@pytest.mark.parametrize("cards, backend", [(True, "cpu:gloo,cuda:nccl"), (False, "gloo")])
+def test_ranks_have_a_backend_for_objects_and_cpu_tensors_whatever_the_machine(monkeypatch, cards, backend):
+    """A default backend would be NCCL's alone on a machine with cards, and the first collective sends
+    objects before a card is chosen."""
+    given = []
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cards)
+    monkeypatch.setattr(dist, "is_nccl_available", lambda: cards)
+    monkeypatch.setattr(dist, "rendezvous", lambda url: iter([(dist.HashStore(), 0, 8)]))
+    monkeypatch.setattr(dist, "init_process_group", lambda *args, **options: given.append((args, options)))
+    assert start_ranks() == (0, 8)
+    [((asked,), options)] = given
+    assert asked == backend and options["timeout"].total_seconds() == 1800
+    assert ("cpu", "gloo") in dist.BackendConfig(asked).get_device_backend_map().items()
+
+
+@pytest.fixture
+def one_rank():
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_compiled_blocks_train_under_ddp_after_an_evaluation(one_rank):
+    """At this width DDP's buckets of 25 MB would cut a block's graph in two. The evaluation meets another
+    batch size and other iterations first, as step 0 of a run does."""
+    torch._dynamo.reset()
+    width = ["--n_embd=768", "--n_attn_heads=12", "--ffn_dim=2048", "--n_body_blocks=1", "--block_size=32"]
+    config = load_config([f"{ROOT}/config/abbie_tiny.py", "--compile=on", *width])
+    model = AbbIE(config.model_config(257))
+    assert train.compile_blocks(model, config, torch.device("cpu"), backend="aot_eager")
+    net = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    x, y = torch.randint(257, (2, 3, 32))
+    shards = SimpleNamespace(
+        n_windows=5, block_size=32, batch=lambda chosen: (x[: len(chosen)], y[: len(chosen)])
+    )
+    evaluate_loss(model, shards, [1, 2, 4], batch_size=3)  # batches of 3 and 2
+    optimizer = train.adamw(model, config)
+    losses = [train.train_step(net, optimizer, [(x, y)], 2, 1.0, bf16)[0] for _ in range(3)]
+    assert losses[2] < losses[1] < losses[0]
+
+
+def bf16():
+    return torch.autocast("cpu", dtype=torch.bfloat16)
+
+
+def test_bf16_is_chosen_where_the_card_has_it_and_not_where_it_is_emulated(monkeypatch):
+    """A T4 or V100 says yes to is_bf16_supported() and then computes it slowly."""
+    config = load_config([f"{ROOT}/config/abbie_tiny.py"])
+    for native in (True, False):
+        supported = lambda including_emulation=True: including_emulation or native  # noqa: E731, B023
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+        chosen = train.choose_dtype(config, torch.device("cuda"))
+        assert chosen == (torch.bfloat16 if native else torch.float32)
+
+
+def test_the_loss_hands_out_logits_without_a_gradient():
+    """DDP and autograd would fill a gradient of zeros as large as the logits, 1.65 GB at abbie_350m."""
+    config = load_config([f"{ROOT}/config/abbie_tiny.py"])
+    idx = torch.randint(257, (1, 16))
+    logits, loss = AbbIE(config.model_config(257))(idx, idx)
+    assert loss.requires_grad and not logits.requires_grad
