@@ -1,32 +1,31 @@
 """A run's folders: each checkpoint is saved whole or not at all, found, and loaded.
 
-    out/NAME/step_00001000/    model.pt, train.pt (optimizer, step, ...), config.json,
-                               and manifest.json, which holds the SHA-256 of each
+    out/NAME/step_00001000/    model.pt, train.pt (optimizer, step, ...), config.json
+    models/NAME/               model.pt and config.json alone: a model
 
-A folder is written under another name, synced, then renamed; so one under its final name is complete. What is
-read of it is verified against the manifest, and only that: sampling reads no byte of the optimizer.
+A folder is written under another name, synced, then renamed; so one under its final name is whole. What is
+read is checked by the CRC32 of each tensor, which torch.save writes and torch.load does not look at.
 """
 
-import hashlib
 import json
 import os
 import shutil
 import sys
+import zipfile
+from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
 
+from config import typed
 from model import AbbIE, AbbIEConfig, UserError, check
 
-FILES = ("config.json", "model.pt", "train.pt")
-TO_RUN = ("config.json", "model.pt")  # what it takes to use a model
+# ---------------------------------------------------------------------------------------------------- writing
 
 
-# ----------------------------------------------------------------------------------------------------- saving
-
-
-def write_synced(path: Path, write):
+def write_synced(path: Path, write: Callable):
     """Create a file through write(file) and have the disk confirm it."""
     with open(path, "wb") as file:
         write(file)
@@ -44,21 +43,25 @@ def sync_folder(path: Path):
             os.close(descriptor)
 
 
-def write_whole(path: Path, write):
+def write_whole(path: Path, write: Callable):
     """Create or replace a file through write(file), whole or not at all."""
     temporary = path.with_name(path.name + ".tmp")
-    write_synced(temporary, write)
-    os.replace(temporary, path)
-
-
-def write_json(path: Path, value):
-    """Replace a file by value as JSON, whole or not at all."""
-    write_whole(path, lambda file: file.write(json.dumps(value, indent=1).encode() + b"\n"))
+    try:
+        write_synced(temporary, write)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
 
 
+def write_json(path: Path, value):
+    """Create or replace a file by value as JSON, whole or not at all."""
+    write_whole(path, lambda file: file.write(json.dumps(value, indent=1).encode() + b"\n"))
+
+
 def save_checkpoint(run: Path, step: int, model: dict, train: dict, config: dict) -> Path:
-    """Write run/step_NNNNNNNN. Raises UserError where the disk fails; earlier checkpoints are left alone."""
+    """Write run/step_NNNNNNNN, with the tokenizer's files where config names a folder of them ("hf:..."),
+    which may move. Raises UserError where the disk fails; earlier checkpoints are left alone."""
     folder, temporary = run / f"step_{step:08d}", run / f".step_{step:08d}.tmp"
     try:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -66,127 +69,148 @@ def save_checkpoint(run: Path, step: int, model: dict, train: dict, config: dict
         write_synced(temporary / "model.pt", lambda file: torch.save(model, file))
         write_synced(temporary / "train.pt", lambda file: torch.save(train, file))
         write_json(temporary / "config.json", config)
-        write_json(temporary / "manifest.json", {name: sha256(temporary / name) for name in FILES})
-        shutil.rmtree(folder, ignore_errors=True)  # damaged, or of a future that was given up
+        if config.get("tokenizer", "").startswith("hf:"):
+            from hf.llama import copy_tokenizer
+
+            copy_tokenizer(config["tokenizer"][3:], temporary)
+        shutil.rmtree(folder, ignore_errors=True)  # damaged: the run has passed it over
         os.rename(temporary, folder)
         sync_folder(run)
     except (OSError, RuntimeError) as error:  # torch.save covers a failed write with a RuntimeError
         while error.__context__ is not None:
             error = error.__context__
         raise UserError(
-            f"{run}: step {step} could not be saved ({error}); earlier ones are untouched\n"
+            f"{folder} could not be saved ({error}); earlier checkpoints are untouched\n"
             "make room, then run the same command again"
         ) from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
     return folder
 
 
-# ---------------------------------------------------------------------------------------------------- finding
+@contextmanager
+def locked(run: Path):
+    """Keep other processes out of a run's folder. The lock dies with its process (Windows has none)."""
+    with open(run / "lock", "w") as file:
+        if os.name == "posix":
+            import fcntl
+
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                advice = "wait until it has ended, or choose another --out_dir"
+                raise UserError(f"{run}: another process is training here\n{advice}") from None
+        yield
 
 
-def checkpoints(run: Path) -> list[Path]:
+# ---------------------------------------------------------------------------------------------------- reading
+
+
+def checkpoints(run: str | Path) -> list[Path]:
     """The checkpoints of a run folder, oldest first; a copy of one under another name is none."""
-    return sorted(run.glob("step_" + 8 * "[0-9]"))
+    return sorted(Path(run).glob("step_" + 8 * "[0-9]"))
 
 
-def sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def is_sound(folder: Path, names=FILES) -> bool:
-    """Whether these files of a checkpoint are what its manifest says."""
+def read_json(path: Path) -> dict:
+    """Raises UserError for a file that is missing, damaged or no dictionary."""
     try:
-        manifest = json.loads((folder / "manifest.json").read_text())
-        return set(manifest) == set(FILES) and all(sha256(folder / name) == manifest[name] for name in names)
-    except (OSError, ValueError, TypeError):
-        return False
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is missing or damaged ({error})") from None
+    check(isinstance(value, dict), f"{path} is damaged: it holds no dictionary")
+    return value
 
 
-def find_checkpoint(path: str | Path | None = None, names=TO_RUN) -> Path:
-    """A run folder -> its newest checkpoint of which the files `names` are sound; a checkpoint -> itself;
-    None -> that of the run in out/ that was written last. Raises UserError where there is none."""
-    if path is None:
-        manifests = Path("out").glob("*/step_*/manifest.json")
-        newest = max(manifests, key=lambda path: path.stat().st_mtime, default=None)
-        check(newest is not None, "no checkpoint under out/\nmake one: python train.py config/abbie_tiny.py")
-        path = newest.parents[1]
-    path = Path(path)
-    steps = checkpoints(path)[::-1]
-    for folder in steps or [path]:
-        if is_sound(folder, names):
-            return folder
-        if steps:
-            print(f"{folder} is damaged: passed over", file=sys.stderr)
-    check(
-        bool(steps) or (path / "manifest.json").exists(),
-        f"{path} is no checkpoint: it needs {', '.join(FILES)} and manifest.json\n"
-        "give a run folder such as out/abbie_tiny, or one step_* folder in it",
-    )
-    raise UserError(
-        f"{path}: no checkpoint here is sound (its files and manifest.json disagree)\n"
-        + ("train again, with --resume=never" if steps else f"{path.parent} may hold another")
-    )
-
-
-# ---------------------------------------------------------------------------------------------------- loading
-
-
-def load_tensors(path: Path) -> dict:
+def read_tensors(path: Path) -> dict:
     """A file of tensors and plain values; nothing in it can run code. It is mapped: what has just been read
-    to be verified is not read again."""
+    to be checked is not read again."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:
-        raise UserError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged is None:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # whatever zipfile and torch.load come up with
+        raise UserError(f"{path} cannot be read ({str(error).splitlines()[0]})") from None
+    raise UserError(f"{path} is damaged: {damaged} has another CRC32")
 
 
-def block_names(config: AbbIEConfig) -> list[str]:
-    """Where block 0, 1, ... of the uncut Transformer lives: head.0, ..., body.0, ..., tail.0, ..."""
-    depths = {"head": config.n_head_blocks, "body": config.n_body_blocks, "tail": config.n_tail_blocks}
-    return [f"{part}.{i}" for part, depth in depths.items() for i in range(depth)]
+def newest_run() -> Path:
+    """The run under out/ that was written last."""
+    saved = Path("out").glob("**/step_*/config.json")
+    newest = max(saved, key=lambda path: path.stat().st_mtime, default=None)
+    check(
+        newest is not None,
+        "there is no checkpoint under out/\ngive a model that ships: --ckpt models/chains_abbie_d\n"
+        "or make one: python train.py config/abbie_tiny.py",
+    )
+    return newest.parents[1]
 
 
-def load_model(path: str | Path | None = None, device="cpu", model_class=AbbIE, **changes) -> AbbIE:
-    """The model of a run folder (its newest sound checkpoint), of one checkpoint, of "hf:FOLDER" (see hf/),
-    or of the newest run under out/. `changes` replaces keys of the config: the rule, iters, or where the same
-    blocks are cut into Head, Body and Tail. Raises UserError for anything that does not verify, and for a
-    subclass's model without its model_class."""
+def load_newest(path: str | Path | None, load: Callable):
+    """load(folder) of a checkpoint, or of the newest checkpoint of a run folder that it does not refuse.
+    None: the run under out/ that was written last."""
+    path = newest_run() if path is None else Path(path).expanduser()
+    steps = checkpoints(path)[::-1]
+    if not steps:
+        check_is_checkpoint(path)
+        return load(path)
+    for folder in steps[:-1]:
+        try:
+            return load(folder)
+        except UserError as error:
+            print(f"passed over: {error}", file=sys.stderr)
+    return load(steps[-1])
+
+
+def check_is_checkpoint(path: Path):
+    if (path / "model.pt").exists() and (path / "config.json").exists():
+        return
+    advice = "give a run folder such as out/abbie_tiny, one step_* folder in it, or one of models/"
+    if (path / "model.safetensors").exists() or (not path.exists() and str(path).count("/") == 1):
+        advice += f"\na folder or repository of Hugging Face is hf:{path}"
+    raise UserError(f"{path} is no checkpoint: it needs model.pt and config.json\n{advice}")
+
+
+def load_model(path: str | Path | None = None, device="cpu", **changes) -> AbbIE:
+    """The model of a run folder (its newest checkpoint that loads), of one checkpoint, of "hf:FOLDER" (see
+    hf/), or of the newest run under out/. `changes` replaces keys of the config: the rule, iters, or where
+    the same blocks are cut into Head, Body and Tail. Raises UserError for what cannot be loaded."""
     if str(path).startswith("hf:"):
         from hf.llama import read_folder
 
-        meta, state = read_folder(str(path)[3:], changes)
-    else:
-        folder = find_checkpoint(path)
-        meta = {**json.loads((folder / "config.json").read_text()), "ckpt": str(folder)}
-        theirs, ours = meta.setdefault("model_class", "AbbIE"), model_class.__name__
-        other = f"{folder} was trained as {theirs}, a subclass of AbbIE; as {ours} it computes something else"
-        check(theirs in ("AbbIE", ours), f"{other}\nload it by load_model(path, model_class={theirs})")
-        state = load_tensors(folder / "model.pt")
-    saved = AbbIEConfig(**{f.name: meta[f.name] for f in fields(AbbIEConfig) if f.name in meta})
-    config, name = replace(saved, **changes), meta["ckpt"]
-    check(saved.n_blocks == config.n_blocks, f"{name} has {saved.n_blocks} blocks, not {config.n_blocks}")
-    moved = dict(zip(block_names(saved), block_names(config)))
+        meta, state, changes = read_folder(str(path)[3:], changes)
+        return build_model(meta, state, changes).to(device)
 
-    def renamed(key: str) -> str:
-        """body.0.attn.qkv.weight -> head.2.attn.qkv.weight, where the cut has moved."""
-        part, _, rest = key.partition(".")
-        number, _, rest = rest.partition(".")
-        block = f"{part}.{number}"
-        return f"{moved[block]}.{rest}" if block in moved else key
+    def load(folder: Path) -> AbbIE:
+        meta = {**read_json(folder / "config.json"), "ckpt": str(folder)}
+        return build_model(meta, read_tensors(folder / "model.pt"), changes)
 
-    state = {renamed(key): tensor for key, tensor in state.items()}
+    return load_newest(path, load).to(device)
+
+
+def build_model(meta: dict, state: dict, changes: dict) -> AbbIE:
+    """A model of these weights; meta holds the keys of AbbIEConfig, and "ckpt", where they come from."""
+    name = meta["ckpt"]
+    earlier = f"{name} is of an earlier version, whose weights had other names"
+    check("model_class" not in meta, f"{earlier}\ntrain it again, in another --out_dir")
     try:
-        model = model_class(config)
-        if config.rule != saved.rule:  # zero_pt's own projection is left behind, or starts afresh
-            state.pop("project.weight", None)
-            if config.rule == "zero_pt":
-                state["project.weight"] = model.project.weight
+        shape = {f.name: typed(f.name, meta[f.name], f"{name}: {f.name}") for f in fields(AbbIEConfig)}
+        saved = AbbIEConfig(**shape)
+    except KeyError as error:
+        raise UserError(f"{name}: its config.json does not describe a model: no {error}") from None
+    config = replace(saved, **changes)
+    check(saved.n_blocks == config.n_blocks, f"{name} has {saved.n_blocks} blocks, not {config.n_blocks}")
+    model = AbbIE(config)
+    if config.rule != saved.rule:  # zero_pt's own projection is left behind, or starts afresh
+        state = {key: tensor for key, tensor in state.items() if key != "adapter.weight"}
+        if config.rule == "zero_pt":
+            state["adapter.weight"] = model.adapter.weight
+    try:
         model.load_state_dict(state)
-    except RuntimeError as error:
+    except (RuntimeError, AttributeError, TypeError) as error:
         reason = str(error).splitlines()[-1].strip()
         raise UserError(f"{name}: its weights do not fit its config\n{reason}") from None
+    finite = all(p.isfinite().all() for p in model.parameters())
+    check(finite, f"{name}: its weights are not finite: the training that made it has diverged")
     model.meta = meta
-    return model.to(device)
+    return model

@@ -17,7 +17,6 @@ import tiktoken
 import torch
 from torch import Tensor
 
-from checkpoint import sha256, write_json
 from model import UserError, check
 
 # ------------------------------------------------------------------------------------------------- tokenizers
@@ -41,8 +40,8 @@ def get_tokenizer(name: str):
     except Exception as error:  # whatever the network, a proxy or the cache came up with
         raise UserError(
             f"tiktoken cannot load the vocabulary of {name} ({type(error).__name__})\n"
-            "set TIKTOKEN_CACHE_DIR to a folder that has it (from a machine with network),\n"
-            "or use --tokenizer bytes, which needs no download"
+            "set TIKTOKEN_CACHE_DIR to a folder that has it, from a machine with network\n"
+            "(what prepare_data.py makes with --tokenizer bytes needs no download)"
         ) from None
 
 
@@ -55,16 +54,35 @@ def token_dtype(vocab_size: int) -> np.dtype:
 CORPORA = ("stdlib", "c4", "tinystories", "fineweb_edu")  # `prepare_data.py NAME` makes data/NAME
 
 
-def broken(path: Path, why: str) -> UserError:
-    return UserError(f"{path} {why}\nremove {path.parent} and prepare the data again")
+def broken(path: Path, problem: str) -> UserError:
+    return UserError(f"{path} {problem}\nremove {path.parent} and prepare the data again")
 
 
-def json_or_empty(path: Path) -> dict:
-    """{} where there is none, or none that can be read."""
-    try:
-        return dict(json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError):
-        return {}
+def command_for(folder: Path) -> str:
+    """The command that makes data that is missing."""
+    if folder.name == "chains":
+        return "python -m experiments.chains"
+    if folder.name in CORPORA:
+        return f"python prepare_data.py {folder.name} --out {folder}"
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not any(folder.glob("*.bin"))):
+        return f"python prepare_data.py text --input {folder} --out data/{folder.stem}"  # it is the text
+    return f"python prepare_data.py text --input FILE_OR_DIR --out {folder}"
+
+
+def has(value, **types: type) -> bool:
+    """Whether value is a dictionary with these keys, and values of these types."""
+    return isinstance(value, dict) and all(isinstance(value.get(key), kind) for key, kind in types.items())
+
+
+def describes_shards(meta) -> bool:
+    if not has(meta, tokenizer=str, vocab_size=int, splits=dict):
+        return False
+    for split in meta["splits"].values():
+        if not has(split, tokens=int, bytes=int, shards=list):
+            return False
+        if not all(has(shard, file=str, tokens=int) for shard in split["shards"]):
+            return False
+    return True
 
 
 def read_meta(folder: str | Path) -> dict:
@@ -72,19 +90,17 @@ def read_meta(folder: str | Path) -> dict:
     folder = Path(folder)
     try:
         meta = json.loads((folder / "meta.json").read_text())
-        [meta[name] for name in ("tokenizer", "vocab_size")]  # a KeyError for what is missing
-        for split in meta["splits"].values():
-            [split[name] for name in ("tokens", "bytes")]
-            [shard[name] for shard in split["shards"] for name in ("file", "tokens", "sha256")]
-        return meta
     except (FileNotFoundError, NotADirectoryError):
-        command = folder.name if folder.name in CORPORA else "text --input FILE_OR_DIR"
         raise UserError(
             f"{folder} holds no prepared data, or its preparation was interrupted\n"
-            f"make it: python prepare_data.py {command} --out {folder}"
+            f"make it: {command_for(folder)}\n"
+            "if it has moved, name its folder: --data of train.py, --ppl of eval_icl.py"
         ) from None
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise broken(folder / "meta.json", "does not describe token shards") from None
+    except (ValueError, RecursionError):
+        meta = None
+    if not describes_shards(meta):
+        raise broken(folder / "meta.json", "does not describe token shards")
+    return meta
 
 
 class Shards:
@@ -92,24 +108,23 @@ class Shards:
 
     .meta, .tokenizer (name), .vocab_size, .n_windows, .n_tokens, .n_bytes (of the text: for bits per byte).
     Windows are read at their positions and nothing is mapped, so that memory does not grow with the data.
-    With verify, each shard's SHA-256 is checked once and remembered beside it by size and time. Raises
-    UserError where files are missing or differ from meta.json, or where no window fits."""
+    Raises UserError where files are missing or differ from meta.json, or where no window fits."""
 
-    def __init__(self, folder: str | Path, split: str, block_size: int, verify: bool = True):
+    def __init__(self, folder: str | Path, split: str, block_size: int):
         self.folder, self.block_size, self.meta = Path(folder), block_size, read_meta(folder)
         self.tokenizer, self.vocab_size = self.meta["tokenizer"], self.meta["vocab_size"]
         self.dtype = token_dtype(self.vocab_size)
-        entry = self.meta["splits"].get(split)
-        check(bool(entry), f"{folder}/meta.json tells of no {split} split\nprepare the data again")
+        if split not in self.meta["splits"]:
+            raise broken(self.folder / "meta.json", f"tells of no {split} split")
+        entry = self.meta["splits"][split]
         self.n_tokens, self.n_bytes = entry["tokens"], entry["bytes"]
         self.paths = [self.folder / shard["file"] for shard in entry["shards"]]
-        for path, shard in zip(self.paths, entry["shards"]):
-            size = shard["tokens"] * self.dtype.itemsize
-            if not path.exists() or path.stat().st_size != size:
-                raise broken(path, f"is missing or has not {size} bytes")
-        if verify:
-            self.verify(entry["shards"])
-        n_windows = [max(0, (shard["tokens"] - 1) // block_size) for shard in entry["shards"]]
+        self.sizes = [shard["tokens"] for shard in entry["shards"]]
+        for path, size in zip(self.paths, self.sizes):
+            n_bytes = size * self.dtype.itemsize
+            if not path.is_file() or path.stat().st_size != n_bytes:
+                raise broken(path, f"is missing or has not {n_bytes} bytes")
+        n_windows = [max(0, (size - 1) // block_size) for size in self.sizes]
         self.first = np.cumsum([0, *n_windows])  # first[i]: number of the first window of shard i
         self.n_windows = int(self.first[-1])
         check(
@@ -118,21 +133,12 @@ class Shards:
             "prepare more text, or choose a smaller block_size",
         )
 
-    def verify(self, shards: list[dict]):
-        """Check each shard's SHA-256, unless verified.json knows the file by its size and time."""
-        memory = self.folder / "verified.json"
-        known = json_or_empty(memory)
-        marks = {}
-        for path, shard in zip(self.paths, shards):
-            stat = path.stat()
-            marks[path.name] = [stat.st_size, stat.st_mtime_ns, shard["sha256"]]
-            if known.get(path.name) != marks[path.name] and sha256(path) != shard["sha256"]:
-                raise broken(path, "is not what was prepared (its SHA-256 differs)")
-        if not marks.items() <= known.items():
-            try:
-                write_json(memory, {**known, **marks})
-            except OSError:  # a folder that we may only read: the next run checks again
-                pass
+    def read(self, shard: int, start: int, n: int) -> np.ndarray:
+        """n tokens of a shard from its token `start` on -> (n,) int64."""
+        tokens = np.fromfile(self.paths[shard], self.dtype, n, offset=start * self.dtype.itemsize)
+        if len(tokens) != n or tokens.max() >= self.vocab_size:
+            raise broken(self.paths[shard], f"is cut short, or has a token over {self.vocab_size - 1}")
+        return tokens.astype(np.int64)
 
     def window_order(self, seed: int, epoch: int) -> np.ndarray:
         """A permutation of range(n_windows), a pure function of (seed, epoch)."""
@@ -140,30 +146,29 @@ class Shards:
 
     def batch(self, windows) -> tuple[Tensor, Tensor]:
         """Numbers of B windows -> x, y (B, T) int64, y one token ahead of x."""
-        T, windows = self.block_size, np.asarray(windows, dtype=np.int64)
-        if windows.size and not 0 <= windows.min() <= windows.max() < self.n_windows:
-            raise IndexError(f"windows are numbered 0 to {self.n_windows - 1}")
-        tokens = torch.empty(len(windows), T + 1, dtype=torch.int64)
-        shards = np.searchsorted(self.first, windows, side="right") - 1
-        for row, window, shard in zip(tokens.numpy(), windows, shards):
-            start = int(window - self.first[shard]) * T * self.dtype.itemsize
-            read = np.fromfile(self.paths[shard], self.dtype, T + 1, offset=start)
-            if len(read) != T + 1 or read.max() >= self.vocab_size:
-                raise broken(self.paths[shard], f"is cut short, or has a token over {self.vocab_size - 1}")
-            row[:] = read
+        T, rows = self.block_size, []
+        for window in windows:
+            shard = int(np.searchsorted(self.first, window, side="right")) - 1
+            rows.append(self.read(shard, int(window - self.first[shard]) * T, T + 1))
+        tokens = torch.from_numpy(np.stack(rows))
         return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
 
 def documents(folder: str | Path, split: str) -> Iterator[np.ndarray]:
     """The documents of a split in order, each (n,) int64 without its end-of-text."""
-    meta = read_meta(folder)
-    dtype, eot = token_dtype(meta["vocab_size"]), get_tokenizer(meta["tokenizer"]).eot_token
-    begun = []  # what has been read of a document whose end has not
-    for shard in meta["splits"][split]["shards"]:
-        for start in range(0, shard["tokens"], 1 << 20):
-            block = np.fromfile(Path(folder) / shard["file"], dtype, 1 << 20, offset=start * dtype.itemsize)
-            *ended, rest = np.split(block.astype(np.int64), np.flatnonzero(block == eot) + 1)
+    shards, block, begun = Shards(folder, split, 1), 1 << 20, []
+    eot = get_tokenizer(shards.tokenizer).eot_token
+    for number, size in enumerate(shards.sizes):
+        for start in range(0, size, block):
+            tokens = shards.read(number, start, min(block, size - start))
+            *ended, rest = np.split(tokens, np.flatnonzero(tokens == eot) + 1)
             for part in ended:
                 yield np.concatenate([*begun, part[:-1]])
                 begun = []
-            begun.append(rest)
+            begun.append(rest)  # of a document that ends in a later block
+
+
+def tokenizer_of(model):
+    """The tokenizer of a loaded model: the one that its checkpoint holds, or else the one that it names."""
+    own = Path(model.meta["ckpt"], "tokenizer.json")
+    return get_tokenizer(f"hf:{own.parent}" if own.exists() else model.meta["tokenizer"])

@@ -3,10 +3,9 @@
     python eval_icl.py --iters 1,2,4,8                       # the newest checkpoint on the built-in tasks
     python eval_icl.py --ckpt out/NAME --iters 1,2,4,8 --tasks hellaswag,lambada_openai,arc_easy,piqa \\
         --data_dir data/icl --out r.json --log_samples s.jsonl            # after: python prepare_data.py icl
-    python eval_icl.py --ckpt out/NAME --iters 1,2,4,8 --ppl data/c4
+    python eval_icl.py --ckpt out/NAME --iters 1,2,4,8 --ppl data/c4      # on a whole validation split
     torchrun --nproc_per_node=8 eval_icl.py --ckpt out/NAME ...           # the same table, faster
-    python eval_icl.py --iters 1,2,8 --exit kl:1e-2,mean:2.5 --ppl        # loss, and at adaptive depth too
-    python eval_icl.py --ckpt out/NAME --iters 4 --lm_eval mmlu,gsm8k     # any other: see --help
+    python -m hf.export --ckpt out/NAME --out FOLDER                      # any other task: lm_eval --model hf
 
 How zero-shot scoring works. A row of a task, here of arc_easy,
 
@@ -24,20 +23,23 @@ asks whether the right continuation has the highest score, `acc_norm` whether it
 character (not counting the space): -23.8 / 5 against -17.2 / 4, wrong both times. A LAMBADA row is one
 request, for the last word of a text: `acc` asks whether each of its tokens is the most probable one,
 `perplexity` is exp(-mean score), per word. Tasks, strings and metrics are those of EleutherAI's
-lm-evaluation-harness 0.4.13, example by example (experiments/evaluation.py compares them).
+lm-evaluation-harness 0.4.13, example by example. Two tasks need no download: `cloze` and `lastword` are made
+of the validation text of the data that a model was trained on.
 
-Shapes: B rows, T tokens, D n_embd, V vocab_size, M scored tokens, N requests (windows), R columns: entries of
-`iters`, each an r or the rule of an early exit, such as "kl:1e-2".
+Shapes: B rows, T tokens, D n_embd, V vocab_size, M scored tokens, N requests (windows), R entries of iters.
 """
 
 import json
 import math
+import os
 import random
-from collections.abc import Iterable
+import re
+import sys
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from functools import lru_cache
+from functools import partial
+from itertools import islice
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import numpy as np
@@ -45,266 +47,325 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from checkpoint import load_model
+from checkpoint import load_model, write_json
 from config import (
     ArgumentParser,
     choose_device,
+    choose_dtype,
     cli,
     leave_ranks,
     nearest,
-    optional,
     parse_list,
     start_ranks,
     together,
 )
-from data import Shards, get_tokenizer
-from decode import Chunk, KVCache, adaptive_states, parse_exit, resolve_exit
-from model import AbbIE, check
-from tasks import BUILT_IN, DOWNLOADED, TASKS, Example, load_tasks
+from data import Shards, documents, get_tokenizer, read_meta, tokenizer_of
+from model import AbbIE, UserError, check
+
+# --------------------------------------------------------------------------------- a row -> its requests
+
+
+class Example(NamedTuple):
+    requests: list[tuple[str, str]]  # (context, continuation), one for each choice
+    gold: int  # number of the right one
+
+
+def choose(context: str, choices: list[str], gold: int) -> Example:
+    return Example([(context, " " + choice) for choice in choices], gold)
+
+
+def hellaswag(row: dict) -> Example:
+    def clean(text):  # the order matters: an ending may keep a space in front
+        text = text.strip().replace(" [title]", ". ")
+        return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
+
+    context = f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"
+    return choose(clean(context), [clean(ending) for ending in row["endings"]], int(row["label"]))
+
+
+def labelled(context: str, row: dict) -> Example:
+    gold = row["choices"]["label"].index(row["answerKey"].strip())
+    return choose(context, row["choices"]["text"], gold)
+
+
+def arc(row: dict) -> Example:
+    return labelled(f"Question: {row['question']}\nAnswer:", row)
+
+
+def commonsense_qa(row: dict) -> Example:
+    letters, texts = list("ABCDE"), row["choices"]["text"]
+    listed = "\n".join(f"{letter}. {texts[i]}" for i, letter in enumerate(letters))
+    context = f"Question: {row['question'].strip()}\n{listed}\nAnswer:"
+    return choose(context, letters, letters.index(row["answerKey"]))
+
+
+def piqa(row: dict) -> Example:
+    return choose(f"Question: {row['goal']}\nAnswer:", [row["sol1"], row["sol2"]], int(row["label"]))
+
+
+def sciq(row: dict) -> Example:
+    choices = [row[name] for name in ("distractor1", "distractor2", "distractor3", "correct_answer")]
+    return choose(f"{row['support'].lstrip()}\nQuestion: {row['question']}\nAnswer:", choices, 3)
+
+
+def openbookqa(row: dict) -> Example:
+    return labelled(row["question_stem"], row)
+
+
+def lambada(row: dict) -> Example:
+    context, _, word = row["text"].rpartition(" ")
+    return Example([(context, " " + word)], 0)
+
+
+def winogrande(row: dict) -> Example:
+    """Two contexts and one continuation: which option makes the rest of the sentence likelier?"""
+    before, after = row["sentence"].split("_", 1)
+    contexts = [before + row["option1"], before + row["option2"]]
+    return Example([(context, " " + after.strip()) for context in contexts], int(row["answer"]) - 1)
+
+
+def draw(spots: list, n: int) -> list:
+    """n of the spots by chance (all, if there are fewer); the first of them are the same for every n."""
+    rng, chosen = random.Random(1234), {}
+    while len(chosen) < min(n, len(spots)):
+        chosen[rng.randrange(len(spots))] = True
+    return [spots[i] for i in chosen]
+
+
+def make_cloze(texts: list[str], n: int, before: int) -> list[Example]:
+    """HellaSwag's form: the next 32 characters or so, and three others from elsewhere."""
+    space = re.compile(r"(?s)(?<=\S) (?=\S.{47})")
+    spots = [(text, match.start()) for text in texts for match in space.finditer(text)]
+    spots = draw(spots, min(4 * n, len(spots) // 4 * 4))
+    stretches = [re.match(r"(?s).{32}\S{,16}", text[at + 1 : at + 49]).group() for text, at in spots]
+    examples = []
+    for i in range(0, len(spots), 4):
+        (text, at), choices = spots[i], stretches[i + 1 : i + 4]
+        gold = i // 4 % 4  # the right one takes every place in turn
+        choices.insert(gold, stretches[i])
+        examples.append(choose(text[max(0, at - before) : at], choices, gold))
+    return examples
+
+
+def make_last_word(texts: list[str], n: int, before: int) -> list[Example]:
+    """LAMBADA's form: the last word of a line of four words or more."""
+    lines = re.compile(r"(?m)^.*\S [^\W\d_]{1,20}[.,:;]?$")  # the word: letters, and a point at most
+    matches = [(text, match) for text in texts for match in lines.finditer(text)]
+    spots = [(text, match.end()) for text, match in matches if len(match.group().split()) >= 4]
+    return [lambada({"text": text[max(0, end - before) : end]}) for text, end in draw(spots, n)]
+
+
+# -------------------------------------------------------------------------------- the tasks and their rows
+
+CONVERTED = "refs/convert/parquet"  # the branch in which the Hub keeps datasets as CONFIG/SPLIT/0000.parquet
+HELLASWAG = "218ec52e09a7e7462a5400043bb9a69a41d06b76"  # a revision that has all rows
+LAMBADA = "4aa8d02cd17c719165fc8a7887fddd641f43fcafa4b1c806ca8abc31fabdb226"  # SHA-256 of OpenAI's file
+
+
+class Task(NamedTuple):
+    """What is measured, and how a row becomes an Example. Rows are a file of a dataset on the Hugging Face
+    Hub; where there is none, render makes Examples of texts: (texts, how many, characters before)."""
+
+    metrics: tuple[str, ...]
+    render: Callable
+    repo: str = ""
+    file: str = ""
+    split: str = ""
+    n_rows: int = 0
+    revision: str = CONVERTED
+    sha256: str = ""  # "": what the Hub says it is
+
+
+# The names of the converted files follow the Hub's rule. We have not seen piqa's: should its
+# download fail, look the name up on the Hub.
+ACC, NORM, WORD = ("acc",), ("acc", "acc_norm"), ("perplexity", "acc")
+TASKS = {
+    "cloze": Task(NORM, make_cloze),
+    "lastword": Task(WORD, make_last_word),
+    "hellaswag": Task(
+        NORM, hellaswag,
+        "Rowan/hellaswag", "data/validation-00000-of-00001.parquet", "validation", 10042, HELLASWAG,
+    ),
+    "lambada_openai": Task(
+        WORD, lambada,
+        "EleutherAI/lambada_openai", "data/lambada_test.jsonl", "test", 5153, "main", LAMBADA,
+    ),
+    "arc_easy": Task(NORM, arc, "allenai/ai2_arc", "ARC-Easy/test/0000.parquet", "test", 2376),
+    "arc_challenge": Task(NORM, arc, "allenai/ai2_arc", "ARC-Challenge/test/0000.parquet", "test", 1172),
+    "commonsense_qa": Task(
+        ACC, commonsense_qa, "tau/commonsense_qa", "default/validation/0000.parquet", "validation", 1221
+    ),
+    "piqa": Task(NORM, piqa, "baber/piqa", "default/validation/0000.parquet", "validation", 1838),
+    "openbookqa": Task(NORM, openbookqa, "allenai/openbookqa", "main/test/0000.parquet", "test", 500),
+    "sciq": Task(NORM, sciq, "allenai/sciq", "default/test/0000.parquet", "test", 1000),
+    "winogrande": Task(
+        ACC, winogrande, "allenai/winogrande", "winogrande_xl/validation/0000.parquet", "validation", 1267
+    ),
+}  # fmt: skip
+BUILT_IN = [name for name, task in TASKS.items() if not task.repo]
+DOWNLOADED = [name for name, task in TASKS.items() if task.repo]
+N_BUILT_IN = 300  # examples of each, where no limit is given
+
+
+def load_task(
+    name: str, data: str | Path | None, data_dir: str | Path, block_size: int, limit: int | None
+) -> list[Example]:
+    """The first `limit` examples of a task (None: all; of a built-in task, which is made of `data`, 300)."""
+    if name not in TASKS:
+        raise UserError(
+            f"unknown task {name!r}{nearest(name, TASKS)}; there are {', '.join(TASKS)}\n"
+            "the harness has others: python -m hf.export, then lm_eval --model hf"
+        )
+    if name in BUILT_IN:
+        return make_task(name, data, block_size, limit or N_BUILT_IN)
+    return read_task(name, data_dir, limit)
+
+
+def read_task(name: str, data_dir: str | Path, limit: int | None) -> list[Example]:
+    """The first `limit` rows of DATA_DIR/TASK/SPLIT.jsonl. Raises UserError for a missing file and for the
+    first row that is not one of the task's."""
+    path = Path(data_dir, name, f"{TASKS[name].split}.jsonl")
+    command, examples = f"python prepare_data.py icl --out {data_dir}", []
+    check(path.is_file(), f"{path} is missing\nget it: {command}")
+    with open(path, "rb") as file:
+        for number, line in enumerate(islice(file, limit), 1):
+            try:
+                examples.append(read_row(name, line))
+            except (KeyError, IndexError, ValueError, TypeError, AttributeError, RecursionError) as error:
+                raise UserError(
+                    f"{path}, line {number} is no row of {name} ({type(error).__name__}: {error})\n"
+                    f"remove the file and get it again: {command}"
+                ) from None
+    check(bool(examples), f"{path} has no rows\nremove it and get it again: {command}")
+    return examples
+
+
+def read_row(name: str, line: bytes) -> Example:
+    example = TASKS[name].render(json.loads(line))
+    if not 0 <= example.gold < len(example.requests):
+        raise ValueError(f"no choice {example.gold}")
+    if not all(continuation.strip() for _, continuation in example.requests):
+        raise ValueError("an empty choice")
+    return example
+
+
+def make_task(name: str, data: str | Path, block_size: int, n: int) -> list[Example]:
+    """n examples (if there are so many) from the first two million characters of the validation split of
+    `data`; those for a larger n begin with them. Contexts have at most block_size / 2 characters, and at most
+    512."""
+    tokenizer, texts, size = get_tokenizer(read_meta(data)["tokenizer"]), [], 0
+    for tokens in documents(data, "val"):
+        texts.append(tokenizer.decode(tokens[: 1 << 20].tolist()))
+        size += len(texts[-1])
+        if size > 1 << 21:
+            break
+    examples = TASKS[name].render(texts, n, min(512, block_size // 2))
+    check(bool(examples), f"the validation split of {data} is too small to make {name} of\nprepare more text")
+    return examples
+
+
+# ------------------------------------------------------------------------------------- requests -> scores
 
 LOGITS_AT_A_TIME = 1 << 24  # so that memory grows neither with the batch nor with the vocabulary
-
-
-# ---------------------------------------------------------------------------------------- many r, many ranks
-
-
-def ascending(model: AbbIE, iters: Iterable[int]) -> list[int]:
-    """Sorted, without repetitions. Raises UserError for what the model's rule does not run at."""
-    return sorted({model.check_iters(r) for r in iters})
-
-
-def states_and_depths(model: AbbIE, idx: Tensor, iters: list[int | str], live=None, **tree):
-    """Yields for every entry of iters (ascending numbers, then early exits) the states of idx (B, T) that are
-    unembedded, (B, T, D), and the iterations that each token ran, (B, T): 0 where it is padding, which `live`
-    (B, T) is False for. One sweep of the Body serves all r; each early exit has one of its own, of at most
-    the largest r. tree: positions and mask of a decode.Chunk."""
-    fixed = [r for r in iters if isinstance(r, int)]
-    live = torch.ones_like(idx, dtype=torch.bool) if live is None else live
-    (B, T), rope, kv = idx.shape, None, None
-    if tree:
-        kv = Chunk(KVCache(model, B, 1, "none", length=T), T, **tree)
-        rope = kv.rope(model)
-    for r, z in zip(fixed, model.states_at(idx, fixed, rope, kv)):
-        yield z, r * live
-    for rule in iters[len(fixed) :]:
-        # All tokens take an iteration together, so that one slot for all iterations is exact: it holds what
-        # those still running have just written, and what the others wrote in their last.
-        kv = Chunk(KVCache(model, B, fixed[-1], "last", length=T), T, **tree)
-        yield adaptive_states(model, idx, kv, parse_exit(rule), live)
-
-
-def score_tokens(model: AbbIE, z: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """States z (M, D) that predict tokens (M,) -> nats (M,), and whether another token is the most probable
-    one, (M,)."""
-    at_a_time = max(1, LOGITS_AT_A_TIME // model.config.vocab_size)
-    nats, missed = [], []
-    for part, token in zip(z.split(at_a_time), tokens.split(at_a_time)):
-        logits = model.logits(part).float()  # (<= at_a_time, V)
-        nats.append(F.cross_entropy(logits, token, reduction="none"))
-        missed.append(logits.argmax(-1) != token)
-    return torch.cat(nats).cpu().double(), torch.cat(missed).cpu()
-
-
-def sum_over_ranks(x: Tensor, world: int) -> Tensor:
-    """Exact: a score is computed by one rank and 0 on the others; iterations and tokens are whole numbers."""
-    if world > 1:
-        dist.all_reduce(x)
-    return x
-
-
-def progress(batches, name: str, rank: int):
-    """A bar on rank 0, if it has a name and there is a terminal (which disable=None looks for)."""
-    return tqdm(batches, desc=name, disable=None if name and rank == 0 else True)
-
-
-# ------------------------------------------------------------------------------------------------- perplexity
-
-
-@torch.no_grad()
-def window_losses(
-    model: AbbIE, shards: Shards, iters: list[int | str], n_windows=None, batch_size=16, rank=0, world=1,
-    autocast=nullcontext, bar="",
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Mean nats per token and mean iterations, (N, R) each, of N windows, evenly spaced over the split (None:
-    all of them), computed in the context autocast(). Batches are the same for every number of ranks, each of
-    which takes a stride of them; so is the result. bar: name of a progress bar."""
-    n = min(n_windows or shards.n_windows, shards.n_windows)
-    chosen = np.arange(n) * shards.n_windows // n
-    losses, ran = (torch.zeros(n, len(iters), dtype=torch.float64) for _ in range(2))
-    device = model.embed.weight.device
-    for first in progress(range(rank * batch_size, n, world * batch_size), bar, rank):
-        x, y = (t.to(device) for t in shards.batch(chosen[first : first + batch_size]))
-        rows = slice(first, first + len(x))
-        with autocast():
-            for i, (z, depth) in enumerate(states_and_depths(model, x, iters)):
-                nats, _ = score_tokens(model, z.flatten(0, 1), y.flatten())
-                losses[rows, i] = nats.view(y.shape).mean(1)
-                ran[rows, i] = depth.cpu().double().mean(1)
-    return sum_over_ranks(losses, world), sum_over_ranks(ran, world)
-
-
-def evaluate_loss(model: AbbIE, shards: Shards, iters: list[int], n_windows=None, **options) -> dict:
-    """{r: mean nats per token}, on the same windows at every call. The options are window_losses's."""
-    iters = ascending(model, iters)
-    losses, _ = window_losses(model, shards, iters, n_windows, **options)
-    return dict(zip(iters, losses.mean(0).tolist()))
-
-
-def perplexity(model: AbbIE, shards: Shards, iters: list[int | str], **options) -> dict:
-    """Loss in nats per token with its standard error over windows, perplexity per token, and bits per byte of
-    the split's text, which compare models of different tokenizers; on a whole split."""
-    losses, ran = window_losses(model, shards, iters, **options, bar="perplexity")
-    n = len(losses) * shards.block_size
-    result = {"data": str(shards.folder), "n": n, "left_out": shards.n_tokens - n, "iters": {}}
-    for r, loss, mean_iters in zip(iters, losses.numpy().T, ran.mean(0).tolist()):
-        mean = float(loss.mean())
-        entry = result["iters"][str(r)] = {"loss": mean, "loss_stderr": mean_stderr(loss)}
-        entry["perplexity"] = math.exp(min(700, mean))
-        entry["bits_per_byte"] = mean / math.log(2) * shards.n_tokens / shards.n_bytes
-        entry["mean_iters"] = mean_iters
-    return result
-
-
-# ------------------------------------------------------------------------------- requests -> tokens -> scores
-
-
-Pair = tuple[list[int], list[int]]  # a request's tokens: context, continuation
+Pair = tuple[Tensor, Tensor]  # the tokens of a request: context, continuation
 
 
 def encode_requests(tokenizer, requests: list[tuple[str, str]]) -> list[Pair]:
     """Strings -> tokens of (context, continuation), split after as many tokens as the context alone has.
     Whitespace at a context's end belongs to the continuation; an empty context becomes the end-of-text
     token."""
-    encode = lru_cache(maxsize=8)(lambda text: list(tokenizer.encode_ordinary(text)))
-    encoded = []
+    pairs = []
     for context, continuation in requests:
-        start, whole = encode(context.rstrip()), encode(context + continuation)
+        start = tokenizer.encode_ordinary(context.rstrip())
+        whole = tokenizer.encode_ordinary(context + continuation)
         if not start:
             start = [tokenizer.eot_token]
             whole = whole if whole[:1] == start else start + whole
-        encoded.append((start, whole[len(start) :]))
-    return encoded
+        pairs.append((torch.tensor(start), torch.tensor(whole[len(start) :], dtype=torch.int64)))
+    return pairs
 
 
-class Group(NamedTuple):
-    """A context and all its continuations, which make one row of a batch."""
-
-    context: list[int]
-    continuations: list[tuple[int, list[int]]]  # (number of the request, tokens)
-
-    def size(self) -> int:
-        """The tokens that are read: the last one of a continuation is predicted only."""
-        return len(self.context) + sum(len(tokens) - 1 for _, tokens in self.continuations)
-
-
-def group(requests: list[Pair], T: int) -> tuple[list[Group], list[int]]:
-    """Neighbours with equal contexts share a row, up to 2 T tokens. A request longer than block_size T loses
-    the beginning of its context; the numbers of these requests come back as well."""
-    groups, truncated = [], []
-    for number, (context, tokens) in enumerate(requests):
-        misfit = f"a continuation of {len(tokens)} tokens does not fit into a context of {T}"
-        check(0 < len(tokens) <= T, f"{misfit}\nevaluate a model of larger block_size")
-        excess = len(context) + len(tokens) - (T + 1)
-        if excess > 0:
-            truncated.append(number)
-            context = context[excess:]
-        if not groups or groups[-1].context != context or groups[-1].size() + len(tokens) > 2 * T:
-            groups.append(Group(context, []))
-        groups[-1].continuations.append((number, tokens))
-    return groups, truncated
-
-
-def batches_of(groups: list[Group], batch_size: int) -> list[list[Group]]:
-    """Little padding: a row is at least 3/4 as long as the longest of its batch, which comes first."""
-    batches = []
-    for row in sorted(groups, key=Group.size, reverse=True):
-        if not batches or len(batches[-1]) == batch_size or row.size() < 0.75 * batches[-1][0].size():
-            batches.append([])
-        batches[-1].append(row)
-    return batches
-
-
-def pack(groups: list[Group]) -> tuple[Tensor, ...]:
-    """The continuations of a context lie one after another in its row. -> idx (B, T); its branches (B, T): 0
-    in the context, 1, 2, ... in its continuations, -1 for padding on the right; the positions (B, T) that
-    tokens would have in a text alone; and for each of M tokens to score the place in B * T whose logits
-    predict it, the token, and the number of its request, (M,) each."""
-    T = max(row.size() for row in groups)
-    idx, branches, positions = (np.zeros((len(groups), T), np.int64) for _ in range(3))
-    places, tokens, owners = [], [], []
-    for b, row in enumerate(groups):
-        start = end = len(row.context)
-        idx[b, :start], positions[b, :start] = row.context, range(start)
-        for c, (number, continuation) in enumerate(row.continuations, 1):
-            new = range(end, end + len(continuation) - 1)
-            idx[b, new], branches[b, new] = continuation[:-1], c
-            positions[b, new] = start + np.arange(len(new))
-            places += [b * T + at for at in (start - 1, *new)]
-            tokens += continuation
-            owners += [number] * len(continuation)
-            end = new.stop
-        branches[b, end:] = -1
-    return tuple(torch.as_tensor(a) for a in (idx, branches, positions, places, tokens, owners))
-
-
-def tree_of(branches: Tensor, positions: Tensor) -> dict:
-    """A continuation sees the context and itself, but not the others. -> positions and mask of a chunk;
-    nothing where a row has no others and is an ordinary text."""
-    if branches.max() <= 1:
-        return {}
-    visible = (branches[:, None] == 0) | (branches[:, None] == branches[:, :, None])  # (B, T queries, T keys)
-    return {"positions": positions, "mask": visible.tril()[:, None]}
+def score_tokens(model: AbbIE, z: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """States z (M, D) that predict tokens (M,) -> log-probabilities (M,) float64, and whether each token is
+    the most probable one (M,). The softmax is fp32, over the vocabulary without its padding."""
+    at_a_time = max(1, LOGITS_AT_A_TIME // model.config.vocab_size)
+    logprobs, hits = [], []
+    for part, token in zip(z.split(at_a_time), tokens.split(at_a_time)):
+        logits = model.logits(part).float()  # (<= at_a_time, V)
+        logprobs.append(-F.cross_entropy(logits, token, reduction="none"))
+        hits.append(logits.argmax(-1) == token)
+    return torch.cat(logprobs).cpu().double(), torch.cat(hits).cpu()
 
 
 @torch.no_grad()
 def score(
-    model: AbbIE, requests: list[Pair], iters: list[int | str], batch_size=32, rank=0, world=1, bar=""
-) -> tuple[np.ndarray, np.ndarray, list[int], list[float]]:
-    """Tokens of N (context, continuation) -> log-likelihoods (N, R), whether every token is the argmax
-    (N, R), the numbers of the requests whose context was truncated, and the mean iterations of the tokens
-    read, R of them. Batches are the same for every number of ranks, each of which takes a stride of them."""
-    groups, truncated = group(requests, model.config.block_size)
-    device = model.embed.weight.device
-    total, misses = (torch.zeros(len(requests), len(iters), dtype=torch.float64) for _ in range(2))
-    ran = torch.zeros(2, len(iters), dtype=torch.float64)  # iterations, tokens
-    for batch in progress(batches_of(groups, batch_size)[rank::world], bar, rank):
-        *packed, owners = pack(batch)
-        idx, branches, positions, places, tokens = (t.to(device) for t in packed)
-        live = branches >= 0
-        found = states_and_depths(model, idx, iters, live, **tree_of(branches, positions))
-        for i, (z, depth) in enumerate(found):
-            ran[:, i] += torch.stack([depth.sum(), live.sum()]).cpu()
-            nats, missed = score_tokens(model, z.flatten(0, 1)[places], tokens)
-            total[:, i].index_add_(0, owners, -nats)
-            misses[:, i].index_add_(0, owners, missed.double())
-    total, misses, ran = (sum_over_ranks(x, world).numpy() for x in (total, misses, ran))
-    return total, misses == 0, truncated, (ran[0] / ran[1]).tolist()
+    model: AbbIE, pairs: list[Pair], iters: list[int], batch_size=32, rank=0, world=1, autocast=nullcontext,
+    bar="",
+) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+    """Tokens of N requests -> log-likelihoods (N, R), and whether every token is the argmax (N, R), at each
+    of the ascending iters, computed in the context autocast(). A context that is too long loses its start.
+    Batches are the same for any number of ranks, each of which takes a stride of them; so are the scores.
+    bar: name of a progress bar."""
+    device, N = model.embed.weight.device, len(pairs)
+    longest_first = sorted(range(N), key=lambda n: -len(pairs[n][0]) - len(pairs[n][1]))
+    batches = [longest_first[first : first + batch_size] for first in range(0, N, batch_size)]
+    result = torch.zeros(2, N, len(iters), dtype=torch.float64)
+    for batch in tqdm(batches[rank::world], desc=bar, disable=None if bar and rank == 0 else True):
+        rows = [torch.cat(pairs[n])[-(model.config.block_size + 1) :] for n in batch]
+        lengths = [len(pairs[n][1]) for n in batch]
+        # Each position predicts the next token, so the last one of a row is not read. Rows are padded on the
+        # right, where no token before can see it.
+        idx = pad_sequence([row[:-1] for row in rows], batch_first=True).to(device)  # (B, T)
+        tokens = torch.cat([pairs[n][1] for n in batch]).to(device)  # (M,)
+        with autocast():
+            for i, z in enumerate(model.states_at(idx, iters)):  # (B, T, D)
+                ends = [len(row) - 1 for row in rows]
+                scored = [z[b, end - n : end] for b, (end, n) in enumerate(zip(ends, lengths))]
+                logprobs, hits = score_tokens(model, torch.cat(scored), tokens)  # (M,) each
+                result[0, batch, i] = torch.stack([part.sum() for part in logprobs.split(lengths)])
+                result[1, batch, i] = torch.stack([part.all() for part in hits.split(lengths)]).double()
+    if world > 1:
+        dist.all_reduce(result)  # exact: one rank has the scores of a request, and the others 0
+    return result[0].numpy(), result[1].bool().numpy()
+
+
+def window_losses(model: AbbIE, shards: Shards, iters: list[int], n_windows=None, **options) -> np.ndarray:
+    """Mean nats per token (N, R) of N windows, evenly spaced over the split (None: all of them). A window is
+    a request whose context is one token. The options are score's."""
+    N = min(n_windows or shards.n_windows, shards.n_windows)
+    x, y = shards.batch(np.arange(N) * shards.n_windows // N)
+    scores, _ = score(model, list(zip(x[:, :1], y)), iters, **options)
+    return -scores / shards.block_size
+
+
+def evaluate_loss(model: AbbIE, shards: Shards, iters: Iterable[int], n_windows=None, **options) -> dict:
+    """{r: mean nats per token}, on the same windows at every call. The options are score's."""
+    iters = sorted({model.check_iters(r) for r in iters})
+    return dict(zip(iters, window_losses(model, shards, iters, n_windows, **options).mean(0).tolist()))
 
 
 # ------------------------------------------------------------------------------------------ scores -> metrics
 
 
-def mean_stderr(x: np.ndarray) -> float | str:
-    return float(np.std(x, ddof=1) / math.sqrt(len(x))) if len(x) > 1 else "N/A"
+def check_finite(scores: np.ndarray, iters: list[int]):
+    """Scores (N, R). NaN compares as False: without this, a broken model would seem to guess choice 0."""
+    broken = [r for r, finite in zip(iters, np.isfinite(scores).all(0)) if not finite]
+    advice = "take an earlier checkpoint, fewer iterations, or --dtype float32"
+    check(not broken, f"the model is not finite: at iters {broken} it has NaN or infinite scores\n{advice}")
 
 
-def bootstrap_stderr(loglikelihoods: np.ndarray, bootstrap_iters: int) -> float | str:
-    """Standard error of exp(-mean) with the harness's own resamples: chunk i of at most 1000 of them is drawn
-    by random.Random(i). NumPy's generator in the same state gives the same numbers, a hundred times
-    faster."""
-    n, size = len(loglikelihoods), min(1000, bootstrap_iters)
-    if n == 1 or size < 2:
-        return "N/A"
-    means, source = [], np.random.RandomState()
-    for i in range(bootstrap_iters // size):
-        *state, position = random.Random(i).getstate()[1]
-        source.set_state(("MT19937", state, position))
-        for rows in range(0, size, 100):
-            picks = (source.random_sample((min(100, size - rows), n)) * n).astype(np.int32)
-            means.append(loglikelihoods[picks].mean(1))
-    return float(np.std(np.exp(np.minimum(700, -np.concatenate(means))), ddof=1))
+def summary(metric: str, x: np.ndarray) -> dict:
+    """The mean of x (N,) and its standard error (None where N is 1). A perplexity is exp(mean), and its
+    error, by the delta method, exp(mean) times that of the mean."""
+    mean = float(x.mean())
+    stderr = float(x.std(ddof=1)) / math.sqrt(len(x)) if len(x) > 1 else None
+    if metric == "perplexity":
+        mean = math.exp(min(700, mean))
+        stderr = stderr and mean * stderr
+    return {metric: mean, f"{metric}_stderr": stderr}
 
 
 def mcnemar(before: np.ndarray, after: np.ndarray) -> dict:
@@ -316,8 +377,10 @@ def mcnemar(before: np.ndarray, after: np.ndarray) -> dict:
     return {"gained": gained, "lost": lost, "p": min(1.0, 2 * tail / 2**n)}
 
 
-def is_right(example: Example, scores: np.ndarray, greedy: np.ndarray, metric: str) -> np.ndarray:
-    """One example's scores and greedy, (choices, R) each -> whether it is right at each r, (R,)."""
+def measure(metric: str, example: Example, scores: np.ndarray, greedy: np.ndarray) -> np.ndarray:
+    """One example's scores and greedy, (choices, R) each -> what the metric is the mean of, (R,)."""
+    if metric == "perplexity":
+        return -scores[0]
     if len(example.requests) == 1:  # LAMBADA: every token of the word is the argmax
         return greedy[0]
     if metric == "acc_norm":  # per character of the choice, without the space before it
@@ -326,154 +389,131 @@ def is_right(example: Example, scores: np.ndarray, greedy: np.ndarray, metric: s
 
 
 def run_task(
-    model: AbbIE, tokenizer, name: str, examples: list[Example], iters: list[int | str],
-    bootstrap_iters=100_000, log=None, **options,
-) -> dict:  # fmt: skip
-    """Score one task -> {"n", "truncated": examples, "iters": {r: {metric, metric_stderr, mean_iters}},
-    "paired": {"reference": the trained r (else the first), r: {metric: {gained, lost, p}}}}. `log`, an open
-    file, gets a line per example and r. The options are score's."""
-    requests = encode_requests(tokenizer, [request for example in examples for request in example.requests])
-    scores, greedy, truncated, mean_iters = score(model, requests, iters, bar=name, **options)
-    ends = np.cumsum([len(example.requests) for example in examples])
-    scores, greedy = np.split(scores, ends[:-1]), np.split(greedy, ends[:-1])  # an example each, (choices, R)
-    trained = model.config.mean_iters
-    reference = trained if trained in iters else iters[0]
-    entries = {str(r): {} for r in iters}
-    paired = {str(r): {} for r in iters if r != reference}
+    model: AbbIE, tokenizer, name: str, examples: list[Example], iters: list[int], **options
+) -> tuple[dict, list[dict]]:
+    """Score one task at ascending iters -> its result, and a sample for every example and r.
+
+    The result: {"n", "left_out", "truncated": examples, "iters": {r: {metric, metric_stderr}}, "paired":
+    {"reference": the default r (else the first), r: {metric: McNemar's test}}}. Examples with a continuation
+    longer than the model's context are left out. The options are score's."""
+    T, kept, pairs, truncated = model.config.block_size, [], [], 0
+    for number, example in enumerate(examples):
+        encoded = encode_requests(tokenizer, example.requests)
+        for (_, tokens), (_, text) in zip(encoded, example.requests):
+            check(len(tokens) > 0, f"{name}, row {number + 1}: {text!r} adds no token to its context")
+        if max(len(tokens) for _, tokens in encoded) <= T:
+            kept.append(number)
+            pairs += encoded
+            truncated += any(len(context) + len(tokens) > T + 1 for context, tokens in encoded)
+    check(len(kept) > 0, f"{name}: no row's continuations fit into the model's context of {T} tokens")
+    scores, greedy = score(model, pairs, iters, bar=name, **options)
+    check_finite(scores, iters)
+    ends = np.cumsum([len(examples[number].requests) for number in kept])[:-1]
+    rows = list(zip(kept, np.split(scores, ends), np.split(greedy, ends)))  # (number, (choices, R) twice)
+
+    reference = model.config.iters if model.config.iters in iters else iters[0]
+    entries, paired = ({str(r): {} for r in iters} for _ in range(2))
     for metric in TASKS[name].metrics:
-        if metric == "perplexity":
-            words = np.concatenate(scores)  # (examples, R)
-            values = np.exp(np.minimum(700, -words.mean(0)))
-            stderrs = [bootstrap_stderr(column, bootstrap_iters) for column in words.T]
-        else:
-            right = np.array([is_right(*one, metric) for one in zip(examples, scores, greedy)])
-            values, stderrs = right.mean(0), [mean_stderr(column) for column in right.T]
-            base = right[:, iters.index(reference)]
-            for r, column in zip(iters, right.T):
-                if r != reference:
-                    paired[str(r)][metric] = mcnemar(base, column)
-        for entry, value, stderr in zip(entries.values(), values.tolist(), stderrs):
-            entry.update({metric: value, metric + "_stderr": stderr})
-    for entry, ran in zip(entries.values(), mean_iters):
-        entry["mean_iters"] = ran
-    for number, example in enumerate(examples if log else []):
-        for r, nats, hits in zip(iters, scores[number].T.tolist(), greedy[number].T.tolist()):
-            line = {"task": name, "doc_id": number, "iters": r}
-            line |= {"loglikelihoods": nats, "is_greedy": hits, "gold": example.gold}
-            log.write(json.dumps(line) + "\n")
-    cut = np.unique(np.searchsorted(ends, truncated, side="right"))
-    result = {"n": len(examples), "truncated": len(cut), "iters": entries}
-    return {**result, "paired": {"reference": reference, **paired}}
+        values = np.array([measure(metric, examples[number], *row) for number, *row in rows])  # (N, R)
+        for r, column in zip(entries, values.T):
+            entries[r] |= summary(metric, column)
+            if metric != "perplexity":
+                paired[r][metric] = mcnemar(values[:, iters.index(reference)], column)
+    result = {"n": len(kept), "left_out": len(examples) - len(kept), "truncated": truncated}
+    result |= {"iters": entries, "paired": {"reference": reference, **paired}}
+    samples = [
+        {
+            "task": name,
+            "doc_id": number,
+            "iters": r,
+            "loglikelihoods": nats[:, i].tolist(),
+            "is_greedy": hits[:, i].tolist(),
+            "gold": examples[number].gold,
+        }
+        for number, nats, hits in rows
+        for i, r in enumerate(iters)
+    ]
+    return result, samples
 
 
-def run_tasks(model: AbbIE, tokenizer, tasks, iters, data=None, data_dir="data/icl", limit=None, **options):
-    """Score tasks at every r -> {"tasks": {name: the result of run_task}}. The built-in tasks are made of the
-    shards in the folder `data`; the options are run_task's."""
-    iters, results = ascending(model, iters), {}
-    for name, examples in load_tasks(tasks, data, data_dir, model.config.block_size, limit).items():
-        results[name] = run_task(model, tokenizer, name, examples, iters, **options)
+def run_tasks(
+    model: AbbIE, tokenizer, names: list[str], iters: Iterable[int], data: str | Path | None = None,
+    data_dir: str | Path = "data/icl", limit: int | None = None, **options,
+) -> dict:  # fmt: skip
+    """Score tasks at every r -> {"tasks": {name: the result of run_task}}. Arguments as load_task's; the
+    options are score's."""
+    iters, results = sorted({model.check_iters(r) for r in iters}), {}
+    for name in names:
+        examples = load_task(name, data, data_dir, model.config.block_size, limit)
+        results[name], _ = run_task(model, tokenizer, name, examples, iters, **options)
     return {"tasks": results}
 
 
-# ----------------------------------------------------------------------------- any other task, by the harness
+def perplexity(model: AbbIE, shards: Shards, iters: list[int], **options) -> dict:
+    """Of a whole split: loss in nats per token, perplexity per token, and bits per byte of its text, which
+    compare models of different tokenizers. Errors are those of a mean over windows."""
+    losses = window_losses(model, shards, iters, **options, bar="perplexity")
+    check_finite(losses, iters)
+    n, bits = losses.shape[0] * shards.block_size, shards.n_tokens / shards.n_bytes / math.log(2)
+    result = {"data": str(shards.folder), "n": n, "left_out": shards.n_tokens - n, "iters": {}}
+    for r, loss in zip(iters, losses.T):
+        entry = summary("loss", loss) | summary("perplexity", loss) | summary("bits_per_byte", bits * loss)
+        result["iters"][str(r)] = entry
+    return result
 
 
-def find_harness_tasks(names: list[str], include_path: str | None = None):
-    """The TaskManager of the harness, which knows these tasks; with include_path, those of this folder
-    instead of its own. Raises UserError for a name that it does not know, and where there is no harness."""
-    packages = "lm_eval==0.4.13 transformers accelerate safetensors tokenizers"
-    optional("accelerate", packages)  # which the harness needs for models of transformers
-    TaskManager = optional("lm_eval.tasks", packages).TaskManager
-    manager = TaskManager(include_path=include_path, include_defaults=include_path is None)
-    known = manager.all_tasks
-    for name in names:
-        check(name in known, f"the harness knows no task {name}{nearest(name, known)}")
-    return manager
+# -------------------------------------------------------------------------------------------------- the table
 
 
-def run_harness(model: AbbIE, args, manager) -> dict:
-    """The harness's own results for its own tasks, args.lm_eval: {r: {task: {metric: value}}}. It runs what
-    hf/export.py writes, by transformers."""
-    from lm_eval import simple_evaluate
-    from lm_eval.utils import make_table
-
-    from hf.export import export
-
-    how = {"tasks": args.lm_eval, "task_manager": manager, "log_samples": False}
-    how |= {name: getattr(args, name) for name in ("num_fewshot", "limit", "bootstrap_iters", "batch_size")}
-    results = {}
-    with TemporaryDirectory() as folder:
-        folder = Path(folder, "model")
-        export(model, folder)
-        for r in args.iters:
-            runs = {"pretrained": str(folder), "trust_remote_code": True, "dtype": "float32", "iters": r}
-            found = simple_evaluate("hf", runs, device=str(model.embed.weight.device), **how)
-            results[str(r)] = found["results"]
-            print(f"iters {r}\n{make_table(found)}")
-    return results
-
-
-# ----------------------------------------------------------------------------------------------------- output
-
-LOWER_IS_BETTER = ("perplexity", "loss", "bits_per_byte")
-
-
-def cell(metric: str, value: float | str) -> str:
-    """Accuracies in percent."""
-    if value == "N/A":
-        return "N/A"
-    if metric.startswith("acc"):
+def cell(metric: str, value: float) -> str:
+    if metric.startswith("acc"):  # in percent
         return f"{100 * value:.2f}"
     return f"{value:.4f}" if value < 1000 else f"{value:.4g}"
 
 
 def print_table(results: dict):
     """Rows: tasks and metrics. Columns: iters. The best r of a row is marked with *."""
-    sections, notes = dict(results.get("tasks", {})), []
+    sections, lines, notes = dict(results.get("tasks", {})), [], []
     if "ppl" in results:
         sections[results["ppl"]["data"]] = results["ppl"]
-    if not sections:
-        return
-    columns = list(next(iter(sections.values()))["iters"])
-    width = max(map(len, sections))
-    titles = "".join(f"{'r=' + r if r.isdigit() else r:>23s} " for r in columns)
-    print(f"{'':{width}s}  {'':13s} {'n':>10s}{titles} *: best")
-    adaptive = not all(map(str.isdigit, columns))
     for name, section in sections.items():
-        n, entries, paired = section["n"], section["iters"], section.get("paired", {})
-        official = TASKS[name].n_rows if name in DOWNLOADED else n
+        n, left_out, entries = section["n"], section["left_out"], section["iters"]
+        official = TASKS[name].n_rows if name in DOWNLOADED else n + left_out
         count = str(n) if n == official else f"{n}/{official}"
-        for metric in entries[columns[0]]:
-            if metric.endswith("_stderr") or (metric == "mean_iters" and not adaptive):
-                continue
-            better = min if metric in LOWER_IS_BETTER else max
-            best = better(columns, key=lambda r: entries[r][metric])
-            line = ""
+        lines = lines or [["", "*: best", "n", *(f"r={r} " for r in entries)]]
+        for metric in [key for key in next(iter(entries.values())) if not key.endswith("_stderr")]:
+            better = max if metric.startswith("acc") else min
+            best = better(entries, key=lambda r: entries[r][metric])
+            cells = []
             for entry in entries.values():
-                text = cell(metric, entry[metric])
-                if metric + "_stderr" in entry:
-                    text += f" ± {cell(metric, entry[metric + '_stderr'])}"
-                starred = entry[metric] == entries[best][metric] and metric != "mean_iters"
-                line += f"{text:>23s}" + ("*" if starred else " ")
-            print(f"{name:{width}s}  {metric:13s} {count:>10s}{line}")
-            test = paired.get(best, {}).get(metric)
+                value, stderr = entry[metric], entry[f"{metric}_stderr"]
+                error = "" if stderr is None else f" ± {cell(metric, stderr)}"
+                cells.append(cell(metric, value) + error + ("*" if value == entries[best][metric] else " "))
+            lines.append([name, metric, count, *cells])
+            test = section.get("paired", {}).get(best, {}).get(metric)
             if test and test["gained"] > test["lost"]:
                 notes.append(
                     f"{name} {metric}: r={best} gains {test['gained']} and loses {test['lost']} "
-                    f"examples against r={paired['reference']}, McNemar p = {test['p']:.2g}"
+                    f"examples against r={section['paired']['reference']}, McNemar p = {test['p']:.2g}"
                 )
-        if cut := section.get("truncated"):
-            notes.append(f"{name}: {cut} of {n} examples exceed the model's context and lost their beginning")
-        if left_out := section.get("left_out"):
-            notes.append(f"{name}: {left_out} tokens behind the last window of a shard left out")
-    print("\n".join(notes))
+        if name in TASKS and left_out:
+            notes.append(f"{name}: {left_out} rows left out: a choice is longer than the model's context")
+        if section.get("truncated"):
+            notes.append(f"{name}: {section['truncated']} rows longer than the context lost their beginning")
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    for name, metric, *cells in lines:
+        cells = [text.rjust(width) for text, width in zip(cells, widths[2:])]
+        print("  ".join([name.ljust(widths[0]), metric.ljust(widths[1]), *cells]))
+    for note in notes:
+        print(note)
 
 
 # ------------------------------------------------------------------------------------------------ the command
 
 
 def comma_list(text: str) -> list[str]:
-    return text.split(",") if text else []
+    """'a, b' -> ['a', 'b'], each once."""
+    return list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
 
 
 def parse_args(argv: list[str]):
@@ -481,93 +521,86 @@ def parse_args(argv: list[str]):
     add = parser.add_argument
     add("--ckpt", help="run folder, checkpoint or hf:FOLDER (default: the newest under out/)")
     add("--iters", default="1,2,4,8", help="iterations of the Body (default 1,2,4,8)")
-    adaptive = "also at adaptive depth, up to the last of --iters, as in sample.py: kl:1e-2,mean:2.5"
-    add("--exit", dest="exits", type=comma_list, default="", help=adaptive)
-    default = f"{','.join(BUILT_IN)}, where neither --ppl nor --lm_eval is given"
-    add("--tasks", type=comma_list, default="", help=f"of {', '.join(TASKS)} (default: {default})")
-    add("--data_dir", default="data/icl", help="holds TASK/SPLIT.jsonl")
-    add("--limit", type=int, help="rows of each task, the first N; of a built-in one, examples (300)")
-    whole = "loss, perplexity and bits per byte on the whole validation split of a folder of shards"
-    tasks_too = "default: the training data; the built-in tasks are made of the same folder"
-    add("--ppl", nargs="?", const="", metavar="DATA", help=f"{whole} ({tasks_too})")
-    anything = "tasks of lm-evaluation-harness, such as mmlu,gsm8k, at every r in turn, in one process"
-    add("--lm_eval", type=comma_list, default="", help=anything)
-    add("--num_fewshot", type=int, help="shots for --lm_eval (default: the task's own)")
-    add("--include_path", help="folder of task files for --lm_eval to take instead of the harness's")
-    add("--batch_size", type=int, default=32, help="rows at a time (default 32)")
-    add("--bootstrap_iters", type=int, default=100_000, help="resamples for word perplexity")
+    default = f"{','.join(BUILT_IN)}, where --ppl is not given"
+    add("--tasks", type=comma_list, default=[], help=f"of {', '.join(TASKS)} (default: {default})")
+    add("--data_dir", default="data/icl", help="holds TASK/SPLIT.jsonl (default data/icl)")
+    add("--limit", type=int, help="examples of each task, the first N (default: all; of a built-in one 300)")
+    measures = "loss, perplexity and bits per byte on the validation split of a folder of shards"
+    default = "default: the training data; the built-in tasks are made of the same folder"
+    add("--ppl", nargs="?", const="", metavar="FOLDER", help=f"{measures} ({default})")
+    add("--batch_size", type=int, default=32, help="requests or windows at a time (default 32)")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
-    add("--out", help="write the results here as JSON")
-    add("--log_samples", help="write every example's scores here, a line of JSON each")
+    default = "of matrix products (default float32, as the harness; auto: bfloat16 where it is fast)"
+    add("--dtype", default="float32", choices=("auto", "float32", "bfloat16"), help=default)
+    add("--out", metavar="FILE", help="write the results here as JSON, after every task")
+    add("--log_samples", metavar="FILE", help="write every example's scores here, a line of JSON each")
     args = parser.parse_args(argv)
     check(args.batch_size >= 1, f"--batch_size={args.batch_size} must be at least 1")
     check(args.limit is None or args.limit >= 1, f"--limit={args.limit} must be at least 1")
-    for name in ("num_fewshot", "include_path"):
-        check(args.lm_eval or getattr(args, name) is None, f"--{name} is for --lm_eval")
-    args.iters = parse_list(args.iters, "iters")
-    if not args.tasks and not args.lm_eval and args.ppl is None:
+    if not args.tasks and args.ppl is None:
         args.tasks = BUILT_IN
     return args
 
 
-def prepare(args, rank: int, world: int) -> tuple:
-    """-> model, examples of the tasks, shards or None, the harness's tasks or None. Whatever can be wrong is
-    found here, before anything is computed."""
+def prepare(args, rank: int) -> tuple:
+    """-> model, tokenizer, examples of the tasks, shards or None. What can be wrong is found here, before
+    anything is computed or written."""
     model = load_model(args.ckpt, choose_device(args.device))
-    args.iters, T = ascending(model, args.iters), model.config.block_size
-    args.exits = list(dict.fromkeys(resolve_exit(model, rule, args.iters[-1]) for rule in args.exits))
-    if args.exits:  # whose predictions are all kept until the next iteration
-        most = 8 * LOGITS_AT_A_TIME // (model.config.vocab_size * T)
-        args.batch_size = min(args.batch_size, max(1, most))
-    data, shards = args.ppl or model.meta.get("data"), None
-    needed = args.ppl is not None or any(name in BUILT_IN for name in args.tasks)
-    why = "this model does not name the data that it was trained on"
-    advice = "give a folder of shards: --ppl DATA, and for the built-in tasks --tasks cloze,lastword too"
-    check(not needed or bool(data), f"{why}\n{advice}")
-    examples = load_tasks(args.tasks, data, args.data_dir, T, args.limit)
+    tokenizer = tokenizer_of(model)
+    args.iters = sorted({model.check_iters(r) for r in parse_list(args.iters, "iters")})
+    data, T, shards = args.ppl or model.meta.get("data"), model.config.block_size, None
+    if args.ppl is not None or set(args.tasks) & set(BUILT_IN):
+        advice = "name a folder of shards: --ppl FOLDER, with --tasks cloze,lastword to make these of it"
+        check(bool(data), f"this model does not say what it was trained on\n{advice}")
+    examples = {name: load_task(name, data, args.data_dir, T, args.limit) for name in args.tasks}
     if args.ppl is not None:
-        shards, tokenizer = Shards(data, "val", T), model.meta["tokenizer"]
-        why = f"{shards.folder} holds {shards.tokenizer} tokens, but the model reads {tokenizer}"
-        check(shards.tokenizer == tokenizer, f"{why}\nprepare it with --tokenizer {tokenizer}")
-    manager = None
-    if args.lm_eval:
-        why = "--lm_eval runs in one process\nin several: python -m hf.export, then lm_eval --model hf"
-        check(world == 1, why)
-        name = model.meta["tokenizer"]
-        exported = name in ("bytes", "gpt2") or name.startswith("hf:")
-        check(exported, f"--lm_eval runs models of bytes, gpt2 and hf: tokens, not of {name}")
-        manager = find_harness_tasks(args.lm_eval, args.include_path)
-    for path in (args.out, args.log_samples):
-        if path and rank == 0:
-            open(path, "a").close()  # it can be written
-    return model, examples, shards, manager
+        shards, name = Shards(data, "val", T), model.meta["tokenizer"]
+        other = f"{data} holds {shards.tokenizer} tokens, but the model reads {name}"
+        check(shards.tokenizer == name, f"{other}\nprepare the text again with --tokenizer {name}")
+    for path in map(Path, filter(None, (args.out, args.log_samples))):
+        writable = os.access(path.parent, os.W_OK) and not path.is_dir()
+        check(writable, f"{path} cannot be written\nname a file in a folder that exists")
+    if rank == 0:
+        print(f"evaluating {model.meta['ckpt']}", file=sys.stderr)
+        if args.log_samples:
+            open(args.log_samples, "w").close()
+    return model, tokenizer, examples, shards
 
 
-def evaluate(args, rank: int, world: int, model: AbbIE, examples: dict, shards, manager) -> dict:
-    """Compute and print all that is asked for -> the contents of --out."""
-    options = {"batch_size": args.batch_size, "rank": rank, "world": world}
-    columns, tokenizer = [*args.iters, *args.exits], get_tokenizer(model.meta["tokenizer"])
-    results = {"ckpt": model.meta["ckpt"], "trained_iters": model.config.mean_iters, "tasks": {}}
-    kept = args.log_samples and rank == 0
-    with open(args.log_samples, "w") if kept else nullcontext() as log:
-        for name, task in examples.items():
-            how = {"bootstrap_iters": args.bootstrap_iters, "log": log, **options}
-            results["tasks"][name] = run_task(model, tokenizer, name, task, columns, **how)
+def evaluate(args, rank: int, world: int, model: AbbIE, tokenizer, examples: dict, shards: Shards | None):
+    """Compute and print all that is asked for, and write what there is after every task."""
+    device = model.embed.weight.device
+    dtype = choose_dtype(args.dtype, device)
+    autocast = partial(torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32)
+    options = {"batch_size": args.batch_size, "rank": rank, "world": world, "autocast": autocast}
+    results = {"ckpt": model.meta["ckpt"], "trained_iters": model.config.iters}
+    results |= {"dtype": str(dtype).removeprefix("torch."), "tasks": {}}
+
+    def save(samples: list[dict]):
+        with together():
+            if args.out and rank == 0:
+                write_json(Path(args.out), results)
+            if args.log_samples and rank == 0:
+                with open(args.log_samples, "a") as file:
+                    file.writelines(json.dumps(sample) + "\n" for sample in samples)
+
+    for name, task in examples.items():
+        results["tasks"][name], samples = run_task(model, tokenizer, name, task, args.iters, **options)
+        save(samples)
     if shards:
-        results["ppl"] = perplexity(model, shards, columns, **options)
+        results["ppl"] = perplexity(model, shards, args.iters, **options)
+        save([])
     print_table(results)
-    if manager:
-        results["lm_eval"] = run_harness(model, args, manager)
-    return results
 
 
 def main(argv: list[str]):
     rank, world = start_ranks()
-    args = together(lambda: parse_args(argv))
-    work = together(lambda: prepare(args, rank, world))
-    results = together(lambda: evaluate(args, rank, world, *work))
-    if args.out and rank == 0:
-        Path(args.out).write_text(json.dumps(results, indent=1, default=float) + "\n")
+    with together():
+        args = parse_args(argv)
+    with together():
+        loaded = prepare(args, rank)
+    with together():
+        evaluate(args, rank, world, *loaded)
     leave_ranks()
 
 

@@ -5,17 +5,15 @@
     python prepare_data.py c4 --shards 48                           # or tinystories, fineweb_edu
     python prepare_data.py icl                                      # the evaluation sets
 
-The split. A document goes to validation where the first 64 bits of its text's SHA-256 lie below
---val_fraction of their range, and so stays there whatever is added later; should that choose none, the
-document with the smallest hash goes. A document is a line of .jsonl, a row of .parquet or a whole .py file.
-Running text (.txt, .md) is cut at paragraphs into pieces of at most 8 KB, each hashed by itself, so that a
-single book has validation text too; neighbours that go the same way stay joined, up to 1 MB. With --val_input
-nothing is hashed: that is validation, and all of --input is training.
+A document is a line of .jsonl, a row of .parquet, a .py file, or the text between lines <|endoftext|> of .txt
+and .md. It goes to validation where the first 64 bits of its SHA-256 lie below --val_fraction of their range,
+and stays there whatever is added later. Text of .txt and .md is cut at paragraphs into pieces, which are
+hashed one by one; neighbours that go the same way stay joined. With --val_input nothing is hashed: that is
+validation, and all of --input is training.
 
-Killed at any time, the same command goes on and ends with the same bytes, whatever the number of threads.
-The documents, in order, are grouped into chunks, and chunks into batches of about --shard_tokens tokens,
-which are held in memory; the cuts depend on the input alone. A batch becomes one shard of each split, renamed
-once it is on disk. Then unfinished.json, which is meta.json in the making, says which chunk comes next.
+The unit of work is a group of files: one that is downloaded, or one's own up to about --shard_tokens. It
+becomes a shard of each split, under another name until it is whole; unfinished.json lists the groups that are
+done. So the same command, killed at any time, goes on and ends with the same bytes.
 
 Downloads come from the Hugging Face Hub: HF_ENDPOINT names a mirror, HF_TOKEN is your token.
 """
@@ -25,145 +23,121 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import sys
 import sysconfig
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import groupby, islice
+from itertools import count, groupby
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
-from checkpoint import sha256, sync_folder, write_json, write_whole
+from checkpoint import sync_folder, write_json, write_whole
 from config import ArgumentParser, cli, optional
-from data import get_tokenizer, json_or_empty, token_dtype
+from data import get_tokenizer, token_dtype
+from eval_icl import DOWNLOADED, TASKS
 from model import UserError, check
-from tasks import DOWNLOADED, TASKS
 
-CHUNK = 1 << 18  # bytes of text that a thread encodes at a time, or one document that is larger
-SECTION = 1 << 20  # bytes of running text that are read at a time
-PIECE = 1 << 13  # bytes of running text that are hashed, and so split, as one
+SPLITS = ("train", "val")
+FORMATS = (".txt", ".md", ".py", ".jsonl", ".jsonl.gz", ".json.gz", ".parquet")  # C4's .json.gz has lines
+RUNNING = (".txt", ".md")
+SECTION = 1 << 20  # characters of running text that are read at a time
+PIECE = 8192  # characters of running text that are hashed, and so split, as one, at most
+PIECES = re.compile(rf"(?s).{{1,{PIECE - 2}}}\n\n|.{{1,{PIECE - 1}}}\s|.{{1,{PIECE}}}")  # of paragraphs
+SEPARATOR = re.compile(r"(?m)^<\|endoftext\|>[ \t\r]*\n")
+BROKEN = (OSError, EOFError, zlib.error, ValueError, TypeError, LookupError, AttributeError, RecursionError)
+CHUNK = 1 << 18  # characters that a thread encodes at a time, or one document that is larger
 DOWNLOADS = ".download"  # in the folder that is made: what has been fetched and not yet read
-NO_HASH = 1 << 64  # larger than the first 64 bits of any
+GOES_ON = "nothing is lost: once that is mended, the same command goes on"
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 # --------------------------------------------------------------------------------------- files -> documents
 
-FORMATS = (".txt", ".md", ".py", ".jsonl", ".jsonl.gz", ".json.gz", ".parquet")  # C4's .json.gz has lines
+
+def running_text(file) -> Iterator[str]:
+    """The documents of a .txt or .md file; of a long one its parts, each of whole paragraphs or lines."""
+    text = ""
+    while block := file.read(SECTION):
+        text += block
+        if "<|endoftext|>" in text:
+            *documents, text = SEPARATOR.split(text)
+            yield from map(str.strip, documents)
+        if len(text) >= SECTION:
+            end = text.rfind("\n\n") + 2 if "\n\n" in text else text.rfind("\n") + 1 or len(text)
+            yield text[:end]
+            text = text[end:]
+    text = text.removesuffix("<|endoftext|>")
+    if text:
+        yield text
 
 
-class Bad(str):
-    """What is wrong with a document that cannot be used, in its place."""
-
-
-class Input(NamedTuple):
-    """A file of documents, all for one split, or each for the one that its hash says."""
-
-    path: Path
-    split: str = "hash"  # or "train", "val"
-    stories: bool = False  # a .txt whose documents lie between lines of <|endoftext|>
-
-    @property
-    def running(self) -> bool:
-        return self.path.suffix.lower() in (".txt", ".md") and not self.stories
-
-
-def cut(data: bytes, size: int) -> int:
-    """Where to cut so that at most size bytes come first: after a paragraph, line, word or character."""
-    for mark in (b"\n\n", b"\n", b" "):
-        at = data.rfind(mark, size // 2, size)
-        if at >= 0:
-            return at + len(mark)
-    for at in range(size, size - 4, -1):
-        if data[at] & 0xC0 != 0x80:  # no byte within a character of UTF-8
-            return at
-    return size
-
-
-def sections(file, size: int) -> Iterator[bytes]:
-    """Running text, cut into parts of at most so many bytes."""
-    data = file.read(size + 1)
-    while len(data) > size:
-        at = cut(data, size)
-        yield data[:at]
-        data = data[at:] + file.read(at)
-    yield data
-
-
-def read_stories(file) -> Iterator[bytes]:
-    for separates, lines in groupby(file, lambda line: line.strip() == b"<|endoftext|>"):
-        if not separates:
-            yield b"".join(lines).strip()
-
-
-def read_rows(rows: Iterable, parse: Callable, key: str) -> Iterator[bytes | Bad]:
-    """The texts of rows that parse() makes into dictionaries."""
-    for number, row in enumerate(rows, 1):
-        try:
-            yield parse(row)[key].encode()
-        except (ValueError, RecursionError):
-            yield Bad(f"row {number} is no JSON in UTF-8")
-        except (LookupError, TypeError, AttributeError):
-            yield Bad(f"row {number} has no text under {key!r} (--field names the key)")
-
-
-def parquet_rows(parquet, file, column: str) -> Iterator[dict]:
-    table = parquet.ParquetFile(file)
-    for batch in table.iter_batches(batch_size=64, columns=[column], use_threads=False):
-        yield from batch.to_pylist()
-
-
-def records(item: Input, file, key: str) -> Iterable[bytes | Bad]:
-    """Whatever a file holds as documents."""
-    name = item.path.name.lower()
+def documents(path: Path, file, key: str) -> Iterator[str]:
+    """Those of a file, as they stand there (in .jsonl as JSON). Raises an error of BROKEN where it is."""
+    name = path.name.lower()
     if name.endswith(".parquet"):
-        return read_rows(parquet_rows(optional("pyarrow.parquet"), file, key), dict, key)
-    if name.endswith((".jsonl", ".gz")):
-        lines = gzip.GzipFile(fileobj=file) if name.endswith(".gz") else file
-        return read_rows(filter(bytes.strip, lines), json.loads, key)
-    if item.running:
-        return sections(file, SECTION)
-    return read_stories(file) if item.stories else [file.read()]
+        table = optional("pyarrow.parquet").ParquetFile(file)
+        if key not in table.schema_arrow.names:
+            raise KeyError(key)
+        for batch in table.iter_batches(batch_size=64, columns=[key], use_threads=False):
+            yield from batch.column(0).to_pylist()
+        return
+    binary = gzip.GzipFile(fileobj=file) if name.endswith(".gz") else file
+    # utf-8-sig takes a byte order mark away; invalid bytes become surrogates, which encode() refuses.
+    text = io.TextIOWrapper(binary, "utf-8-sig", "surrogateescape", newline="\n")
+    if name.endswith(".py"):
+        yield text.read()
+    else:
+        yield from running_text(text) if path.suffix.lower() in RUNNING else text
 
 
-def read(item: Input, key: str) -> Iterator[bytes | Bad]:
-    """The documents of a file: valid UTF-8, not empty."""
-    with open(item.path, "rb") as file:
-        found = records(item, file, key)
-        try:
-            for number, document in enumerate(found, 1):
-                try:
-                    usable = isinstance(document, Bad) or document.decode()
-                    yield document if usable else Bad(f"document {number} is empty")
-                except UnicodeDecodeError as error:
-                    wrong = document[error.start : error.end].hex(" ")
-                    where = f"byte {error.start} of " + ("section" if item.running else "document")
-                    yield Bad(f"invalid UTF-8, {wrong} at {where} {number}")
-        except (EOFError, zlib.error, OSError, ValueError) as error:  # of gzip, of pyarrow
-            yield Bad(f"broken file ({str(error).splitlines()[0]})")
-
-
-def chunks(inputs: list[Input], key: str, skip_bad: bool) -> Iterator[list[tuple[Input, bytes | Bad]]]:
-    """Documents in order, each with the file it is from, CHUNK bytes or a little more at a time."""
-    chunk, n_bytes = [], 0
-    for item in inputs:
-        for document in read(item, key):
-            if isinstance(document, Bad):
-                problem = f"{item.path}: {document}"
-                check(skip_bad, f"{problem}\nmend it, or leave out and count the bad with --skip_bad")
-                tqdm.write(f"left out: {problem}", file=sys.stderr)
+def read(path: Path, args, counts: dict, bar) -> Iterator[str]:
+    """The texts of a file. What is left out goes to counts; the bar follows the place in the file."""
+    with open(path, "rb") as file:
+        to_come, position = documents(path, file, args.field), 0
+        for number in count(1):
+            try:
+                text = next(to_come)
+                if path.name.lower().endswith((".jsonl", ".gz")):
+                    text = json.loads(text)[args.field] if text.strip() else ""
+                text.encode()
+            except StopIteration:
+                return
+            except BROKEN as error:
+                reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+                problem = f"{path}: document {number} cannot be read ({reason})"
+                if not args.skip_bad:
+                    form = f"files are UTF-8, rows have their text under {args.field!r} (--field)"
+                    advice = "mend it, or leave out and count the bad with --skip_bad"
+                    raise UserError(f"{problem}\n{form}\n{advice}") from None
+                if not counts["skipped"]:
+                    tqdm.write(f"left out, and counted with others: {problem}", file=sys.stderr)
+                counts["skipped"] += 1
+                continue
+            if text:
+                yield text
             else:
-                n_bytes += len(document)
-            chunk.append((item, document))
-            if n_bytes >= CHUNK:
+                counts["empty"] += 1
+            bar.update(file.tell() - position)
+            position = file.tell()
+
+
+def chunks(group: list[tuple], args, counts: dict, bar) -> Iterator[list[tuple]]:
+    """[(path, split, text), ...] of documents in order, CHUNK characters together or one that is larger."""
+    chunk, size = [], 0
+    for path, split in group:
+        for text in read(path, args, counts, bar):
+            chunk.append((path, split, text))
+            size += len(text)
+            if size >= CHUNK:
                 yield chunk
-                chunk, n_bytes = [], 0
+                chunk, size = [], 0
     yield chunk
 
 
@@ -180,50 +154,67 @@ def encode(tokenizer, text: str) -> np.ndarray:
     return np.append(ids, tokenizer.eot_token).astype(token_dtype(tokenizer.n_vocab))
 
 
-def encode_chunk(tokenizer, threshold: int, chunk: list):
-    """-> [(split, bytes, tokens), ...] in order, the lowest hash seen, and the number of Bad documents. The
-    threads' work."""
-    encoded, lowest, n_bad = [], NO_HASH, 0
+def encode_chunk(tokenizer, val_fraction: float, chunk: list[tuple]) -> list[tuple]:
+    """-> [(split, bytes, tokens), ...] in order. The threads' work."""
 
-    def split_of(piece: bytes) -> str:
-        nonlocal lowest
-        number = int.from_bytes(hashlib.sha256(piece).digest()[:8], "big")
-        lowest = min(lowest, number)
-        return "val" if number < threshold else "train"
+    def split_of(text: str) -> str:
+        number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+        return "val" if number < int(val_fraction * 2**64) else "train"
 
-    for item, document in chunk:
-        if isinstance(document, Bad):
-            n_bad += 1
-            continue
-        if item.split != "hash":
-            runs = [(item.split, [document])]
-        elif item.running:
-            runs = groupby(sections(io.BytesIO(document), PIECE), split_of)
-        else:
-            runs = [(split_of(document), [document])]
-        for split, pieces in runs:
-            text = b"".join(pieces)
+    encoded = []
+    for path, whole_split, document in chunk:
+        long_text = len(document) > PIECE and path.suffix.lower() in RUNNING
+        pieces = PIECES.findall(document) if long_text else [document]
+        for split, stretch in [(whole_split, pieces)] if whole_split else groupby(pieces, split_of):
+            text = "".join(stretch)
             try:
-                encoded.append((split, len(text), encode(tokenizer, text.decode())))
+                encoded.append((split, len(text.encode()), encode(tokenizer, text)))
             except ValueError as error:  # tiktoken's, of a million spaces in a row
-                why = f"{tokenizer.name} cannot encode a document of {len(text):,} bytes ({error})"
-                raise UserError(f"{item.path}: {why}\nleave it out, or cut it") from None
-    return encoded, lowest, n_bad
+                raise UserError(f"{path}: {tokenizer.name} cannot encode this text\n{error}") from None
+    return encoded
 
 
-def encode_all(tokenizer, threshold: int, to_come: Iterable[list], workers: int) -> Iterator[tuple]:
-    """encode_chunk of each in order, some chunks ahead but never more than memory allows."""
+def encode_all(tokenizer, val_fraction: float, to_come: Iterable[list], workers: int) -> Iterator[tuple]:
+    """What encode_chunk makes of each chunk, in order; some chunks ahead, never more than memory allows."""
     pending = deque()
     with ThreadPoolExecutor(workers) as pool:
         for chunk in to_come:
-            pending.append(pool.submit(encode_chunk, tokenizer, threshold, chunk))
+            pending.append(pool.submit(encode_chunk, tokenizer, val_fraction, chunk))
             if len(pending) > 2 * workers:
-                yield pending.popleft().result()
+                yield from pending.popleft().result()
         while pending:
-            yield pending.popleft().result()
+            yield from pending.popleft().result()
 
 
-# ------------------------------------------------------------------------------------------------ downloads
+# ------------------------------------------------------------------------------ downloads, evaluation sets
+
+
+class Source(NamedTuple):
+    """Text on the Hub, in n_files of about so many bytes each, of which `default` are taken."""
+
+    repo: str
+    revision: str
+    file: str  # with {} for its number
+    n_files: int
+    default: int
+    n_bytes: int
+
+
+C4, STORIES = "1588ec454efa1a09f29cd18ddd04fe05fc8653a2", "TinyStoriesV2-GPT4-train.txt"
+EDU = "sample/10BT/{:03d}_00000.parquet"
+SOURCES = {
+    "c4": Source("allenai/c4", C4, "en/c4-train.{:05d}-of-01024.json.gz", 1024, 48, 320_000_000),
+    "tinystories": Source("roneneldan/TinyStories", "main", STORIES, 1, 1, 2_230_000_000),
+    "fineweb_edu": Source("HuggingFaceFW/fineweb-edu", "main", EDU, 14, 10, 2_150_000_000),
+}
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def download(repo: str, file: str, revision: str, folder: Path, expected: str = "") -> Path:
@@ -233,227 +224,216 @@ def download(repo: str, file: str, revision: str, folder: Path, expected: str = 
     try:
         path = Path(hub.hf_hub_download(repo, file, repo_type="dataset", revision=revision, local_dir=folder))
         url = hub.hf_hub_url(repo, file, repo_type="dataset", revision=revision)
-        expected = expected or hub.get_hf_file_metadata(url).etag
-        if sha256(path) != expected:
+        if sha256(path) != (expected or hub.get_hf_file_metadata(url).etag):
             path.unlink()
             raise ValueError("the file arrived corrupted, or is another one: its SHA-256 differs")
     except Exception as error:  # whatever the Hub, the network, a proxy or the disk came up with
         reason = " ".join(str(error).split())[:300] or type(error).__name__
-        advice = "nothing is lost: the same command goes on\nHF_ENDPOINT names a mirror, HF_TOKEN your token"
-        raise UserError(f"{repo}, {file}: {reason}\n{advice}") from None
+        message = f"{repo}, {file}: {reason}\n{GOES_ON}\nHF_ENDPOINT names a mirror, HF_TOKEN your token"
+        raise UserError(message) from None
     return path
 
 
-class Source(NamedTuple):
-    """Text on the Hub, in n_files of about so many GPT-2 tokens each, of which `default` are taken."""
-
-    repo: str
-    revision: str
-    file: str  # with {} for its number
-    n_files: int
-    default: int
-    tokens: int
-
-
-C4, STORIES = "1588ec454efa1a09f29cd18ddd04fe05fc8653a2", "TinyStoriesV2-GPT4-train.txt"
-EDU = "sample/10BT/{:03d}_00000.parquet"
-SOURCES = {
-    "c4": Source("allenai/c4", C4, "en/c4-train.{:05d}-of-01024.json.gz", 1024, 48, 152_000_000),
-    "tinystories": Source("roneneldan/TinyStories", "main", STORIES, 1, 1, 540_000_000),
-    "fineweb_edu": Source("HuggingFaceFW/fineweb-edu", "main", EDU, 14, 10, 730_000_000),
-}
-
-
-# ----------------------------------------------------------------------------------------- tokens -> shards
-
-SPLITS = ("train", "val")
-
-
-def write_parts(path: Path, parts: list):
-    """A file of these bytes, one part after the other."""
-    try:
-        write_whole(path, lambda file: file.writelines(parts))
-    except OSError as error:
-        again = "nothing is lost: once that is mended, the same command goes on"
-        raise UserError(f"{path}: {error.strerror}\n{again}") from None
-
-
-def write_batch(folder: Path, meta: dict, batch: dict[str, list]):
-    """A shard of each split that has documents in the batch, and then what is done so far."""
-    for split, documents in batch.items():
-        if documents:
-            shards = meta["splits"][split]["shards"]
-            path = folder / f"{split}_{len(shards):05d}.bin"
-            write_parts(path, documents)
-            n_tokens = sum(len(tokens) for tokens in documents)
-            shards.append({"file": path.name, "tokens": n_tokens, "sha256": sha256(path)})
-            documents.clear()
-    sync_folder(folder)
-    write_json(folder / "unfinished.json", meta)
-
-
-def write_shards(args, stages: list[list[Input]], meta: dict, tokenizer):
-    """Read the stages from meta["progress"] on, and write their shards; after each batch meta goes to
-    unfinished.json, from which a killed job goes on. A stage is files that are read as one stream: one's own
-    all together, or one that is downloaded, before its stage, and deleted after it."""
-    folder, progress, source = Path(args.out), meta["progress"], SOURCES.get(args.command)
-    write_json(folder / "unfinished.json", meta)
-    batch = {split: [] for split in SPLITS}
-    # The whole is known of a source in tokens, of one's own files in bytes (if they are not compressed).
-    unit = "tokens" if source else "bytes"
-    sizes = [source.tokens if source else item.path.stat().st_size for stage in stages for item in stage]
-    done = sum(meta["splits"][split][unit] for split in SPLITS)
-    bar = tqdm(total=sum(sizes), initial=done, unit=f" {unit}", unit_scale=True, disable=None)
-    for inputs in stages[progress["stage"] :]:
-        if source:
-            file = inputs[0].path.relative_to(folder / DOWNLOADS).as_posix()
-            download(source.repo, file, source.revision, folder / DOWNLOADS)
-        to_come = islice(chunks(inputs, args.field, args.skip_bad), progress["chunk"], None)
-        results, n_tokens = encode_all(tokenizer, progress["threshold"], to_come, args.workers), 0
-        for encoded, lowest, n_bad in results:
-            for split, n_bytes, tokens in encoded:
-                batch[split].append(tokens)
-                n_tokens += len(tokens)
-                entry = meta["splits"][split]
-                entry["documents"] += 1
-                entry["tokens"] += len(tokens)
-                entry["bytes"] += n_bytes
-                bar.update(len(tokens) if source else n_bytes)
-            meta["skipped"] += n_bad
-            progress["lowest"] = min(progress["lowest"], lowest)
-            progress["chunk"] += 1
-            if n_tokens >= args.shard_tokens:
-                write_batch(folder, meta, batch)
-                n_tokens = 0
-        progress["stage"], progress["chunk"] = progress["stage"] + 1, 0
-        write_batch(folder, meta, batch)
-        if source:
-            shutil.rmtree(folder / DOWNLOADS, ignore_errors=True)
-    bar.close()
-
-
-def nothing_yet(threshold: int) -> dict:
-    """What meta.json counts, before the first batch; progress says at which chunk of a stage one begins."""
-    return {
-        "splits": {split: {"documents": 0, "tokens": 0, "bytes": 0, "shards": []} for split in SPLITS},
-        "skipped": 0,
-        "progress": {"stage": 0, "chunk": 0, "threshold": threshold, "lowest": NO_HASH},
-    }
-
-
-def prepare(args, stages: list[list[Input]], source: str, identity):
-    """Shards and meta.json in args.out. identity: whatever tells this job from others of the same source.
-    Goes on where the same job stopped, and leaves it alone once it is done. A folder with other data,
-    finished or not, is refused: what took long to make is never deleted."""
-    folder = Path(args.out)
-    finished, unfinished = folder / "meta.json", folder / "unfinished.json"
-    decides = [source, identity, args.tokenizer, args.val_fraction, args.shard_tokens, args.field]
-    job = hashlib.sha256(json.dumps(decides).encode()).hexdigest()
-    meta = json_or_empty(finished)
-    if meta.get("job") == job:
-        return report(f"{folder} is complete", meta)
-    tokenizer = get_tokenizer(args.tokenizer)
-    meta = meta or json_or_empty(unfinished)
-    if meta.get("job") == job:
-        print(f"{folder}: going on after {meta['splits']['train']['tokens']:,} tokens")
-    else:
-        other = f"{folder} holds other data, or of other settings, files or Python"
-        remedy = f"remove {folder}, or choose another folder with --out"
-        check(not finished.exists() and not any(folder.glob("*.bin")), f"{other}\n{remedy}")
-        meta = {"tokenizer": args.tokenizer, "vocab_size": tokenizer.n_vocab, "source": source, "job": job}
-        meta.update(nothing_yet(threshold=int(args.val_fraction * 2**64)))
-    folder.mkdir(parents=True, exist_ok=True)
-    write_shards(args, stages, meta, tokenizer)
-    lowest = meta["progress"]["lowest"]
-    if not meta["splits"]["val"]["documents"] and lowest < NO_HASH:
-        # Too little text for chance: all again, and the document with the smallest hash goes.
-        for path in folder.glob("*.bin"):
-            path.unlink()
-        meta.update(nothing_yet(threshold=lowest + 1))
-        write_shards(args, stages, meta, tokenizer)
-    for split in SPLITS:
-        documents = meta["splits"][split]["documents"]
-        more = f"remove {folder} and give more text, or validation text of its own with --val_input"
-        check(documents > 0, f"{source}: no document is left for the {split} split\n{more}")
-    shutil.rmtree(folder / DOWNLOADS, ignore_errors=True)  # where it was killed after the last batch
-    os.replace(unfinished, finished)
-    sync_folder(folder)
-    report(f"{folder} is ready", meta)
-
-
-def report(what: str, meta: dict):
-    print(f"{what}\n{meta['source']}; tokenizer {meta['tokenizer']}; {meta['skipped']} documents left out")
-    for split, n in meta["splits"].items():
-        print(f"{split}: {n['documents']:,} documents, {n['bytes']:,} bytes, {n['tokens']:,} tokens")
-
-
-# ------------------------------------------------------------------------------------------ evaluation sets
-
-
-def fetch_eval_set(task: str, folder: Path):
+def fetch_eval_set(name: str, folder: Path):
     """-> folder/TASK/SPLIT.jsonl, a Hugging Face row a line."""
-    known = TASKS[task]
-    path = folder / task / f"{known.split}.jsonl"
-    if task == "hellaswag":
+    task, path = TASKS[name], folder / name / f"{TASKS[name].split}.jsonl"
+    if name == "hellaswag":
         print("hellaswag: its WikiHow rows are under a copyright takedown claim of September 2026, for which")
         print("GitHub disabled the authors' repository. You fetch them for yourself; do not pass them on.")
     if path.exists():
         print(f"{path} is there")
         return
-    fetched = download(known.repo, known.file, known.revision, folder / DOWNLOADS, known.sha256)
-    if fetched.suffix == ".parquet":
-        rows = optional("pyarrow.parquet").read_table(fetched).to_pylist()
+    file = download(task.repo, task.file, task.revision, folder / DOWNLOADS, task.sha256)
+    if file.suffix == ".parquet":
+        rows = optional("pyarrow.parquet").read_table(file).to_pylist()
         lines = [json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows]
     else:
-        lines = fetched.read_bytes().splitlines(keepends=True)
-    found = f"{known.repo}, {known.file} has {len(lines)} rows"
-    check(len(lines) == known.n_rows, f"{found}, not the {known.n_rows} of the task: it may have changed")
+        lines = file.read_bytes().splitlines(keepends=True)
+    n, expected = len(lines), task.n_rows
+    check(n == expected, f"{task.repo}, {task.file} has {n} rows, not {expected}: it may have changed")
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_parts(path, lines)
+    write_whole(path, lambda file: file.writelines(lines))
     shutil.rmtree(folder / DOWNLOADS)
-    print(f"{path}: {known.n_rows} rows", flush=True)
+    print(f"{path}: {n} rows", flush=True)
+
+
+# ----------------------------------------------------------------------------------------- tokens -> shards
+
+
+def write_group(group: list[tuple], number: int, args, tokenizer, bar) -> dict:
+    """Write a shard of each split from these files -> what each holds, and counts of what is left out."""
+    result = {"skipped": 0, "empty": 0}
+    digests = {split: hashlib.sha256() for split in SPLITS}
+    paths = {split: Path(args.out, f"{split}_{number:05d}.bin") for split in SPLITS}
+    # The process is part of the name: two at once, by mistake, cannot write into one file.
+    temporary = {split: paths[split].with_suffix(f".{os.getpid()}.tmp") for split in SPLITS}
+    for split in SPLITS:
+        result[split] = {"file": paths[split].name, "documents": 0, "tokens": 0, "bytes": 0}
+    try:
+        with open(temporary["train"], "wb") as train, open(temporary["val"], "wb") as val:
+            to_come = chunks(group, args, result, bar)
+            for split, n_bytes, tokens in encode_all(tokenizer, args.val_fraction, to_come, args.workers):
+                (train if split == "train" else val).write(tokens)
+                digests[split].update(tokens)
+                result[split]["documents"] += 1
+                result[split]["tokens"] += len(tokens)
+                result[split]["bytes"] += n_bytes
+            for file in (train, val):
+                file.flush()
+                os.fsync(file.fileno())
+        for split in SPLITS:
+            result[split]["sha256"] = digests[split].hexdigest()
+            os.replace(temporary[split], paths[split])
+        sync_folder(Path(args.out))
+    finally:
+        for split in SPLITS:
+            temporary[split].unlink(missing_ok=True)
+    return result
+
+
+def json_or_empty(path: Path) -> dict:
+    """{} where there is none, or none that can be read."""
+    try:
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
+def write_groups(args, groups: list[list[tuple]], job: str, tokenizer) -> list[dict]:
+    """What write_group says of each group. Goes on after those that unfinished.json lists. A folder with
+    other data is refused: what took long to make is never deleted."""
+    folder, source, unfinished = Path(args.out), SOURCES.get(args.command), Path(args.out, "unfinished.json")
+    state = json_or_empty(unfinished)
+    if state.get("job") != job or "groups" not in state:
+        if (folder / "meta.json").exists() or any(folder.glob("*.bin")):
+            other = f"{folder} holds other data, or of other settings, files or Python"
+            raise UserError(f"{other}\nremove {folder}, or choose another folder with --out")
+        state = {"job": job, "groups": []}
+    done = state["groups"]
+    if done:
+        print(f"{folder}: going on after {len(done)} of {len(groups)} shards")
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in folder.glob("*_?????.*.tmp"):  # of a process that was killed
+        path.unlink()
+    write_json(unfinished, state)  # before the first shard, which tells whose it is
+    sizes = [source.n_bytes if source else sum(path.stat().st_size for path, _ in group) for group in groups]
+    begun = sum(sizes[: len(done)])
+    with tqdm(total=sum(sizes), initial=begun, unit="B", unit_scale=True, disable=None) as bar:
+        for number in range(len(done), len(groups)):
+            if source:
+                download(source.repo, source.file.format(number), source.revision, folder / DOWNLOADS)
+            done.append(write_group(groups[number], number, args, tokenizer, bar))
+            bar.update(sum(sizes[: number + 1]) - bar.n)
+            if source:
+                shutil.rmtree(folder / DOWNLOADS, ignore_errors=True)
+            write_json(unfinished, state)
+    return done
+
+
+def describe(done: list[dict]) -> dict:
+    """What meta.json says of the splits, and of what was left out."""
+    meta = {key: sum(group[key] for group in done) for key in ("skipped", "empty")} | {"splits": {}}
+    for split in SPLITS:
+        shards = [group[split] for group in done]
+        entry = {key: sum(shard[key] for shard in shards) for key in ("documents", "tokens", "bytes")}
+        entry["shards"] = [{key: shard[key] for key in ("file", "tokens", "sha256")} for shard in shards]
+        meta["splits"][split] = entry
+    return meta
+
+
+def prepare(args, groups: list[list[tuple]], source: str, identity):
+    """Shards of the groups of (path, split), "" where hashes choose the split, and meta.json in args.out.
+    identity: whatever tells them from others of the same source."""
+    folder = Path(args.out)
+    decides = [source, identity, args.tokenizer, args.val_fraction, args.shard_tokens, args.field]
+    job = hashlib.sha256(json.dumps(decides).encode()).hexdigest()
+    meta = json_or_empty(folder / "meta.json")
+    if meta.get("job") != job:
+        tokenizer = get_tokenizer(args.tokenizer)
+        meta = {"tokenizer": args.tokenizer, "vocab_size": tokenizer.n_vocab, "source": source, "job": job}
+        meta |= describe(write_groups(args, groups, job, tokenizer))
+        for split in SPLITS:
+            if not meta["splits"][split]["documents"]:
+                raise UserError(
+                    f"no document is left for the {split} split\nremove {folder} and give more text, another "
+                    f"--val_fraction than {args.val_fraction}, or validation text of its own with --val_input"
+                )
+        write_json(folder / "meta.json", meta)
+    (folder / "unfinished.json").unlink(missing_ok=True)
+    print(f"{folder} is complete\n{meta['source']}; tokenizer {meta['tokenizer']}")
+    print(f"left out: {meta['skipped']} bad documents, {meta.get('empty', 0)} empty ones")
+    for split, n in meta["splits"].items():
+        print(f"{split}: {n['documents']:,} documents, {n['bytes']:,} bytes, {n['tokens']:,} tokens")
+    n_train, n_val = (meta["splits"][split]["bytes"] for split in SPLITS)
+    share = n_val / (n_train + n_val)
+    if not args.val_input and not args.val_fraction / 2 < share < args.val_fraction * 2:
+        gone = f"{share:.1%} of the text went to validation, not {args.val_fraction:.1%}"
+        print(f"warning: {gone}: it is short or repeats itself (see --val_input)", file=sys.stderr)
 
 
 # ------------------------------------------------------------------------------------------------- commands
 
 
-def stdlib_files() -> tuple[list[Input], str]:
-    """The library's source without site-packages and test folders, and a SHA-256 over file names and text."""
+def stdlib_groups(args):
+    """The library's source without site-packages and test folders, known by a SHA-256 over names and text."""
     root = Path(sysconfig.get_paths()["stdlib"])
     left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
-    inputs, digest = [], hashlib.sha256()
+    group, digest = [], hashlib.sha256()
     for name in sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py")):
         text = (root / name).read_bytes() if left_out.isdisjoint(name.split("/")) else b""
         if text:
-            inputs.append(Input(root / name))
+            group.append((root / name, ""))
             digest.update(f"{name}\0{len(text)}\0".encode() + text)
-    return inputs, digest.hexdigest()
+    version = ".".join(map(str, sys.version_info[:3]))
+    source = f"standard library of Python {version}, {len(group)} files, SHA-256 {digest.hexdigest()}"
+    return [group], source, None
 
 
-def text_inputs(names: list[str], split: str) -> list[Input]:
-    """Files, and those below folders in the order of their names, but for empty ones of text."""
-    inputs = []
+def text_files(names: list[str], split: str) -> list[tuple]:
+    """Files, and those below folders in the order of their names, for a split ("": as their hashes say)."""
+    files = []
     for path in map(Path, names):
-        found = sorted(path.rglob("*")) if path.is_dir() else [path]
-        found = [file for file in found if file.name.lower().endswith(FORMATS) and file.is_file()]
-        texts = [file for file in found if file.suffix.lower() in (".txt", ".md", ".py")]
-        empty = {file for file in texts if not file.stat().st_size}  # __init__.py, above all
-        found = [file for file in found if file == path or file not in empty]
-        formats = ", ".join(FORMATS)
-        check(bool(found), f"{path}: no file that can be read\nfiles must hold text and end in {formats}")
-        inputs += [Input(file, split) for file in found]
-    return inputs
+        below = [file for file in sorted(path.rglob("*")) if file.is_file()] if path.is_dir() else [path]
+        usable = [file for file in below if file.name.lower().endswith(FORMATS)]
+        check(bool(usable), f"{path}: no file that can be read\nfiles must end in {', '.join(FORMATS)}")
+        if len(usable) < len(below):
+            print(f"{path}: {len(below) - len(usable)} files of other formats left out", file=sys.stderr)
+        files += [(file, split) for file in usable]
+    return files
 
 
-def web_stages(args) -> list[list[Input]]:
-    """A stage for each file to fetch."""
+def text_groups(args):
+    """One's own files, as many in a group as have --shard_tokens together, or one that has more."""
+    files = text_files(args.input, "train" if args.val_input else "")
+    val_files = text_files(args.val_input, "val")
+    for path in {path.resolve() for path, _ in files} & {path.resolve() for path, _ in val_files}:
+        raise UserError(f"{path} is in both --input and --val_input\nvalidate on text that is not trained on")
+    if any(path.suffix.lower() == ".parquet" for path, _ in files + val_files):
+        optional("pyarrow.parquet")  # what is missing is said at once
+    groups, size, identity = [], 0, []
+    largest = args.shard_tokens * (1 if args.tokenizer == "bytes" else 4)  # about 4 bytes of text a token
+    for path, split in files + val_files:
+        stat = path.stat()
+        if not groups or size + stat.st_size > largest:
+            groups.append([])
+            size = 0
+        groups[-1].append((path, split))
+        size += stat.st_size
+        identity.append((str(path.absolute()), split, stat.st_size, stat.st_mtime_ns))
+    places = args.input + args.val_input
+    source = f"{len(identity)} files of {', '.join(places[:3])}{', ...' if len(places) > 3 else ''}"
+    return groups, source, identity
+
+
+def web_groups(args):
+    """A group for each file to fetch."""
     source, folder, n = SOURCES[args.command], Path(args.out, DOWNLOADS), args.shards
     check(1 <= n <= source.n_files, f"--shards {n}: {args.command} has 1 to {source.n_files} files")
-    optional("huggingface_hub")  # what is missing is said at once
+    optional("huggingface_hub")
     if source.file.endswith(".parquet"):
         optional("pyarrow.parquet")
     paths = [folder / source.file.format(number) for number in range(n)]
-    return [[Input(path, stories=path.suffix == ".txt")] for path in paths]
+    return [[(path, "")] for path in paths], f"{args.command}, {n} files", [path.name for path in paths]
 
 
 COMMANDS = {
@@ -469,7 +449,7 @@ COMMANDS = {
 def parse(argv: list[str]):
     parser = ArgumentParser(prog="prepare_data.py", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    parser.set_defaults(field="text", skip_bad=True)
+    parser.set_defaults(field="text", skip_bad=True, shard_tokens=10**8, val_input=[])
     for name, about in COMMANDS.items():
         sub = commands.add_parser(name, help=about, description=about)
         flag, out = sub.add_argument, None if name == "text" else f"data/{name}"
@@ -482,13 +462,13 @@ def parse(argv: list[str]):
             flag("--val_input", nargs="+", default=[], metavar="FILE_OR_DIR", help="all for validation")
             flag("--field", default="text", help="key or column of .jsonl and .parquet (text)")
             flag("--skip_bad", action="store_true", help="leave out and count the bad (of .txt, .md: 1 MB)")
+            flag("--shard_tokens", type=int, default=10**8, help="about, of files together (100 million)")
         tokenizer, fraction = "bytes", 0.05
         if name in SOURCES:
             tokenizer, fraction, n = "gpt2", 0.002, SOURCES[name].default
             flag("--shards", type=int, default=n, help=f"files to take ({n})")
         flag("--tokenizer", default=tokenizer, help=f"bytes, gpt2, ..., hf:FOLDER ({tokenizer})")
         flag("--val_fraction", type=float, default=fraction, help=f"for validation ({fraction})")
-        flag("--shard_tokens", type=int, default=10**8, help="about, of a batch (100 million)")
         flag("--workers", type=int, default=CORES, help="threads (as many as cores)")
     args, unknown = parser.parse_known_args(argv)
     if unknown:
@@ -496,34 +476,26 @@ def parse(argv: list[str]):
     return args
 
 
-def main(argv: list[str]):
-    args = parse(argv)
+def run(args):
     if args.command == "icl":
-        tasks = args.tasks.split(",")
-        for task in tasks:
-            check(task in DOWNLOADED, f"unknown task: {task}\nknown: {', '.join(DOWNLOADED)}")
-        for task in tasks:
-            fetch_eval_set(task, Path(args.out))
+        names = [name.strip() for name in args.tasks.split(",")]
+        for name in names:
+            check(name in DOWNLOADED, f"unknown task {name!r}\nknown: {', '.join(DOWNLOADED)}")
+        for name in names:
+            fetch_eval_set(name, Path(args.out))
         return
     check(0 < args.val_fraction < 1, "--val_fraction must lie between 0 and 1")
     check(args.shard_tokens > 0 and args.workers > 0, "--shard_tokens and --workers must be positive")
-    if args.command == "stdlib":
-        inputs, digest = stdlib_files()
-        stages, identity = [inputs], None
-        version = ".".join(map(str, sys.version_info[:3]))
-        source = f"standard library of Python {version}, {len(inputs)} files, SHA-256 {digest}"
-    elif args.command == "text":
-        inputs = text_inputs(args.input, "train" if args.val_input else "hash")
-        inputs += text_inputs(args.val_input, "val")
-        places, stages, identity = args.input + args.val_input, [inputs], []
-        for item in inputs:
-            stat = item.path.stat()
-            identity.append((str(item.path.absolute()), item.split, stat.st_size, stat.st_mtime_ns))
-        source = f"{len(inputs)} files of {', '.join(places[:3])}{', ...' if len(places) > 3 else ''}"
-    else:
-        stages = web_stages(args)
-        source, identity = f"{args.command}, {len(stages)} files", [item.path.name for [item] in stages]
-    prepare(args, stages, source, identity)
+    make = {"stdlib": stdlib_groups, "text": text_groups}.get(args.command, web_groups)
+    prepare(args, *make(args))
+
+
+def main(argv: list[str]):
+    args = parse(argv)
+    try:
+        run(args)
+    except OSError as error:  # of a full disk it is not said which file had no room
+        raise UserError(f"{error.filename or args.out}: {error.strerror or error}\n{GOES_ON}") from None
 
 
 if __name__ == "__main__":

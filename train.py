@@ -8,27 +8,29 @@
     srun --nodes=2 --ntasks-per-node=1 torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d \\
         --rdzv_endpoint=$(scontrol show hostnames | head -1):29500 train.py config/abbie_350m.py     # Slurm
 
-The same command continues an interrupted run. What a step computes does not depend on the number of
-processes: the config fixes the tokens of a step, and data order and iterations are pure functions of (seed,
-step); nothing else is random. SIGTERM and SIGINT end the run after the step at hand, and save it. torchrun
-passes them on and kills its workers 30 s later: a save that takes longer is lost, and the run goes on from
-the checkpoint before it. In either case torchrun reports a failure."""
+The same command continues an interrupted run, which may then differ in MID_RUN and FREE (below) alone. What a
+step computes does not depend on the number of processes: the config fixes the tokens of a step, and data
+order and iterations are pure functions of (seed, step); nothing else is random. SIGTERM, SIGINT and SIGHUP
+end the run after the step at hand, and save it. torchrun passes signals on and kills its workers 30 s later:
+a save that takes longer is lost, and the run goes on from the checkpoint before it."""
 
 import contextlib
 import dataclasses
 import functools
 import hashlib
-import itertools
 import json
 import math
+import os
 import platform
 import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import textwrap
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -39,22 +41,24 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import prepare_data
-from checkpoint import FILES, checkpoints, find_checkpoint, load_model, load_tensors, save_checkpoint
+from checkpoint import checkpoints, load_model, load_newest, locked, read_tensors, save_checkpoint
 from config import (
     Config,
     choose_device,
+    choose_dtype,
     cli,
     is_out_of_memory,
     leave_ranks,
     load_config,
-    on_rank_0,
+    mean_iters,
+    parse_iters,
     parse_list,
     start_ranks,
     together,
 )
 from data import Shards, get_tokenizer
-from eval_icl import evaluate_loss, print_table, run_tasks
-from model import AbbIE, UserError, check, parse_iters
+from eval_icl import BUILT_IN, evaluate_loss, print_table, run_tasks
+from model import MAX_ITERS, AbbIE, UserError, check
 from sample import stream_text
 
 # Dense bf16 peaks in FLOP/s (no sparsity) from the vendors' data sheets; MFU is shown for these devices only.
@@ -63,6 +67,15 @@ PEAK_FLOPS = {
     "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
 }  # fmt: skip
 FINAL_EVAL_TOKENS = 2**20  # of validation, for the loss at the model's own iters at the end
+MAX_SKIPS = 10  # steps in a row without a finite loss and gradient that end a run
+
+# What may change in a run's course: settings of the rest of it, until it is finished, ...
+MID_RUN = ("lr", "min_lr", "warmup_steps", "decay_frac", "iters", "backprop_iters")
+# ... and those that do not decide what a step computes, or only how long the run is. Data may move.
+FREE = (
+    "data", "out_dir", "resume", "device", "dtype", "compile", "micro_batch", "activation_checkpointing",
+    "eval_every", "eval_iters", "eval_tokens", "save_every", "keep_last", "max_steps", "tokens_per_param",
+)  # fmt: skip
 
 
 # --------------------------------------------------------- what a step is: pure functions of (config, step)
@@ -83,13 +96,17 @@ def draw_iters(spec: int | str, seed: int, step: int) -> int:
     return min(1 + int(rng.poisson(rate)), high)
 
 
+def decay_start(config: Config, max_steps: int) -> int:
+    """The first step of the decay; its checkpoint is the one that a longer run goes on from."""
+    return max_steps - round(config.decay_frac * max_steps)
+
+
 def lr_at(step: int, config: Config, max_steps: int) -> float:
     """Warmup-Stable-Decay: up linearly, constant, down linearly over the last decay_frac of the run, so that
     the step after the last would have min_lr. The lower of the two where a short run does both at once."""
     warmup = config.warmup_steps if config.warmup_steps >= 0 else max_steps // 100
-    decay = max(1, round(config.decay_frac * max_steps))
-    left = min(1.0, (max_steps - step) / decay)
-    decayed = config.min_lr + (config.lr - config.min_lr) * left
+    remaining = (max_steps - step) / max(1, max_steps - decay_start(config, max_steps))
+    decayed = config.min_lr + (config.lr - config.min_lr) * min(1.0, remaining)
     return min(config.lr * (step + 1) / warmup, decayed) if step < warmup else decayed
 
 
@@ -105,155 +122,35 @@ def share_of(windows: np.ndarray, rank: int, world: int, micro_batch: int) -> np
     return windows.reshape(-1, world, micro_batch)[:, rank]
 
 
-def train_step(net, optimizer, batches: list[tuple[Tensor, Tensor]], iters: int, grad_clip: float, autocast):
-    """One optimizer step of a model or its DDP, over this process's micro-batches of (x, y) -> the loss and
-    the gradient's norm over all processes. A step of which either is not finite leaves the weights as they
-    are."""
+def train_step(
+    net, optimizer, batches: list[tuple[Tensor, Tensor]], iters: int, config: Config, autocast, signals=()
+):
+    """One optimizer step of a model or its DDP, over this process's micro-batches of (x, y) -> the loss, the
+    gradient's norm and the signals heard, over all processes. A step of which loss or norm is not finite
+    leaves the weights as they are."""
     ddp, device = isinstance(net, DistributedDataParallel), batches[0][0].device
-    total = torch.zeros((), dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
+    precise = torch.float32 if device.type == "mps" else torch.float64
+    # The loss, and with it who has heard a signal: one reduction and one wait a step.
+    totals = torch.tensor([0.0, *(float(s in signals) for s in SIGNALS)], dtype=precise, device=device)
     for i, (x, y) in enumerate(batches):
         waits = ddp and i < len(batches) - 1  # gradients are averaged over processes with the last one only
         with net.no_sync() if waits else contextlib.nullcontext():
             with autocast():
-                loss = net(x, y, iters)[1] / len(batches)
+                loss = net(x, y, iters, config.backprop_iters)[1] / len(batches)
             loss.backward()
-        total += loss.detach()
-    norm = torch.nn.utils.clip_grad_norm_(net.parameters(), grad_clip or math.inf)
+        totals[0] += loss.detach()
+    norm = torch.nn.utils.clip_grad_norm_(net.parameters(), config.grad_clip or math.inf)
     if ddp:
-        dist.all_reduce(total)
-        total /= dist.get_world_size()
-    loss, norm = total.item(), norm.item()
+        dist.all_reduce(totals)
+        totals[0] /= dist.get_world_size()
+    loss, *flags, norm = torch.cat((totals, norm.to(precise)[None])).tolist()
     if math.isfinite(loss) and math.isfinite(norm):  # the same everywhere: all processes step, or none does
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return loss, norm
+    return loss, norm, [s for s, flag in zip(SIGNALS, flags) if flag]
 
 
 # ------------------------------------------------------------------------------------------------- setting up
-
-
-def choose_dtype(config: Config, device: torch.device) -> torch.dtype:
-    """auto: bfloat16 where the matrix units have it (CUDA from Ampere on, CPUs with AVX512-BF16 or AMX)."""
-    if config.dtype != "auto":
-        return getattr(torch, config.dtype)
-    fast = False
-    if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif device.type == "cpu" and torch.backends.mkldnn.is_available():  # not in every build for a Mac
-        fast = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return torch.bfloat16 if fast else torch.float32
-
-
-def choose_attention(device: torch.device, dtype: torch.dtype, compiled: bool):
-    """On CPUs the backward pass of PyTorch's fused attention is slow in bf16: uncompiled, take its plain
-    one."""
-    if device.type == "cpu" and dtype == torch.bfloat16 and not compiled:
-        torch.backends.cuda.enable_flash_sdp(False)  # of CPUs too, in spite of the name
-        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # without a detour through fp32
-
-
-def compile_blocks(model: AbbIE, config: Config, device: torch.device, **how) -> bool:
-    """torch.compile each block in place, and the loss. Head and Tail share one compilation, the Body has
-    another, and both serve any number of blocks and iterations. Returns whether it was done. auto: on CUDA
-    only, since a short run on a CPU does not earn the compilation back. how: options of torch.compile."""
-    if config.compile == "off" or (config.compile == "auto" and device.type != "cuda"):
-        return False
-    try:
-        torch.compile(torch.sin, **how)(torch.zeros(8, device=device))
-    except Exception as error:  # a missing compiler shows in many ways
-        print(f"torch.compile does not work here ({type(error).__name__}): running without", file=sys.stderr)
-        return False
-    # DDP's own cuts of a graph break blocks with a number among their inputs (pytorch #196227); blocks are
-    # small graphs anyway. dynamic=False: a smaller last batch of an evaluation compiles its own graphs and
-    # does not make training's symbolic.
-    torch._dynamo.config.optimize_ddp = False
-    how = {"dynamic": False, **how}
-    for block in [*model.head, *model.body, *model.tail]:
-        block.compile(**how)
-    model.logits_and_loss = torch.compile(model.logits_and_loss, **how)
-    return True
-
-
-def adamw(model: AbbIE, config: Config) -> torch.optim.AdamW:
-    """Matrices are decayed, norms are not."""
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
-    decay = config.weight_decay
-    groups = [{"params": matrices, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), fused=True)
-
-
-def differences(old: dict, new: dict) -> str:
-    changed = [name for name in new if old.get(name) != new[name]]
-    return ", ".join(f"{name} is {old.get(name)!r} there, {new[name]!r} here" for name in changed)
-
-
-def new_model(config: Config, shards: Shards, model_class=AbbIE) -> AbbIE:
-    """A freshly initialised model, or the weights of `init_from` under this config's rule, iters and cut."""
-    torch.manual_seed(config.seed)
-    shape = config.model_config(shards.vocab_size)
-    if not config.init_from:
-        return model_class(shape)
-    changes = {name: getattr(config, name) for name in ("rule", "iters", "backprop_iters", "block_size")}
-    cut = {name: getattr(config, name) for name in ("n_head_blocks", "n_body_blocks", "n_tail_blocks")}
-    if config.init_from.startswith("hf:"):  # its shape counts, and the config's cut where it fits
-        model = load_model(config.init_from, model_class=model_class, **changes)
-        if model.config.n_blocks == config.n_blocks:  # only now is that known
-            model = load_model(config.init_from, model_class=model_class, **changes, **cut)
-        else:
-            print(f"{config.init_from}: {model.config.n_blocks} blocks, which are not cut as configured")
-    else:
-        model = load_model(config.init_from, model_class=model_class, **changes, **cut)
-        changed = differences(vars(model.config), vars(shape))
-        check(not changed, f"init_from={config.init_from}: {changed}\nset these keys as they are there")
-    theirs = model.meta["tokenizer"]
-    check(
-        theirs == shards.tokenizer or config.force,
-        f"init_from={config.init_from} reads {theirs} tokens, the data holds {shards.tokenizer}\n"
-        f"prepare the data with --tokenizer {theirs}, or pass --force=true",
-    )
-    return model
-
-
-def continued_model(config: Config, folder: Path, shards: Shards, model_class=AbbIE) -> AbbIE:
-    """The model of a checkpoint, if its data, tokenizer, rule and shape are this run's."""
-    may_change = {"iters": config.iters, "backprop_iters": config.backprop_iters}  # in mid-run
-    model = load_model(folder, model_class=model_class, **may_change)
-    here = {"rule": config.rule, "model_class": model_class.__name__, **identity(shards)}
-    if config.init_from:
-        here["init_from"] = config.init_from
-    if not config.init_from.startswith("hf:"):  # whose shape is not the config's
-        here |= dataclasses.asdict(config.model_config(shards.vocab_size))
-    changed = differences(model.meta, {name: here[name] for name in here if name not in may_change})
-    check(
-        not changed or config.force,
-        f"{folder} cannot be continued: {changed}\n"
-        "set these keys as they were or choose another out_dir; or pass --resume=never or --force=true",
-    )
-    return model
-
-
-def identity(shards: Shards) -> dict:
-    """What makes two runs' data the same."""
-    digest = hashlib.sha256(json.dumps(shards.meta["splits"], sort_keys=True).encode()).hexdigest()
-    return {"tokenizer": shards.tokenizer, "data_sha256": digest}
-
-
-def find_resume(config: Config, out_dir: Path) -> Path | None:
-    """The checkpoint to continue from, if there is one. A run that is in out_dir and not continued is moved
-    aside."""
-    found = None
-    if config.resume == "auto":
-        found = find_checkpoint(out_dir, FILES) if checkpoints(out_dir) else None
-    elif config.resume != "never":
-        found = find_checkpoint(config.resume, FILES)
-    if not checkpoints(out_dir) or (found and found.resolve().parent == out_dir.resolve()):
-        return found
-    names = (out_dir.with_name(f"{out_dir.name}.{n}") for n in itertools.count(1))
-    aside = next(path for path in names if not path.exists())
-    out_dir.rename(aside)
-    print(f"the earlier run in {out_dir} is now {aside}")
-    return found
 
 
 def divide_step(config: Config, world: int) -> tuple[int, int]:
@@ -268,37 +165,172 @@ def divide_step(config: Config, world: int) -> tuple[int, int]:
     return sequences, micro_batch
 
 
-def prepare_run(config: Config, world: int) -> Path | None:
-    """What one process checks and does for all -> the checkpoint to continue from, or None."""
-    divide_step(config, world)
-    data, out_dir = Path(config.data), Path(config.out_dir)
-    if config.data == "data/stdlib" and not (data / "meta.json").exists():
-        prepare_data.main(["stdlib"])  # the embedded corpus makes itself, every other one is made by hand
-    for split in ("train", "val"):
-        Shards(data, split, config.block_size)  # verifies its hashes and remembers that it has
-    resume_from = find_resume(config, out_dir)
-    out_dir.mkdir(parents=True, exist_ok=True)
-    return resume_from
+def choose_attention(device: torch.device, dtype: torch.dtype, compiled: bool):
+    """On CPUs the backward pass of PyTorch's fused attention is slow in bf16: uncompiled, take its plain
+    one."""
+    if device.type == "cpu" and dtype == torch.bfloat16 and not compiled:
+        torch.backends.cuda.enable_flash_sdp(False)  # of CPUs too, in spite of the name
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # without a detour through fp32
+
+
+def compile_blocks(model: AbbIE, setting: str, device: torch.device, **options) -> bool:
+    """torch.compile each block in place, and the loss; all blocks share one compilation, which serves any
+    number of iterations. Returns whether it was done. auto: on CUDA only, since a short run on a CPU does not
+    earn the compilation back."""
+    if setting == "off" or (setting == "auto" and device.type != "cuda"):
+        return False
+    # dynamic=False: a smaller last batch of an evaluation has graphs of its own and does not make training's
+    # symbolic. DDP would cut the graphs of wide blocks, and breaks those with a number among their inputs
+    # (pytorch #196227); ours are small anyway.
+    options = {"dynamic": False, **options}
+    torch._dynamo.config.optimize_ddp = False
+    try:
+        torch.compile(torch.sin, **options)(torch.zeros(8, device=device))
+    except Exception as error:  # a missing compiler shows in many ways
+        print(f"torch.compile does not work here ({type(error).__name__}): running without", file=sys.stderr)
+        return False
+    for block in model.blocks:
+        block.compile(**options)
+    model.logits_and_loss = torch.compile(model.logits_and_loss, **options)
+    return True
+
+
+def adamw(model: AbbIE, config: Config) -> torch.optim.AdamW:
+    """Matrices are decayed, norms are not."""
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    decay = config.weight_decay
+    groups = [{"params": matrices, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), fused=True)
+
+
+def run_length(config: Config, model: AbbIE) -> int:
+    """Steps of the run: max_steps, or as many as tokens_per_param asks for."""
+    tokens = config.tokens_per_param * model.n_params()
+    return config.max_steps or max(1, round(tokens / config.tokens_per_step))
+
+
+# --------------------------------------------------------------------------------------- starting, continuing
+
+
+def differences(old: dict, new: dict, names) -> str:
+    changed = [name for name in names if old.get(name) != new[name]]
+    return ", ".join(f"{name} is {old.get(name)!r} there, {new[name]!r} here" for name in changed)
+
+
+def data_digest(shards: Shards) -> str:
+    """What makes two runs' data the same."""
+    return hashlib.sha256(json.dumps(shards.meta["splits"], sort_keys=True).encode()).hexdigest()
+
+
+def new_model(config: Config, shards: Shards) -> AbbIE:
+    """A freshly initialised model, or the weights of `init_from` under this config's rule, iters and cut."""
+    torch.manual_seed(config.seed)
+    shape = config.model_config(shards.vocab_size)
+    if not config.init_from:
+        return AbbIE(shape)
+    source = config.init_from
+    names = ("rule", "iters", "block_size", "n_head_blocks", "n_body_blocks", "n_tail_blocks")
+    model = load_model(source, **{name: getattr(shape, name) for name in names})
+    if not source.startswith("hf:"):  # whose shape counts
+        changed = differences(vars(model.config), vars(shape), vars(shape))
+        check(not changed, f"init_from={source}: {changed}\nset these keys as they are there")
+    check_tokenizer(source, model, shards)
+    return model
+
+
+def check_tokenizer(source, model: AbbIE, shards: Shards):
+    theirs = model.meta["tokenizer"]
+    reads = f"{source} reads {theirs} tokens, {shards.folder} holds {shards.tokenizer}"
+    check(theirs == shards.tokenizer, f"{reads}\nprepare the data with --tokenizer {theirs}")
+
+
+def where_to_resume(config: Config) -> Path | None:
+    """The run folder or checkpoint to go on from, or None. Raises UserError where that would lose something
+    that is in out_dir."""
+    out_dir, resume = Path(config.out_dir), Path(config.resume)
+    saved = checkpoints(out_dir)
+    if config.resume == "auto" or resume.resolve() == out_dir.resolve():
+        return out_dir if saved else None
+    advice = "choose another --out_dir, or leave out --resume to continue the run"
+    if config.resume != "never":
+        newest = bool(saved) and resume.resolve() == saved[-1].resolve()
+        check(not saved or newest, f"{out_dir} holds a run that would lose checkpoints\n{advice}")
+        return resume
+    check(not saved, f"{out_dir} holds a run\n{advice}")
+    return None
+
+
+def load_run(folder: Path, config: Config) -> tuple[AbbIE, dict]:
+    """A checkpoint -> its model and train.pt. Raises UserError for one that does not load, and for one whose
+    learning rate has decayed, if the run is to go on: then it goes on from the one before the decay."""
+    model = load_model(folder, iters=mean_iters(config.iters))
+    state = read_tensors(folder / "train.pt")
+    weights = f"its weights can be a start: --init_from={folder}"
+    fields = {"optimizer", "step", "flops", "max_steps", "decay_start"}
+    check(fields <= state.keys(), f"{folder}/train.pt is damaged\n{weights}")
+    max_steps = run_length(config, model)
+    schedule = (max_steps, decay_start(config, max_steps))
+    goes_on = state["decay_start"] < state["step"] < max_steps
+    other = goes_on and schedule != (state["max_steps"], state["decay_start"])
+    check(not other, f"{folder}: its learning rate has decayed, on another schedule\n{weights}")
+    return model, state
+
+
+def check_continues(config: Config, model: AbbIE, state: dict, shards: Shards):
+    """Raises UserError for settings that are not those of the run that is continued, but for MID_RUN and
+    FREE."""
+    here, there, source = dataclasses.asdict(config), model.meta["run"], model.meta["ckpt"]
+    step, max_steps = state["step"], run_length(config, model)
+    check_tokenizer(source, model, shards)
+    other_data = f"{source} was trained on other data than {config.data} holds"
+    check(model.meta["data_sha256"] == data_digest(shards), f"{other_data}\nchoose another --out_dir")
+    changed = differences(there, here, [name for name in here if name not in (*MID_RUN, *FREE)])
+    as_before = "set these keys as they were, or choose another --out_dir"
+    check(not changed, f"{source} cannot be continued: {changed}\n{as_before}")
+    longer = f"nothing was trained: give a --max_steps above {step}, or choose another --out_dir"
+    check(max_steps >= step, f"{source} is beyond max_steps={max_steps}\n{longer}")
+    changed = differences(there, here, MID_RUN)
+    check(max_steps > step or not changed, f"{source} ended its run, and {changed}\n{longer}")
+
+
+def begin(config: Config, shards: Shards) -> tuple[AbbIE, dict]:
+    """The model, fresh or continued, and the train.pt that goes with it; nothing is touched."""
+    source = where_to_resume(config)
+    if source is None:
+        return new_model(config, shards), {"step": 0, "flops": 0.0}
+    model, state = load_newest(source, lambda folder: load_run(folder, config))
+    check_continues(config, model, state, shards)
+    return model, state
+
+
+def set_aside(run: Path, step: int):
+    """Checkpoints later than the one that a run goes on from, decayed or damaged, are kept under another
+    name."""
+    for folder in checkpoints(run):
+        if folder.name > f"step_{step:08d}":
+            kept = folder.rename(folder.with_name(folder.name.replace("step", "passed_over")))
+            print(f"{folder} is kept as {kept}")
+
+
+def prune(run: Path, keep_last: int, kept: Path):
+    """Delete all checkpoints but the last ones and `kept`, and what a killed save left."""
+    steps = checkpoints(run)
+    for folder in [*steps[:-keep_last], *run.glob(".step_*.tmp")]:
+        if folder != kept:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 # ---------------------------------------------------------------------------------------------------- the log
 
 
-def open_log(path: Path, header: dict, start: int, rank: int):
+def open_log(path: Path):
     """log.jsonl of the run: a header for every start, then a line per step and per evaluation. A resumed run
-    first cuts off what it will do again, so that every step stands there once. Returns write(record), which
-    does nothing on other ranks than 0."""
-    if rank:
-        return lambda record: None
-    kept = 0
-    if start and path.exists():
-        with open(path, "rb") as old, contextlib.suppress(ValueError):  # a line cut short by a kill
-            for line in old:
-                if json.loads(line).get("step", -1) >= start:
-                    break
-                kept += len(line)
+    appends: a step that stands there twice counts as its last line says. Returns write(record)."""
+    torn = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")  # by a kill
     file = open(path, "a", buffering=1)
-    file.truncate(kept)
+    if torn:
+        file.write("\n")
 
     def null_for_nan(value):
         """JSON knows no NaN: null."""
@@ -309,7 +341,6 @@ def open_log(path: Path, header: dict, start: int, rank: int):
     def write(record: dict):
         file.write(json.dumps(null_for_nan(record)) + "\n")
 
-    write({**header, "resumed_at": start})
     return write
 
 
@@ -352,18 +383,29 @@ def peak_flops(device_name: str) -> float | None:
     return next((peak for name, peak in PEAK_FLOPS.items() if re.search(rf"\b{name}\b", device_name)), None)
 
 
-# ---------------------------------------------------------------------------------------------------- the run
+# ---------------------------------------------------------------------------------------------------- signals
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
-DIVERGED = -1  # in place of a signal: what stopped the run
+SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
 
 
 @contextlib.contextmanager
-def noticed_signals():
-    """Collect SIGTERM and SIGINT in a list, for the loop to act on between steps: nothing, a save above all,
-    is cut short."""
-    asked = []
-    before = {s: signal.signal(s, lambda number, frame: asked.append(number)) for s in SIGNALS}
+def noticed_signals(rank: int):
+    """Collect signals in a list, for the loop to act on between steps: nothing, a save above all, is cut
+    short. One that is ignored, as SIGHUP under nohup, stays so."""
+    asked, terminals = [], [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
+
+    def notice(number, frame):
+        asked.append(number)
+        if number == getattr(signal, "SIGHUP", None):  # the terminal is gone, and so is who would read
+            for descriptor in terminals:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+        if rank == 0:
+            os.write(2, f"\n{signal.Signals(number).name} heard: ending after the step at hand\n".encode())
+
+    before = {s: signal.getsignal(s) for s in SIGNALS}
+    for s in SIGNALS:
+        if before[s] != signal.SIG_IGN:
+            signal.signal(s, notice)
     try:
         yield asked
     finally:
@@ -371,28 +413,24 @@ def noticed_signals():
             signal.signal(s, handler)
 
 
-def agreed_signal(asked: list, device: torch.device, world: int) -> int:
-    """The signal that any process was sent, on every one of them; or 0."""
-    flags = torch.tensor([float(s in asked) for s in SIGNALS], device=device)
-    if world > 1:
-        dist.all_reduce(flags)
-    return next((s for s, flag in zip(SIGNALS, flags.tolist()) if flag), 0)
+def heard_by_any(asked: list) -> list:
+    """The signals that any process was sent, on every one of them."""
+    every = [asked]
+    if dist.is_initialized():
+        every = [None] * dist.get_world_size()
+        dist.all_gather_object(every, asked)
+    return [s for one in every for s in one]
 
 
-def prune(run: Path, keep_last: int, newest: Path):
-    """Delete all checkpoints but the last ones up to `newest`, and what a killed save left. Later ones can
-    only be damaged or of an abandoned future: the run has just passed them by."""
-    kept = [path for path in checkpoints(run) if path.name <= newest.name][-keep_last:]
-    for path in [*checkpoints(run), *run.glob(".step_*.tmp")]:
-        if path not in kept:
-            shutil.rmtree(path, ignore_errors=True)
+# ---------------------------------------------------------------------------------------------------- the run
 
 
-def main(argv: list[str], model_class=AbbIE):
+def main(argv: list[str]):
     rank, world = start_ranks()
-    config = together(lambda: load_config(argv))
+    with together():
+        config = load_config(argv)
     try:
-        status = run(config, rank, world, model_class)
+        status = run(config, rank, world, shlex.join(["train.py", *argv]))
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
@@ -407,41 +445,29 @@ def main(argv: list[str], model_class=AbbIE):
         sys.exit(status)
 
 
-def run(config: Config, rank: int, world: int, model_class=AbbIE) -> int:
+def run(config: Config, rank: int, world: int, command: str) -> int:
     """Train, evaluate, save. Returns the exit status: 0, or 128 + the signal that ended the run early."""
     print(key_values(dataclasses.asdict(config)))
-    resume_from = on_rank_0(lambda: prepare_run(config, world))
-    device = together(lambda: choose_device(config.device))
     T, out_dir = config.block_size, Path(config.out_dir)
-    sequences, micro_batch = divide_step(config, world)
 
-    # The data, the model, fresh or from a checkpoint, and its optimizer.
-    splits = ("train", "val")
-    shards, val_shards = together(lambda: [Shards(config.data, s, T, verify=False) for s in splits])
-
-    @functools.lru_cache(maxsize=1)  # a permutation is as long as the data: of one epoch at a time
-    def order(epoch: int) -> np.ndarray:
-        return shards.window_order(config.seed, epoch)
-
-    if resume_from is None:
-        model = together(lambda: new_model(config, shards, model_class))
-    else:
-        model = together(lambda: continued_model(config, resume_from, shards, model_class))
+    # The data, the model, fresh or from a checkpoint, and its optimizer: all that can be refused.
+    with together():
+        sequences, micro_batch = divide_step(config, world)
+        if rank == 0 and config.data == "data/stdlib" and not Path(config.data, "meta.json").exists():
+            prepare_data.main(["stdlib"])  # the embedded corpus makes itself, every other one is made by hand
+    with together():
+        device = choose_device(config.device)
+        shards, val_shards = (Shards(config.data, split, T) for split in ("train", "val"))
+        model, state = begin(config, shards)
+    max_steps, step, flops = run_length(config, model), state["step"], state["flops"]
     model.to(device).train()
     model.activation_checkpointing = config.activation_checkpointing
     optimizer = adamw(model, config)
-    start, skipped, flops = 0, 0, 0.0
-    if resume_from is not None:
-        saved = load_tensors(resume_from / "train.pt")
+    if "optimizer" in state:
         groups = optimizer.state_dict()["param_groups"]  # decay and betas are the config's
-        optimizer.load_state_dict({**saved["optimizer"], "param_groups": groups})
-        start, skipped, flops = saved["step"], saved["skipped"], saved["flops"]
-    max_steps = config.max_steps
-    if not max_steps:
-        max_steps = round(config.tokens_per_param * model.n_params() / config.tokens_per_step)
-    max_steps = max(start, max_steps)
-    dtype = choose_dtype(config, device)
-    compiled = compile_blocks(model, config, device)
+        optimizer.load_state_dict({**state["optimizer"], "param_groups": groups})
+    dtype = choose_dtype(config.dtype, device, training=True)
+    compiled = compile_blocks(model, config.compile, device)
     choose_attention(device, dtype, compiled)
     autocast = functools.partial(torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32)
     net = model
@@ -450,70 +476,91 @@ def run(config: Config, rank: int, world: int, model_class=AbbIE) -> int:
         net = DistributedDataParallel(model, device_ids=cards, gradient_as_bucket_view=True)
 
     # What runs, for the terminal, the log and the checkpoints.
-    run_config = {**dataclasses.asdict(config), **dataclasses.asdict(model.config), **identity(shards)}
-    run_config["model_class"] = type(model).__name__
     facts = {**versions(device), "dtype": str(dtype).removeprefix("torch."), "compiled": compiled}
     facts |= {"world": world, "n_params": model.n_params(), "max_steps": max_steps}
     print(key_values(facts))
-    accumulation, epochs = sequences // micro_batch // world, max_steps * sequences / shards.n_windows
+    accumulation, n_tokens = sequences // micro_batch // world, max_steps * config.tokens_per_step
     print(f"{sequences} sequences of {T} per step = {world} x {accumulation} x {micro_batch}")
-    print(f"{max_steps * config.tokens_per_step:,} tokens, {epochs:.2f} epochs")
-    if resume_from:
-        print(f"from step {start} of {resume_from}")
-    log = open_log(out_dir / "log.jsonl", {"config": run_config, **facts}, start, rank)
+    print(f"{n_tokens:,} tokens, {max_steps * sequences / shards.n_windows:.2f} epochs")
+    if step:
+        print(f"from step {step} of {model.meta['ckpt']}")
+    about = {
+        **dataclasses.asdict(model.config), "tokenizer": shards.tokenizer, "data": config.data,
+        "data_sha256": data_digest(shards), "run": dataclasses.asdict(config),
+        "made_by": {"command": command, **facts},
+    }  # fmt: skip
     peak = peak_flops(facts["device"])
 
+    @functools.lru_cache(maxsize=1)  # a permutation is as long as the data: of one epoch at a time
+    def order(epoch: int) -> np.ndarray:
+        return shards.window_order(config.seed, epoch)
+
+    def read(step: int) -> list[tuple[Tensor, Tensor]]:
+        windows = windows_at(shards.n_windows, order, step * sequences, sequences)
+        return [shards.batch(numbers) for numbers in share_of(windows, rank, world, micro_batch)]
+
     def evaluate(iters: list[int], tokens: int) -> dict[int, float]:
+        windows = max(1, min(tokens, n_tokens) // T)  # no more than the run trains on
         options = {"batch_size": micro_batch, "rank": rank, "world": world, "autocast": autocast}
-        return evaluate_loss(model, val_shards, iters, n_windows=max(1, tokens // T), **options)
+        return evaluate_loss(model, val_shards, iters, n_windows=windows, **options)
 
-    def save(step: int):
-        state = {"optimizer": optimizer.state_dict(), "step": step, "skipped": skipped, "flops": flops}
-        newest = save_checkpoint(out_dir, step, model.state_dict(), state, {**run_config, "step": step})
-        prune(out_dir, config.keep_last, newest)
+    def validate():
+        losses = evaluate(parse_list(config.eval_iters, "eval_iters"), config.eval_tokens)
+        text = "  ".join(f"r={r} {value:.4f}" for r, value in losses.items())
+        tqdm.write(f"step {step:>6d} | validation loss (nats/token)  {text}")
+        log({"step": step, "val_loss": {str(r): value for r, value in losses.items()}})
 
-    stop, started = 0, time.perf_counter()
-    start_is_saved = resume_from is not None and resume_from.resolve().parent == out_dir.resolve()
-    hidden = True if rank > 0 else None  # None: where stderr is no terminal
-    bar = tqdm(total=max_steps, initial=start, disable=hidden, dynamic_ncols=True)
-    with noticed_signals() as asked:
-        for step in range(start, max_steps + 1):  # once more than there are steps: to evaluate and save
-            last = step == max_steps
-            if last or (config.eval_every and step % config.eval_every == 0 and not stop):
-                losses = evaluate(parse_list(config.eval_iters, "eval_iters"), config.eval_tokens)
-                text = "  ".join(f"r={r} {value:.4f}" for r, value in losses.items())
-                tqdm.write(f"step {step:>6d} | validation loss (nats/token)  {text}")
-                log({"step": step, "val_loss": {str(r): value for r, value in losses.items()}})
-            due = last or stop or (config.save_every and step and step % config.save_every == 0)
-            if due and not (step == start and start_is_saved):
-                on_rank_0(functools.partial(save, step))
-            if last or stop:
-                stop = stop or agreed_signal(asked, device, world)  # sent while it saved
-                break
+    def save():
+        with together():
+            if rank == 0:
+                finite = all(p.isfinite().all() for p in model.parameters())
+                check(finite, "the weights have no finite values any more\n" + what_is_saved(out_dir))
+                state = {"optimizer": optimizer.state_dict(), "step": step, "flops": flops}
+                state |= {"max_steps": max_steps, "decay_start": decay_start(config, max_steps)}
+                save_checkpoint(out_dir, step, model.state_dict(), state, {**about, "step": step})
+                prune(out_dir, config.keep_last, out_dir / f"step_{decay_start(config, max_steps):08d}")
 
-            began, lr = time.perf_counter(), lr_at(step, config, max_steps)
+    first, skipped, heard, began = step, 0, [], time.perf_counter()
+    is_saved = model.meta and Path(model.meta["ckpt"]).resolve().parent == out_dir.resolve()
+    bar = tqdm(total=max_steps, initial=step, disable=None if rank == 0 else True, dynamic_ncols=True)
+    with contextlib.ExitStack() as stack:
+        with together():
+            if rank == 0:
+                out_dir.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(locked(out_dir))
+                set_aside(out_dir, step)
+            log = open_log(out_dir / "log.jsonl" if rank == 0 else Path(os.devnull))
+        log({**about, **facts, "resumed_at": step})
+        asked = stack.enter_context(noticed_signals(rank))
+        reader = stack.enter_context(ThreadPoolExecutor(1))
+        upcoming = reader.submit(read, step)
+        while step < max_steps and not heard:
+            if config.eval_every and step % config.eval_every == 0:
+                validate()
+            due = step == decay_start(config, max_steps) or (
+                config.save_every and step % config.save_every == 0
+            )
+            if due and step > first and not skipped:
+                save()
+
+            step_began = time.perf_counter()
             for group in optimizer.param_groups:
-                group["lr"] = lr
-            iters = draw_iters(model.config.iters, config.seed, step)
-            windows = windows_at(shards.n_windows, order, step * sequences, sequences)
-            chosen = share_of(windows, rank, world, micro_batch)
-            batches = [shards.batch(numbers) for numbers in chosen]
-            batches = [(x.to(device), y.to(device)) for x, y in batches]
-            loss, norm = train_step(net, optimizer, batches, iters, config.grad_clip, autocast)
+                group["lr"] = lr_at(step, config, max_steps)
+            iters = draw_iters(config.iters, config.seed, step)
+            batches = [(x.to(device), y.to(device)) for x, y in upcoming.result()]
+            upcoming = reader.submit(read, step + 1)
+            loss, norm, heard = train_step(net, optimizer, batches, iters, config, autocast, asked)
             finite = math.isfinite(loss) and math.isfinite(norm)
             skipped = 0 if finite else skipped + 1
-            stop = agreed_signal(asked, device, world)
-            if skipped >= config.max_skips:
-                stop = stop or DIVERGED
 
-            seconds = time.perf_counter() - began
-            step_flops = model.flops_per_token(iters, T) * config.tokens_per_step
-            flops += step_flops
-            pace = (time.perf_counter() - started) / (step + 1 - start)  # evaluations and saves included
+            seconds = time.perf_counter() - step_began
+            cost = config.tokens_per_step * model.flops_per_token(iters, backprop_iters=config.backprop_iters)
+            flops += cost
+            pace = (time.perf_counter() - began) / (step + 1 - first)  # evaluations and saves included
             record = {
-                "step": step, "iters": iters, "loss": loss, "lr": lr, "grad_norm": norm,
-                "tokens_per_s": config.tokens_per_step / seconds,
-                "mfu": step_flops / seconds / (peak * world) if peak else None,
+                "step": step, "iters": iters, "loss": loss, "lr": optimizer.param_groups[0]["lr"],
+                "grad_norm": norm, "tokens_per_s": config.tokens_per_step / seconds,
+                "mfu": cost / seconds / (peak * world) if peak else None,
                 "flops": flops, "eta_s": pace * (max_steps - step - 1), "skipped": not finite,
             }  # fmt: skip
             log(record)
@@ -521,35 +568,67 @@ def run(config: Config, rank: int, world: int, model_class=AbbIE) -> int:
             bar.set_postfix_str(describe(record))
             if not finite or step % max(1, max_steps // 50) == 0:
                 tqdm.write(f"step {step:>6d} | {describe(record)}")
+            step += 1
+            if skipped == MAX_SKIPS or (skipped and step == max_steps):
+                with together():
+                    bad = f"{skipped} steps in a row had no finite loss and gradient"
+                    raise UserError(f"{bad}\n{what_is_saved(out_dir)}")
+        if not heard:
+            validate()
+        if not skipped and not (is_saved and step == first):
+            save()
+        heard = heard or heard_by_any(asked)  # sent while it saved
     bar.close()
 
-    diverged = f"{skipped} steps in a row had no finite loss and gradient"
-    advice = f"the weights from before are saved in {out_dir}: try a lower lr, then run again"
-    on_rank_0(lambda: check(stop != DIVERGED, f"{diverged}\n{advice}"))
-    if stop:
+    if heard:
         same = "the same command" + ("" if config.resume == "auto" else f" without --resume={config.resume}")
-        print(f"{signal.Signals(stop).name}: step {step} is saved; {same} continues from there")
-        return 128 + stop
-    own, n_tokens = model.config.mean_iters, min(FINAL_EVAL_TOKENS, val_shards.n_windows * T)
+        print(f"{signal.Signals(heard[0]).name}: {newest_of(out_dir)} is saved; {same} continues from there")
+        return 128 + heard[0]
+    own = model.config.iters
+    n_tokens = min(FINAL_EVAL_TOKENS, n_tokens, val_shards.n_windows * T)
     loss = evaluate([own], n_tokens)[own]
     print(f"validation loss at iters {own} on {n_tokens:,} tokens: {loss:.4f} nats/token")
-    log({"step": max_steps, "final_val_loss": loss, "iters": own, "tokens": n_tokens})
-    on_rank_0(lambda: show_off(model, config, shards))
+    log({"step": step, "final_val_loss": loss, "iters": own, "tokens": n_tokens})
+    with together():
+        if rank == 0:
+            show_off(model, config, shards, n_examples=min(300, max(20, max_steps * sequences // 8)))
     return 0
 
 
-def show_off(model: AbbIE, config: Config, shards: Shards):
-    """What the finished model can do: the built-in tasks at several iters, and a sample."""
+def newest_of(run: Path) -> str:
+    return checkpoints(run)[-1].name if checkpoints(run) else "nothing"
+
+
+def what_is_saved(out_dir: Path) -> str:
+    """What to do about a run that has diverged, of which nothing is saved."""
+    if not checkpoints(out_dir):
+        return "nothing is saved: run again with a lower --lr"
+    return f"{newest_of(out_dir)} is saved: run again with a lower --lr, and it goes on from there"
+
+
+LOOK = """
+{rule} at r > 2 hardly differs from r = 2: it converges by construction, and later iterations refine.
+To see iterations compute something, and a loss that falls with r:
+    python sample.py --ckpt models/chains_abbie_d --lens --iters 1,2,3,4,6,8 --prompt "a=3;b=a;c=b;d=c;e=d;?e"
+    python eval_icl.py --ckpt models/recall_tiny --iters 1,2,4,8 --ppl data/stdlib"""
+
+
+def show_off(model: AbbIE, config: Config, shards: Shards, n_examples: int):
+    """What the finished model can do: the built-in tasks at several iters, and a sample. n_examples keeps
+    its cost below the run's."""
 
     def show_tasks():
         tokenizer = get_tokenizer(shards.tokenizer)
-        print_table(run_tasks(model, tokenizer, ["cloze", "lastword"], [1, 2, 4, 8], config.data))
+        iters = [r for r in (1, 2, 4, 32) if r <= MAX_ITERS[config.rule]]
+        print_table(run_tasks(model, tokenizer, BUILT_IN, iters, config.data, limit=n_examples))
 
     def show_sample():
-        tokenizer, prompt = get_tokenizer(shards.tokenizer), "def " if shards.tokenizer == "bytes" else "The "
+        tokenizer = get_tokenizer(shards.tokenizer)
+        prompt = "def " if shards.tokenizer == "bytes" else "The "
         options = {"temperature": 0.8, "top_k": 50, "seed": config.seed}
-        pieces = stream_text(model, tokenizer, [tokenizer.encode_ordinary(prompt)], 200, None, **options)
-        print(f"\na sample at iters {model.config.mean_iters} (python sample.py makes more):")
+        ids, n = tokenizer.encode_ordinary(prompt), min(200, n_examples)
+        pieces = stream_text(model, tokenizer, [ids], n, None, **options)
+        print(f"\na sample at iters {model.config.iters} (python sample.py makes more):")
         print(prompt + "".join(piece for _, piece in pieces))
 
     model.eval()
@@ -559,6 +638,8 @@ def show_off(model: AbbIE, config: Config, shards: Shards):
                 show()
             except UserError as error:  # a context or split too small, a tokenizer that is not at hand
                 print(f"not shown: {error}")
+    if config.rule == "abbie_d" and config.iters == 2:
+        print(LOOK.format(rule=config.rule))
 
 
 if __name__ == "__main__":

@@ -12,14 +12,18 @@ import argparse
 import dataclasses
 import difflib
 import importlib
+import inspect
 import io
 import json
+import math
 import os
+import re
 import runpy
 import sys
 import time
 import types
 import typing
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -27,72 +31,106 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from model import RULES, AbbIEConfig, UserError, check, key
+from model import MAX_ITERS, AbbIEConfig, UserError, check
 
 
 @dataclass(frozen=True)
 class Config(AbbIEConfig):
     """A model's shape and recurrence (see AbbIEConfig), and the run that trains it."""
 
-    vocab_size: int = key(0, "tokens of the vocabulary (0: as the data says)", least=0)
-    data: str = key("data/stdlib", "folder of token shards, made by prepare_data.py")
-    out_dir: str = key("", "folder of checkpoints and log (empty: out/ and the config file's name)")
-    seed: int = key(1, "seed of initial weights, data order and iteration schedule", least=0, most=2**64 - 1)
-    device: str = key("auto", "auto, cpu, cuda or mps")
-    dtype: str = key("auto", "of matrix products, not of weights", choices=("auto", "float32", "bfloat16"))
-    compile: str = key("auto", "torch.compile of the blocks", choices=("auto", "on", "off"))
-    tokens_per_step: int = key(2**19, "batch size in tokens, whatever the number of processes", least=1)
-    micro_batch: int = key(16, "sequences that one process takes through the model at a time", least=1)
-    max_steps: int = key(0, "optimizer steps (0: tokens_per_param decides)", least=0)
-    tokens_per_param: float = key(20.0, "training tokens per parameter, where max_steps is 0", least=1e-9)
-    lr: float = key(6e-4, "learning rate after the warmup", least=0)
-    min_lr: float = key(0.0, "learning rate at the end of the decay", least=0)
-    warmup_steps: int = key(-1, "steps of linear warmup (-1: 1 % of the run)", least=-1)
-    decay_frac: float = key(0.2, "last part of the run, where lr falls linearly to min_lr", least=0, most=1)
-    weight_decay: float = key(0.1, "decoupled weight decay of the matrices (norms have none)", least=0)
-    grad_clip: float = key(1.0, "largest norm of the gradient (0: no clipping)", least=0)
-    beta1: float = key(0.9, "AdamW's decay of the first moment", least=0, most=1)
-    beta2: float = key(0.95, "AdamW's decay of the second moment", least=0, most=1)
-    eval_every: int = key(500, "steps between evaluations on validation data (0: only at the end)", least=0)
-    eval_iters: str = key("1,2,4,8", "iterations at which validation loss is measured")
-    eval_tokens: int = key(2**20, "validation tokens of an evaluation, always the same ones", least=1)
-    save_every: int = key(500, "steps between checkpoints (0: only at the end)", least=0)
-    keep_last: int = key(2, "checkpoints that are kept", least=1)
-    resume: str = key(
-        "auto", "auto: continue the run in out_dir; never: start afresh; or a checkpoint to go on from"
-    )
-    init_from: str = key("", "checkpoint, or hf:FOLDER, whose weights the run starts from")
-    force: bool = key(False, "go on although data, rule or shape differ (the checkpoint's are kept)")
-    max_skips: int = key(10, "steps without a finite loss or gradient that stop a run, in a row", least=1)
-    activation_checkpointing: bool = key(False, "recompute iterations in the backward pass, to save memory")
+    vocab_size: int = 0  # tokens of the vocabulary (0: as the data says)
+    iters: int | str = 2  # iterations of the Body in training: 2, a range '1-3', or 'poisson:4'
+    backprop_iters: int = 0  # gradients reach the last N iterations' updates only (0: all)
+    data: str = "data/stdlib"  # folder of token shards, made by prepare_data.py
+    out_dir: str = ""  # folder of checkpoints and log (empty: out/ and the config file's name)
+    seed: int = 1  # seed of initial weights, data order and iteration schedule
+    device: str = "auto"  # auto, cpu, cuda or mps
+    dtype: str = "auto"  # of matrix products, not of weights: auto, float32 or bfloat16
+    compile: str = "auto"  # torch.compile of the blocks: auto (on CUDA), on or off
+    tokens_per_step: int = 2**19  # batch size in tokens, whatever the number of processes
+    micro_batch: int = 16  # sequences that one process takes through the model at a time
+    max_steps: int = 0  # optimizer steps (0: tokens_per_param decides)
+    tokens_per_param: float = 20.0  # training tokens per parameter, where max_steps is 0
+    lr: float = 6e-4  # learning rate after the warmup
+    min_lr: float = 0.0  # learning rate at the end of the decay
+    warmup_steps: int = -1  # steps of linear warmup (-1: 1 % of the run)
+    decay_frac: float = 0.2  # last part of the run, where lr falls linearly to min_lr
+    weight_decay: float = 0.1  # decoupled weight decay of the matrices (norms have none)
+    grad_clip: float = 1.0  # largest norm of the gradient (0: no clipping)
+    beta1: float = 0.9  # AdamW's decay of the first moment
+    beta2: float = 0.95  # AdamW's decay of the second moment
+    eval_every: int = 500  # steps between evaluations on validation data (0: only at the end)
+    eval_iters: str = "1,2,4,8"  # iterations at which validation loss is measured
+    eval_tokens: int = 2**20  # validation tokens of an evaluation, always the same ones
+    save_every: int = 500  # steps between checkpoints (0: only at the end)
+    keep_last: int = 2  # checkpoints that are kept, besides the one at which the decay begins
+    resume: str = "auto"  # auto: continue the run in out_dir; never: start afresh; or a checkpoint
+    init_from: str = ""  # checkpoint, or hf:FOLDER, whose weights the run starts from
+    activation_checkpointing: bool = False  # recompute iterations in the backward pass, to save memory
 
     def __post_init__(self):
-        super().__post_init__()
-        tokens, T = self.tokens_per_step, self.block_size
+        self.model_config(self.vocab_size or 1)  # which checks the shape
+        for name in ("tokens_per_step", "micro_batch", "eval_tokens", "keep_last"):
+            check(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
+        counts = ("vocab_size", "backprop_iters", "max_steps", "eval_every", "save_every")
+        for name in (*counts, "lr", "min_lr", "weight_decay", "grad_clip", "tokens_per_param"):
+            value = getattr(self, name)
+            check(0 <= value < math.inf, f"{name}={value} must be 0 or more, and finite")
+        check(self.max_steps > 0 or self.tokens_per_param > 0, "set max_steps or tokens_per_param above 0")
+        check(self.warmup_steps >= -1, f"warmup_steps={self.warmup_steps} must be at least -1")
+        check(0 <= self.decay_frac <= 1, f"decay_frac={self.decay_frac} must lie between 0 and 1")
+        for name in ("beta1", "beta2"):
+            check(0 <= getattr(self, name) < 1, f"{name}={getattr(self, name)} must be 0 or more, below 1")
+        check(0 <= self.seed < 2**64, f"seed={self.seed} must be from 0 to 2^64 - 1")
+        for name, choices in (("dtype", ("auto", *DTYPES)), ("compile", ("auto", "on", "off"))):
+            value = getattr(self, name)
+            check(value in choices, f"{name}={value!r} is none of {', '.join(choices)}")
+        tokens, T, limit = self.tokens_per_step, self.block_size, MAX_ITERS[self.rule]
         check(tokens % T == 0, f"tokens_per_step={tokens} is no multiple of block_size={T}")
-        most = RULES[self.rule]
-        runs = max(parse_list(self.eval_iters, "eval_iters")) <= most
-        check(runs, f"eval_iters={self.eval_iters}: rule {self.rule} runs at {most} iterations at most")
-        betas = f"beta1={self.beta1}, beta2={self.beta2}: both must be below 1"
-        check(max(self.beta1, self.beta2) < 1, betas)
+        at_most = f"rule {self.rule} runs at {limit} iterations at most"
+        check(parse_iters(self.iters)[2] <= limit, f"iters={self.iters}: {at_most}")
+        most = max(parse_list(self.eval_iters, "eval_iters"))
+        check(most <= limit, f"eval_iters={self.eval_iters}: {at_most}")
 
     def model_config(self, vocab_size: int) -> AbbIEConfig:
         """The model's part, with the vocabulary that the data has."""
         fits = self.vocab_size == 0 or self.vocab_size >= vocab_size
         check(fits, f"vocab_size={self.vocab_size} is less than the {vocab_size} of the data: leave it out")
         shape = {f.name: getattr(self, f.name) for f in dataclasses.fields(AbbIEConfig)}
-        return AbbIEConfig(**{**shape, "vocab_size": self.vocab_size or vocab_size})
+        shape |= {"vocab_size": self.vocab_size or vocab_size, "iters": mean_iters(self.iters)}
+        return AbbIEConfig(**shape)
 
 
-def parse_list(text: str, name: str, most: int = 128) -> list[int]:
-    """'1,2,4' -> [1, 2, 4], each from 1 to `most`."""
+def parse_iters(spec: int | str) -> tuple[str, float, int]:
+    """2 -> ("fixed", 2, 2), "1-3" -> ("uniform", 1, 3), "poisson:4" -> ("poisson", 4.0, 128): kind, smallest
+    (of poisson: mean), largest. Raises UserError for anything else."""
+    text, kind, low, high = str(spec), "fixed", 0, 0
     try:
-        values = [int(part) for part in str(text).split(",")]
+        if text.startswith("poisson:"):
+            kind, low, high = "poisson", float(text[8:]), 128
+        elif "-" in text:
+            kind, (low, high) = "uniform", map(int, text.split("-"))
+        else:
+            low = high = int(text)
     except ValueError:
-        values = [0]
-    valid = all(1 <= value <= most for value in values)
-    check(valid, f"{name}={text!r}: give integers from 1 to {most}, such as 1,2,4,8")
-    return values
+        pass
+    valid = (1 < low if kind == "poisson" else 1 <= low) and low <= high <= 128
+    check(valid, f"iters={spec!r}: give an integer from 1 to 128, a range like '1-3', or 'poisson:4'")
+    return kind, low, high
+
+
+def mean_iters(spec: int | str) -> int:
+    """The rounded mean of a schedule: what the trained model does when no iters is given."""
+    kind, low, high = parse_iters(spec)
+    return int((low if kind == "poisson" else (low + high) / 2) + 0.5)
+
+
+def parse_list(text: str, name: str) -> list[int]:
+    """'1,2,4' -> [1, 2, 4], each from 1 to 128."""
+    parts = [part.strip() for part in str(text).split(",")]
+    valid = all(part.isdecimal() and 1 <= int(part) <= 128 for part in parts)
+    check(valid, f"{name}={text!r}: give integers from 1 to 128, such as 1,2,4,8")
+    return [int(part) for part in parts]
 
 
 def nearest(name: str, names) -> str:
@@ -104,52 +142,58 @@ def nearest(name: str, names) -> str:
 # ---------------------------------------------------------------------------------- config file and flags
 
 
-WORDS = {bool: {"true": True, "1": True, "false": False, "0": False}, types.NoneType: {"none": None}}
+def load_config(argv: list[str]) -> Config:
+    """CONFIG.py [--key=value | --key value ...] -> Config. Raises UserError for what is wrong in either."""
+    source = inspect.getsource(AbbIEConfig) + inspect.getsource(Config)
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", source, re.M))
+    parser = ArgumentParser(prog="train.py", description=__doc__.partition("\n\n")[2])
+    parser.add_argument("file", metavar="CONFIG.py", type=Path, help="such as config/abbie_tiny.py")
+    for f in dataclasses.fields(Config):
+        text = f"{comments[f.name]}; default {f.default!r}".replace("%", "%%")
+        parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, metavar="", help=text)
+    flags = vars(parser.parse_args(argv))
+    path = flags.pop("file")
+    values = {}
+    for name, value in read_config_file(path).items():
+        values[name] = typed(name, value, f"{path}: {name}={value!r}")
+    for name, text in flags.items():
+        values[name] = typed(name, from_text(name, text), f"--{name}={text}")
+    return Config(**{**values, "out_dir": values.get("out_dir") or f"out/{path.stem}"})
 
 
-def from_text(hint, text: str):
-    """A flag's text as the first type of `hint` (int, int | None, ...) that it fits, or as it is."""
-    for one in typing.get_args(hint) or (hint,):
+KINDS = typing.get_type_hints(Config)  # key -> int, int | None, ...
+WORDS = {"true": True, "false": False, "none": None}
+
+
+def from_text(name: str, text: str):
+    """A flag's text as the first of the key's types that it fits, or as it is."""
+    for kind in typing.get_args(KINDS[name]) or (KINDS[name],):
         try:
-            if one in WORDS:
-                return WORDS[one][text.lower()]
-            return json.loads(text) if one is dict else one(text)
+            if kind in (bool, types.NoneType):
+                return WORDS[text.lower()]
+            return json.loads(text) if kind is dict else kind(text)
         except (ValueError, KeyError):
             continue
     return text
 
 
-def load_config(argv: list[str]) -> Config:
-    """CONFIG.py [--key=value | --key value ...] -> Config. Raises UserError for what is wrong in either."""
-    hints = typing.get_type_hints(Config)
-    parser = ArgumentParser(prog="train.py", description=__doc__.partition("\n\n")[2])
-    parser.add_argument("file", metavar="CONFIG.py", type=Path, help="such as config/abbie_tiny.py")
-    for f in dataclasses.fields(Config):
-        choices = f" ({', '.join(f.metadata['choices'])})" if f.metadata["choices"] else ""
-        text = f"{f.metadata['about']}{choices}; default {f.default!r}".replace("%", "%%")
-        parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, metavar="", help=text)
-    flags = vars(parser.parse_args(argv))
-    path = flags.pop("file")
-    values = read_config_file(path)
-    for name in values:
-        check(name in hints, f"{path}: unknown key {name}{nearest(name, hints)}")
-    values |= {name: from_text(hints[name], text) for name, text in flags.items()}
-    for name, value in values.items():
-        hint = hints[name]
-        if type(value) is int and hint is float:
-            values[name] = value = float(value)
-        place = f"--{name}={value}" if name in flags else f"{path}: {name}={value!r}"
-        if not isinstance(value, hint):
-            kind = hint.__name__ if isinstance(hint, type) else hint
-            raise UserError(f"{place} is not {kind}")
-    return Config(**{**values, "out_dir": values.get("out_dir") or f"out/{path.stem}"})
+def typed(name: str, value, place: str):
+    """The value of a key in its type: an integer may stand for a float, a number for its text."""
+    kind = KINDS[name]
+    if type(value) is int and kind in (float, str):
+        value = kind(value)
+    valid = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+    check(valid, f"{place} is not {kind.__name__ if isinstance(kind, type) else kind}")
+    return value
 
 
 def read_config_file(path: Path) -> dict:
-    """The names that a config file assigns."""
+    """The keys that a config file assigns; its modules, functions and helper variables are its own."""
     folder = Path(__file__).parent
-    known = sorted(p.stem for p in folder.glob("*.py") if p.stem != "__init__")
-    check(path.is_file(), f"{path} is no file{nearest(path.stem, known)}\nconfigs: {', '.join(known)}")
+    if not path.is_file():
+        known = sorted(f"config/{p.name}" for p in folder.glob("[!_]*.py"))
+        guess = nearest(f"config/{path.stem}.py", known)
+        raise UserError(f"{path} is no file{guess}\nthere are {', '.join(known)}")
     sys.path.insert(0, str(folder.parent))  # for `from config.X import *`, wherever the file lies
     try:
         names = runpy.run_path(str(path))
@@ -157,7 +201,12 @@ def read_config_file(path: Path) -> dict:
         raise UserError(f"{path}: {type(error).__name__}: {error}") from None
     finally:
         sys.path.pop(0)
-    return {k: v for k, v in names.items() if not k.startswith("_") and not isinstance(v, types.ModuleType)}
+    for name, value in names.items():
+        if name in KINDS or name.startswith("_") or callable(value) or isinstance(value, types.ModuleType):
+            continue
+        guess = nearest(name, KINDS)
+        check(not guess, f"{path}: unknown key {name}{guess}\na variable of your own may begin with _")
+    return {name: value for name, value in names.items() if name in KINDS}
 
 
 # --------------------------------------------------------------------------------- how every script starts
@@ -180,6 +229,9 @@ def cli(main):
     """Run main(argv) as a script: an error that the user can mend ends in three lines at most, status 2."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # what an encoding such as ASCII cannot print
+    # The first call of MKL's vector functions in a process settles which kernels all later ones take. Where
+    # two threads share it, one may take a kernel of low accuracy (pytorch #188792): so one thread makes it.
+    torch.zeros(1).cos()
     try:
         return main(sys.argv[1:])
     except UserError as error:
@@ -229,6 +281,25 @@ def choose_device(name: str = "auto") -> torch.device:
     return device
 
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def choose_dtype(name: str, device: torch.device, training: bool = False) -> torch.dtype:
+    """auto: bfloat16 on a card that computes it (from Ampere on; older ones emulate it); in training also on
+    a CPU that does (AVX512-BF16 or AMX)."""
+    if name != "auto":
+        return DTYPES[name]
+    native = False
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device.type == "cpu" and training and torch.backends.mkldnn.is_available():  # not on every Mac
+        native = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.bfloat16 if native else torch.float32
+
+
+# ------------------------------------------------------------------------------------------------------ ranks
+
+
 def start_ranks() -> tuple[int, int]:
     """Join the other processes, if torchrun started several -> (rank, world). Only rank 0 is heard."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -238,14 +309,12 @@ def start_ranks() -> tuple[int, int]:
         # A prefix for each restart: the store may still hold the addresses of ranks that died before it.
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         store, *_ = next(dist.rendezvous("env://"))
+        store, timeout = dist.PrefixStore(attempt, store), timedelta(minutes=30)
         # Both by name: without one, PyTorch makes only the accelerator's, and objects, waits and CPU tensors
-        # would need a card. Gloo waits 30 minutes for a rank 0 that checks its data or saves.
+        # would need a card. Gloo waits for as long as rank 0 may take to check its data or save.
         nccl = torch.cuda.is_available() and dist.is_nccl_available()
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if nccl else "gloo",
-            rank=rank, world_size=world, store=dist.PrefixStore(attempt, store),
-            timeout=timedelta(minutes=30),
-        )  # fmt: skip
+        backend = "cpu:gloo,cuda:nccl" if nccl else "gloo"
+        dist.init_process_group(backend, rank=rank, world_size=world, store=store, timeout=timeout)
     return rank, world
 
 
@@ -258,11 +327,12 @@ def leave_ranks():
         dist.destroy_process_group()
 
 
-def together(function):
-    """function() on every rank -> its result. What one of them refuses ends them all, with one error."""
-    result = error = None
+@contextmanager
+def together():
+    """A block that every rank runs. What one of them refuses ends them all, with one error."""
+    error = None
     try:
-        result = function()
+        yield
     except (UserError, OSError) as refusal:
         error = refusal
     if dist.is_initialized():
@@ -275,13 +345,11 @@ def together(function):
                 sys.exit(2)  # the first that refuses says why
     if error is not None:
         raise error
-    return result
 
 
-def on_rank_0(function):
-    """function() on rank 0 alone -> its result, on every rank. What it refuses ends them all."""
-    first = not dist.is_initialized() or dist.get_rank() == 0
-    result = [together(function if first else lambda: None)]
+def from_rank_0(value):
+    """Rank 0's value, on every rank."""
+    values = [value]
     if dist.is_initialized():
-        dist.broadcast_object_list(result, src=0)
-    return result[0]
+        dist.broadcast_object_list(values, src=0)
+    return values[0]

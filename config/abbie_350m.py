@@ -15,4 +15,4 @@ micro_batch = 16
 tokens_per_param = 20.0
 lr = 6e-4
 eval_every = 500
-save_every = 500
+save_every = 2000

@@ -1,14 +1,14 @@
-"""What made the numbers in results/: `python -m experiments.NAME`, from the repository's folder.
+"""What made the numbers in experiments/README.md: `python -m experiments.NAME`, from the repository's folder.
 
-An experiment appends its records to results/NAME.jsonl, a line of JSON each. Records are never rewritten:
-they keep the commands and the names of keys that held when they were measured.
+An experiment appends its records to experiments/results/NAME.jsonl, a line of JSON each. Records are never
+rewritten: they keep the commands and the names of keys of their time.
 """
 
 import json
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "results"
+RESULTS = ROOT / "experiments" / "results"
 
 
 def read(name: str, folder: Path = RESULTS) -> list[dict]:

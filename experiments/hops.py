@@ -21,13 +21,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from decode import resolve_exit
 
 import prepare_data
 import train
 from checkpoint import checkpoints, find_checkpoint, load_model, save_checkpoint
 from config import ArgumentParser, cli, load_config, parse_list
 from data import Shards, get_tokenizer
-from decode import resolve_exit
 from eval_icl import states_and_depths
 from experiments import RESULTS, ROOT, append
 from model import AbbIE, check, parse_iters

@@ -1,229 +1,322 @@
-"""Speed in training beside nanoGPT, and the report of one GPU. Adds lines to results/speed.jsonl.
+"""How fast and how right we are beside others. A part adds a record to experiments/results/speed.jsonl.
 
-    python -m experiments.speed loop                                  # is looping free?
-    python -m experiments.speed nanogpt --nanogpt PATH                # tokens/s at equal shape
-    python -m experiments.speed race --nanogpt PATH --data data/NAME  # loss at equal wall-clock time
-    python -m experiments.speed gpu                                   # tokens/s, MFU, memory at 350M
+    python -m experiments.speed nanogpt --nanogpt FOLDER      # training and decoding beside nanoGPT
+    python -m experiments.speed hugging_face                  # decoding beside transformers' Llama
+    python -m experiments.speed harness --data_dir data/icl   # scoring beside lm-evaluation-harness
+    python -m experiments.speed processes                     # train.py in two processes against one
+    python -m experiments.speed draft --ckpt out/abbie_tiny   # drafted decoding against plain
+    python -m experiments.speed sweep                         # r = 1, 2, 4, 8 in one sweep against 8 alone
+    python -m experiments.speed kernels                       # that decoding a token starts, at 350M's depth
 
-PATH is a clone of github.com/karpathy/nanoGPT. The sides take turns as in bench.py; any further flag is one
-of train.py's and changes the config.
+The sides of a comparison take turns in one process, so that a machine which is slower for a while is slower
+for all; figures are medians over rounds. On one thread (OMP_NUM_THREADS=1) seconds are CPU seconds, so that
+other programs do not count. FOLDER is a clone of github.com/karpathy/nanoGPT. Weights are random, but those
+of --ckpt.
 """
 
-import argparse
 import importlib.util
 import json
-import math
+import os
 import shlex
+import statistics
+import subprocess
 import sys
-import tempfile
 import time
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import asdict, fields
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
-import numpy as np
 import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-import bench
+import eval_icl
 import train
-from checkpoint import load_model
-from config import ArgumentParser, Config, choose_device, cli, load_config
+from checkpoint import load_model, save_checkpoint
+from config import ArgumentParser, cli, load_config, optional
 from data import Shards
-from eval_icl import evaluate_loss
-from experiments import RESULTS, ROOT, append, read
-from model import check
-
-# ---------------------------------------------------------------------------------------------------- nanoGPT
+from experiments import RESULTS, ROOT, append
+from model import AbbIE, AbbIEConfig, UserError, check
+from sample import generate
 
 
-def load_nanogpt(path: str, config: Config, **shape):
-    """nanoGPT's model with the width, depth, heads and context of a config, and its AdamW; its other settings
-    are the defaults of its train.py: no biases, no dropout."""
-    file = Path(path, "model.py")
-    check(
-        bool(path) and file.is_file(),
-        f"{path or 'no path'} holds no nanoGPT\n"
-        "git clone https://github.com/karpathy/nanoGPT, and give that folder with --nanogpt",
-    )
+def in_turn(sides: dict[str, Callable], rounds: int) -> dict[str, float]:
+    """{name: function} -> {name: median seconds}. Each side runs once to warm up, then in turn."""
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    seconds = {name: [] for name in sides}
+    for i in range(rounds + 1):
+        for name, side in sides.items():
+            start = clock()
+            side()
+            if i > 0:
+                seconds[name].append(clock() - start)
+    return {name: statistics.median(times) for name, times in seconds.items()}
+
+
+def random_model(config: str, **changes) -> AbbIE:
+    """Of the shape of config/NAME.py, changed."""
+    run = load_config([f"{ROOT}/config/{config}.py"])
+    shape = {field.name: getattr(run, field.name) for field in fields(AbbIEConfig)}
+    torch.manual_seed(0)
+    return AbbIE(
+        AbbIEConfig(**{**shape, "iters": 1, "vocab_size": 257, "n_kv_heads": None, **changes})
+    ).eval()
+
+
+# ---------------------------------------------------------------------------------------- beside other models
+
+
+def load_nanogpt(folder: str, config: AbbIEConfig) -> nn.Module:
+    """nanoGPT's model with our width, depth, heads, context and vocabulary; no biases, no dropout."""
+    file = Path(folder, "model.py")
+    if not folder or not file.is_file():
+        raise UserError(
+            f"{folder or 'no folder'} holds no nanoGPT\n"
+            "git clone https://github.com/karpathy/nanoGPT, and give that folder with --nanogpt"
+        )
     spec = importlib.util.spec_from_file_location("nanogpt", file)
     module = sys.modules["nanogpt"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    ours = {"block_size": config.block_size, "n_layer": config.n_blocks, "n_head": config.n_attn_heads}
-    ours |= {"n_embd": config.n_embd, "bias": False, "dropout": 0.0}
-    model = module.GPT(module.GPTConfig(**{**ours, **shape}))
-    device = choose_device(config.device)
-    model.to(device).train()
-    betas = config.beta1, config.beta2
-    return model, model.configure_optimizers(config.weight_decay, config.lr, betas, device.type)
+    shape = {"block_size": config.block_size, "n_layer": config.n_blocks, "n_head": config.n_attn_heads}
+    shape |= {"n_embd": config.n_embd, "vocab_size": config.vocab_size, "bias": False, "dropout": 0.0}
+    return module.GPT(module.GPTConfig(**shape)).eval()
 
 
-class OnlyLoss(torch.nn.Module):
-    """nanoGPT as our training step calls a model."""
+def training(model: nn.Module, config: AbbIEConfig, **options) -> Callable:
+    """A function that trains for four steps of four sequences; the model's forward returns (_, loss)."""
+    optimizer = torch.optim.AdamW(model.train().parameters(), lr=1e-4)
+    x, y = torch.randint(config.vocab_size, (2, 4, config.block_size))
 
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
+    def run():
+        for _ in range(4):
+            model(x, y, **options)[1].backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
 
-    def forward(self, x, y, iters):
-        return self.model(x, y)
-
-
-def nanogpt_side(config: Config, path: str, steps: int):
-    """As bench.train_side, of nanoGPT. Two matrices of 4 D^2 per MLP, no gate; attention counted as ours."""
-    vocab_size = config.model_config(bench.vocab_size(config)).padded_vocab_size
-    model, optimizer = load_nanogpt(path, config, vocab_size=vocab_size)
-    n_params, compiled = sum(p.numel() for p in model.parameters()), config.compile == "on"
-    D, L = config.n_embd, config.n_blocks
-    flops = 6 * (12 * L * D * D + D * vocab_size) + 6 * L * D * config.block_size
-    net = OnlyLoss(torch.compile(model) if compiled else model)
-    facts = {"model": "nanoGPT", "n_params": n_params, "compiled": compiled}
-    facts["cells"] = [{"iters": 1, "flops_per_token": flops}]
-    yield from bench.measure_training(net, optimizer, config, steps, facts)
-
-
-def train_nanogpt(config: Config, path: str, max_steps: int, val: Shards) -> dict:
-    """Train nanoGPT by its recipe: random windows, 100 steps of warmup, cosine to a tenth."""
-    torch.manual_seed(config.seed)
-    torch.backends.cuda.enable_flash_sdp(True)  # as PyTorch is without us
-    model, optimizer = load_nanogpt(path, config, vocab_size=val.vocab_size)
-    paths = Shards(config.data, "train", config.block_size).paths
-    data = torch.cat([torch.from_numpy(np.fromfile(p, val.dtype).astype(np.int64)) for p in paths])
-    began, T = time.perf_counter(), config.block_size
-    for step in range(max_steps + 1):
-        progress = (step - 100) / max(1, max_steps - 100)
-        cosine = 0.1 + 0.45 * (1 + math.cos(math.pi * progress))
-        lr = config.lr * ((step + 1) / 101 if step < 100 else cosine)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        starts = torch.randint(len(data) - T, (config.micro_batch,))
-        windows = torch.stack([data[i : i + T + 1] for i in starts])
-        model(windows[:, :-1], windows[:, 1:].contiguous())[1].backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    took = time.perf_counter() - began
-    model.eval()
-    total = 0.0
-    with torch.no_grad():
-        for first in range(0, val.n_windows, 64):
-            x, y = val.batch(range(first, min(first + 64, val.n_windows)))
-            total += model(x, y)[1].item() * len(x)
-    return {
-        "steps": max_steps,
-        "tokens": max_steps * config.tokens_per_step,
-        "seconds": took,
-        "val_loss": {f"context {T}": total / val.n_windows},
-        "n_params": sum(p.numel() for p in model.parameters()),
-    }
-
-
-# --------------------------------------------------------------------------------------------------- measures
-
-
-def measure_loop(args) -> dict:
-    """r = 2 beside an unlooped model of the same depth, and beside r = 1."""
-    sides = ["iters=1 n_body_blocks=4", "iters=1"]
-    config = [f"{ROOT}/config/abbie_tiny.py", *args.config]
-    options = {"config": config, "iters": "2", "side": sides, "steps": args.steps, "rounds": args.rounds}
-    return bench.bench_train(argparse.Namespace(**options))
+    return run
 
 
 def measure_nanogpt(args) -> dict:
-    """std_tiny beside nanoGPT at equal width, depth, heads, context and batch, eager and compiled; in bf16
-    too where the CPU has units for it."""
-    names, sides, cpu = [], [], torch.device("cpu")
-    own = train.choose_dtype(load_config([f"{ROOT}/config/std_tiny.py", "--dtype=auto"]), cpu)
-    for dtype in dict.fromkeys(("float32", str(own)[6:])):
-        for how in ("off", "on"):
-            flags = [*args.config, f"--dtype={dtype}", f"--compile={how}", "--device=cpu"]
-            config = load_config([f"{ROOT}/config/std_tiny.py", *flags])
-            names += [f"ours dtype={dtype} compile={how}", f"nanoGPT dtype={dtype} compile={how}"]
-            sides.append(partial(bench.train_side, config, [1], args.steps))
-            sides.append(partial(nanogpt_side, config, args.nanogpt, args.steps))
-    return bench.compare(names, sides, cpu, args.rounds)
+    """Training at the shape of config/abbie_tiny.py, eager, fp32, at r = 1, and at r = 2 against an unlooped
+    model of the same depth. Then decoding of 256 tokens by 10.7M parameters, theirs without a cache."""
+    ours, deep = random_model("abbie_tiny"), random_model("abbie_tiny", n_body_blocks=4)
+    sides = {"r = 1": training(ours, ours.config, iters=1)}
+    sides["nanoGPT"] = training(load_nanogpt(args.nanogpt, ours.config), ours.config)
+    sides["r = 2"] = training(random_model("abbie_tiny"), ours.config, iters=2)
+    sides["unlooped"] = training(deep, ours.config, iters=1)
+    seconds = in_turn(sides, args.rounds)
+    wide = {"block_size": 512, "n_embd": 384, "ffn_dim": 1024, "n_attn_heads": 6}
+    ours = random_model("abbie_tiny", n_head_blocks=2, n_tail_blocks=2, **wide)
+    theirs, prompt = load_nanogpt(args.nanogpt, ours.config), torch.ones(1, 16, dtype=torch.long)
+    sides = {"ours": partial(generate, ours, prompt.tolist(), 256, 1)}
+    sides["nanoGPT"] = partial(theirs.generate, prompt, 256)
+    decoding = in_turn(sides, args.rounds)
+    return {
+        "training_over_nanogpt": seconds["nanoGPT"] / seconds["r = 1"],
+        "looped_over_unlooped": seconds["unlooped"] / seconds["r = 2"],
+        "decoding_over_nanogpt": decoding["nanoGPT"] / decoding["ours"],
+    }
 
 
-def measure_race(args) -> dict:
-    """Validation loss at equal time: nanoGPT's recipe for CPUs (its README: 4 layers, 4 heads, width 128,
-    context 64, batch 12, 2000 steps, not compiled; fp32, as its train.py takes on CPUs) against std_tiny,
-    which gets the tokens that its measured speed buys in nanoGPT's time. Both read the same shards. Losses
-    are over the whole validation split, in windows of 64 tokens; ours also in windows of its context."""
-    argv = [f"{ROOT}/config/std_tiny.py", f"--data={args.data}", *args.config, "--device=cpu"]
-    config = load_config(argv)
-    shape = {"n_embd": 128, "n_attn_heads": 4, "n_kv_heads": 4, "iters": 1, "block_size": 64}
-    blocks = {"n_head_blocks": 1, "n_body_blocks": 2, "n_tail_blocks": 1}
-    batch = {"micro_batch": 12, "tokens_per_step": 12 * 64, "dtype": "float32", "compile": "off"}
-    optimizer = {"lr": 1e-3, "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.99}
-    recipe = replace(config, **shape, **blocks, **batch, **optimizer)
-    as_many = -(-args.steps * config.tokens_per_step // recipe.tokens_per_step)
-    sides = [
-        partial(bench.train_side, config, [1], args.steps),
-        partial(nanogpt_side, recipe, args.nanogpt, as_many),
-    ]
-    result = bench.compare(["ours", "nanoGPT"], sides, torch.device("cpu"), args.rounds)
-    faster = 1 / result["cells"][1]["tokens_per_s_to_first"]
-    steps = round(faster * args.nanogpt_steps * recipe.tokens_per_step / config.tokens_per_step)
-    with tempfile.TemporaryDirectory() as folder:
-        began = time.perf_counter()
-        once = ["--eval_every=0", "--save_every=0"]
-        train.main([*argv, f"--out_dir={folder}/run", f"--max_steps={steps}", *once])
-        took = time.perf_counter() - began
-        model = load_model(f"{folder}/run").eval()
-        n_params = model.n_params()
-        losses = {}
-        for T in sorted({recipe.block_size, config.block_size}):
-            losses[f"context {T}"] = evaluate_loss(model, Shards(config.data, "val", T), [1])[1]
-    ours = {"steps": steps, "tokens": steps * config.tokens_per_step, "val_loss": losses}
-    ours |= {"seconds_with_evaluation_and_save": took, "n_params": n_params}
-    val = Shards(config.data, "val", recipe.block_size)
-    result["race"] = {"ours": ours, "nanoGPT": train_nanogpt(recipe, args.nanogpt, args.nanogpt_steps, val)}
+def measure_hugging_face(args) -> dict:
+    """Greedy decoding by 124M parameters at r = 1, batch 1, fp32, beside a Llama of the same shape."""
+    transformers = optional("transformers")
+    ours = random_model("abbie_124m", vocab_size=50257)
+    c, n, prompt = ours.config, args.new_tokens, list(range(100, 132))
+    llama = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=c.padded_vocab_size, hidden_size=c.n_embd, intermediate_size=c.ffn_dim,
+            num_hidden_layers=c.n_blocks, num_attention_heads=c.n_attn_heads, tie_word_embeddings=True,
+            max_position_embeddings=c.block_size,
+        )
+    ).eval()  # fmt: skip
+    idx = torch.tensor([prompt])
+    options = {"max_new_tokens": n, "min_new_tokens": n, "do_sample": False, "pad_token_id": 0}
+    sides = {"ours": partial(generate, ours, [prompt], n, 1)}
+    sides["hugging_face"] = partial(llama.generate, idx, attention_mask=torch.ones_like(idx), **options)
+    seconds = in_turn(sides, args.rounds)
+    return {
+        "n_params": ours.n_params(),
+        "new_tokens": n,
+        "tokens_per_s": {name: n / took for name, took in seconds.items()},
+        "ours_over_hugging_face": seconds["hugging_face"] / seconds["ours"],
+    }
+
+
+# ------------------------------------------------------------------------------------------- ours beside ours
+
+
+def measure_draft(args) -> dict:
+    """A trained model, greedy, prompts of 64 validation tokens: drafts of 8 tokens at r = 1 against none."""
+    model = load_model(args.ckpt).eval()
+    shards = Shards(args.data or model.meta["data"], "val", 64)
+    prompts = shards.batch([i * shards.n_windows // 4 for i in range(4)])[0].tolist()
+    result = {"ckpt": model.meta["ckpt"], "speedup": {}, "prompts_equal_to_plain": {}}
+
+    def decode(r, **options):
+        return [generate(model, [prompt], args.new_tokens, r, **options) for prompt in prompts]
+
+    for r in (4, 8):
+        sides = {"plain": partial(decode, r), "drafted": partial(decode, r, draft_iters=1, draft_tokens=8)}
+        seconds = in_turn(sides, args.rounds)
+        result["speedup"][r] = seconds["plain"] / seconds["drafted"]
+        both = zip(sides["plain"](), sides["drafted"]())
+        result["prompts_equal_to_plain"][r] = sum(plain == drafted for plain, drafted in both)
     return result
 
 
-# The report of one GPU at 350M parameters, in stages; r = 1 is Std. A step is one GPU's share of eight.
-OPTIONS = ["activation_checkpointing=true", "micro_batch=8", "compile=off"]
-GPU_STAGES = {
-    "gpu train": (bench.bench_train, {"iters": "1,2,4,8", "side": []}),
-    "gpu options": (bench.bench_train, {"iters": "2", "side": OPTIONS}),
-    "gpu decode": (
-        bench.bench_decode,
-        {"iters": "1,2,4,8", "batch": "1,64", "draft_iters": 1, "ckpt": "", "new_tokens": 128},
-    ),
+@torch.no_grad()
+def measure_sweep(args) -> dict:
+    """Logits of 16 windows at r = 1, 2, 4, 8 from one sweep of the Body, against those at 8 alone."""
+    model = random_model("abbie_tiny")
+    idx = torch.randint(257, (16, 256))
+    sides = {"all": lambda: list(model.logits_at(idx, [1, 2, 4, 8]))}
+    sides["8"] = lambda: list(model.logits_at(idx, [8]))
+    seconds = in_turn(sides, args.rounds)
+    return {"all_over_8_alone": seconds["all"] / seconds["8"]}
+
+
+def measure_processes(args) -> dict:
+    """Tokens/s of the same step of train.py in one process and, by torchrun, in two; a thread each."""
+    rates = {1: [], 2: []}
+    flags = ["--max_steps=40", "--eval_every=0", "--eval_tokens=1024", "--save_every=0", "--dtype=float32"]
+    with TemporaryDirectory() as temp:
+        for i in range(args.rounds):
+            for n, measured in rates.items():
+                torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+                command = [*torchrun, f"--nproc_per_node={n}", "train.py", "config/abbie_tiny.py", *flags]
+                command += [f"--out_dir={temp}/{n}_{i}", "--device=cpu"]
+                environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+                subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL)
+                log = map(json.loads, Path(temp, f"{n}_{i}", "log.jsonl").read_text().splitlines())
+                steps = [line["tokens_per_s"] for line in log if "tokens_per_s" in line]
+                measured.append(statistics.median(steps[10:]))
+    medians = {n: statistics.median(measured) for n, measured in rates.items()}
+    return {"tokens_per_s": medians, "two_over_one": medians[2] / medians[1]}
+
+
+# ------------------------------------------------------------------------------- beside lm-evaluation-harness
+
+
+def harness_task(name: str, data_dir: Path) -> dict:
+    """The harness's own definition of a task, with nothing changed but where the rows lie."""
+    from lm_eval.tasks import TaskManager
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    config = load_yaml(TaskManager().task_index[name].yaml_path, resolve_func=True)
+    split = config.get("test_split") or config["validation_split"]
+    rows = str(data_dir.absolute() / name / f"{split}.jsonl")
+    config |= {"task": name, "dataset_path": "json", "dataset_name": None}
+    config |= {"training_split": None, "validation_split": None, "test_split": split}
+    return config | {"dataset_kwargs": {"data_files": {split: rows}}}
+
+
+def measure_harness(args) -> dict:
+    """Every task of which there are rows, example by example: eval_icl.py against `lm_eval --model hf` on the
+    exported folder of the same model, 3.4M random parameters large enough for answers to differ, at r = 3."""
+    lm_eval = optional("lm_eval", "lm_eval==0.4.13 transformers accelerate")
+    from lm_eval.models.huggingface import HFLM
+
+    from hf.export import main as export
+
+    names = sorted(folder.name for folder in args.data_dir.glob("*") if folder.is_dir())
+    check(bool(names), f"{args.data_dir} holds no task\npython prepare_data.py icl --out {args.data_dir}")
+    shape = {"block_size": 1024, "n_embd": 64, "n_attn_heads": 2, "ffn_dim": 176}
+    model = random_model("abbie_tiny", vocab_size=50257, **shape)
+    for p in model.parameters():
+        if p.dim() == 2:
+            p.data *= 4
+    result = {"lm_eval": version("lm_eval"), "transformers": version("transformers"), "tasks": {}}
+    with TemporaryDirectory() as temp:
+        run = Path(temp, "run")
+        meta = {**asdict(model.config), "tokenizer": "gpt2", "step": 0}
+        save_checkpoint(run, 0, model.state_dict(), {}, meta)
+        export([f"--ckpt={run}", f"--out={temp}/exported", "--iters=3"])
+        theirs = HFLM(f"{temp}/exported", trust_remote_code=True, batch_size=32, device="cpu")
+        for name in names:
+            rows = [f"--tasks={name}", f"--data_dir={args.data_dir}", f"--limit={args.limit}"]
+            files = [f"--out={temp}/ours.json", f"--log_samples={temp}/ours.jsonl"]
+            eval_icl.main([f"--ckpt={run}", "--iters=3", "--device=cpu", *rows, *files])
+            ours = json.loads(Path(temp, "ours.json").read_text())["tasks"][name]["iters"]["3"]
+            scores = []
+            for line in Path(temp, "ours.jsonl").read_text().splitlines():
+                example = json.loads(line)
+                scores += zip(example["loglikelihoods"], example["is_greedy"])
+
+            task = harness_task(name, args.data_dir)
+            found = lm_eval.simple_evaluate(theirs, tasks=[task], limit=args.limit, bootstrap_iters=100)
+            samples = sorted(found["samples"][name], key=lambda sample: sample["doc_id"])
+            expected = [(float(ll), str(hit)) for sample in samples for [(ll, hit)] in sample["resps"]]
+            theirs_by_metric = {key.split(",")[0]: value for key, value in found["results"][name].items()}
+            pairs = list(zip(scores, expected, strict=True))
+            result["tasks"][name] = {
+                "requests": len(pairs),
+                "max_abs_difference": max(abs(a[0] - b[0]) for a, b in pairs),
+                "greedy_differs": sum(str(bool(a[1])) != b[1] for a, b in pairs),
+                "ours": ours,
+                "harness": {key: value for key, value in theirs_by_metric.items() if key in ours},
+            }
+    return result
+
+
+# ------------------------------------------------------------------------------------- counted, for a GPU
+
+
+class Kernels(TorchDispatchMode):
+    """Counts the operations that compute something: on a GPU a kernel each."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += not func.is_view and func is not torch.ops.aten._unsafe_view.default
+        return func(*args, **(kwargs or {}))
+
+
+def measure_kernels(args) -> dict:
+    """Of decoding one more token at the depth of config/abbie_350m.py (and a tiny width), fp32, eager."""
+    model = random_model("abbie_350m", n_embd=64, n_attn_heads=4, ffn_dim=128, block_size=64)
+    result = {}
+    for r in (1, 2, 8):
+        counts = []
+        for n in (4, 5):
+            with Kernels() as kernels:
+                generate(model, [[1, 2, 3]], n, r)
+            counts.append(kernels.count)
+        result[r] = counts[1] - counts[0]
+    return {"kernels_per_token": result}
+
+
+PARTS = {
+    "nanogpt": measure_nanogpt,
+    "hugging_face": measure_hugging_face,
+    "draft": measure_draft,
+    "sweep": measure_sweep,
+    "harness": measure_harness,
+    "processes": measure_processes,
+    "kernels": measure_kernels,
 }
-
-
-def measure_gpu(args):
-    """Each stage is a record as soon as it is done; the same command goes on after the last."""
-    done = [record["what"] for record in read("speed", args.results)]
-    shared = {"config": [f"{ROOT}/config/abbie_350m.py", "--tokens_per_step=65536", *args.config]}
-    shared |= {"steps": args.steps, "rounds": args.rounds}
-    for name, (run, options) in GPU_STAGES.items():
-        if name not in done:
-            result = run(argparse.Namespace(**shared, **options))
-            bench.show(result)
-            append("speed", {"what": name, "command": args.command, **result}, args.results)
-
-
-MEASURES = {"loop": measure_loop, "nanogpt": measure_nanogpt, "race": measure_race, "gpu": measure_gpu}
 
 
 def main(argv: list[str]):
     parser = ArgumentParser(prog="-m experiments.speed", description=__doc__)
-    parser.add_argument("what", choices=MEASURES)
-    parser.add_argument("--nanogpt", default="", help="a clone of nanoGPT")
-    parser.add_argument("--nanogpt_steps", type=int, default=2000, help="race: steps of nanoGPT (2000)")
-    parser.add_argument("--data", default="data/stdlib", help="race: shards of bytes (data/stdlib)")
-    parser.add_argument("--steps", type=int, default=4, help="training steps of a measurement (4)")
-    parser.add_argument("--rounds", type=int, default=7, help="measurements of every side (7)")
-    parser.add_argument("--results", default=RESULTS, type=Path, help="folder of the records (results)")
-    args, args.config = parser.parse_known_args(argv)
-    args.command = "python -m experiments.speed " + shlex.join(argv)
-    result = MEASURES[args.what](args)
-    if result:
-        bench.show(result)
-        append("speed", {"what": args.what, "command": args.command, **result}, args.results)
-        if "race" in result:
-            print(json.dumps(result["race"]))
+    parser.add_argument("part", choices=PARTS)
+    parser.add_argument("--nanogpt", default="", metavar="FOLDER", help="a clone of nanoGPT")
+    parser.add_argument("--ckpt", help="draft: the model (default: the newest under out/)")
+    parser.add_argument("--data", help="draft: folder of shards (default: the checkpoint's)")
+    parser.add_argument("--data_dir", type=Path, default=Path("data/icl"), help="harness: TASK/SPLIT.jsonl")
+    parser.add_argument("--limit", type=int, default=200, help="harness: rows of each task (200)")
+    parser.add_argument("--new_tokens", type=int, default=48, help="decoded (48)")
+    parser.add_argument("--rounds", type=int, default=5, help="measurements of every side (5)")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the records")
+    args = parser.parse_args(argv)
+    record = {"what": args.part, "command": f"python -m experiments.speed {shlex.join(argv)}"}
+    record |= {**train.versions(torch.device("cpu")), **PARTS[args.part](args)}
+    print(json.dumps(record, indent=1))
+    append("speed", record, args.results)
 
 
 if __name__ == "__main__":

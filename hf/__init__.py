@@ -1,1 +1,1 @@
-"""Hugging Face folders: Llama's weights, and ours for transformers, in and out."""
+"""Hugging Face folders: Llama's weights in, and our models out for transformers and in again."""

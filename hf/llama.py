@@ -1,39 +1,47 @@
-"""Hugging Face folders in: a Llama's weights, or a looped model that hf/export.py wrote.
+"""Hugging Face folders in: a Llama's weights, or a looped model that hf/export.py wrote; and tokenizers.
 
     python sample.py --ckpt hf:HuggingFaceTB/SmolLM2-135M --iters 2            # a repository, or hf:FOLDER
     python train.py config/abbie_124m.py --init_from=hf:FOLDER --iters=2       # the retrofit
 
 Our block is the Llama block, so a Llama of n layers is an AbbIE of n blocks once it is known where to cut:
-into thirds, unless n_head_blocks and n_body_blocks say otherwise. At r = 1 it computes what it always has.
-Pickles are not read, and Python files of a folder are never run.
+into thirds, unless n_head_blocks, n_body_blocks and n_tail_blocks sum to n. At r = 1 it computes what it
+always has. Pickles are not read, and Python files of a folder are never run.
 """
 
 import json
 import re
-from dataclasses import asdict
+import shutil
+from dataclasses import asdict, fields
+from itertools import takewhile
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from checkpoint import block_names, sha256
-from config import optional
+from checkpoint import read_json, write_json
+from config import optional, typed
 from model import AbbIEConfig, UserError, check
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
-OTHER_FILES = ("config.json", "generation_config.json", "manifest.json", "model.py", "modeling_abbie.py")
-WANTED = (*TOKENIZER_FILES, *OTHER_FILES, "model*.safetensors")
-MAX_BLOCK_SIZE = 2048  # where block_size is not given: a cache holds block_size tokens; Llama 3.2 has 131072
+GENERATION = "generation_config.json"
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", GENERATION,
+)  # fmt: skip
+DOWNLOADED = (*TOKENIZER_FILES, "config.json", "model*.safetensors")
+MAX_BLOCK_SIZE = 2048  # where block_size is not given: a cache may hold as much; Llama 3.2 has 131072
+CUT = ("n_head_blocks", "n_body_blocks", "n_tail_blocks")
 
-# Our names of the numbers in a Llama's config.json, and their values where it does not say.
+# Our names of what a Llama's config.json holds, and its values where it does not say.
 KEYS = {
     "vocab_size": "vocab_size", "n_embd": "hidden_size", "ffn_dim": "intermediate_size",
-    "n_blocks": "num_hidden_layers", "n_attn_heads": "num_attention_heads",
-    "n_kv_heads": "num_key_value_heads", "block_size": "max_position_embeddings",
-    "norm_eps": "rms_norm_eps", "rope_base": "rope_theta",
+    "n_body_blocks": "num_hidden_layers",  # all of them, before they are cut
+    "n_attn_heads": "num_attention_heads", "n_kv_heads": "num_key_value_heads",
+    "block_size": "max_position_embeddings", "norm_eps": "rms_norm_eps", "rope_base": "rope_theta",
+    "tie_embeddings": "tie_word_embeddings",
 }  # fmt: skip
-DEFAULTS = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "rope_theta": 10000.0}
+DEFAULTS = {
+    "max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "tie_word_embeddings": False
+}  # fmt: skip
 STRETCH = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")  # of llama3
 # Keys that change what a Llama computes, and the value at which our block does the same.
 SUPPORTED = {
@@ -47,36 +55,38 @@ SUPPORTED = {
 # ------------------------------------------------------------------------------------------------- the folder
 
 
-def read_folder(name: str, changes: dict) -> tuple[dict, dict[str, Tensor]]:
-    """A folder or OWNER/REPO -> config and weights as in a checkpoint of ours; a Llama is cut as `changes`
-    says. Raises UserError for a folder that is damaged, or that asks for what our block does not compute."""
-    folder, source = find_folder(name), f"hf:{name}"
-    raw = read_json(folder / "config.json")
+def read_folder(name: str, changes: dict) -> tuple[dict, dict[str, Tensor], dict]:
+    """A folder or OWNER/REPO -> config and weights as in a checkpoint of ours, and the changes of the config
+    that are still to be made, as a Llama is cut already. Raises UserError for a folder that is damaged, or
+    that asks for what our block does not compute."""
+    folder = find_folder(name)
+    path = folder / "config.json"
+    raw = read_json(path)
     if raw.get("model_type") == "abbie":
-        verify(folder)
         meta = {**raw, "rope_scaling": raw.get("llama3_rope")}
-        tensors = read_tensors(folder)
-        state = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+        for field in fields(AbbIEConfig):
+            typed(field.name, meta.get(field.name), f"{path}: {field.name}={meta.get(field.name)!r}")
+        state = {key.removeprefix("model."): tensor for key, tensor in read_tensors(folder).items()}
     else:
-        config = config_from_llama(folder / "config.json", raw, changes)
-        meta = asdict(config)
-        state = from_llama(folder, config, read_tensors(folder))
-    if meta["tie_embeddings"]:
+        config, changes = config_from_llama(path, raw, changes)
+        meta, state = asdict(config), from_llama(folder, config, read_tensors(folder))
+    if meta["tie_embeddings"] and "embed.weight" in state:
         state["unembed.weight"] = state["embed.weight"]
-    meta["tokenizer"] = meta.get("tokenizer") or source
-    meta["ckpt"] = source
-    return meta, state
+    meta["ckpt"] = f"hf:{name}"
+    meta["tokenizer"] = meta.get("tokenizer") or meta["ckpt"]
+    return meta, state, changes
 
 
 def find_folder(name: str) -> Path:
     """A folder, or the local copy of a repository of the Hugging Face Hub."""
-    if Path(name).is_dir():
-        return Path(name)
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
     is_repository = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is not None
     check(is_repository, f"hf:{name}: there is no such folder")
     hub = optional("huggingface_hub")
     try:
-        return Path(hub.snapshot_download(name, allow_patterns=WANTED))
+        return Path(hub.snapshot_download(name, allow_patterns=DOWNLOADED))
     except Exception as error:  # those of the hub, of its HTTP library, of the disk
         raise UserError(
             f"hf:{name} is no folder here, and cannot be downloaded ({type(error).__name__})\n"
@@ -84,135 +94,112 @@ def find_folder(name: str) -> Path:
         ) from None
 
 
-def read_json(path: Path) -> dict:
-    try:
-        return dict(json.loads(path.read_bytes()))
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{path} is missing or damaged: {error}") from None
-
-
-def verify(folder: Path):
-    """Check each file that hf/export.py wrote against manifest.json. Where there is none, as after
-    transformers' save_pretrained, nothing is promised."""
-    if not (folder / "manifest.json").exists():
-        return
-    for name, expected in read_json(folder / "manifest.json").items():
-        path = folder / name
-        sound = path.is_file() and sha256(path) == expected
-        why = "its SHA-256 is not that of the export"
-        restore = "get the folder again; or, if you meant to change it, remove its manifest.json"
-        check(sound, f"{path} is missing or damaged: {why}\n{restore}")
-
-
 def read_tensors(folder: Path) -> dict[str, Tensor]:
     """All tensors of model.safetensors, or of the several files that stand for it."""
     load_file, tensors = optional("safetensors.torch").load_file, {}
     whole = folder / "model.safetensors"
     files = [whole] if whole.exists() else sorted(folder.glob("model*.safetensors"))
-    check(bool(files), f"{folder} has no model.safetensors\nweights must be .safetensors: no pickles")
+    check(len(files) > 0, f"{folder} has no model.safetensors\nweights must be .safetensors: no pickles")
     for file in files:
         try:
             tensors |= load_file(file)
         except Exception as error:  # safetensors' own, or the system's
             raise UserError(f"{file} is damaged: {error}") from None
-    for name, tensor in tensors.items():
-        check(bool(tensor.isfinite().all()), f"{folder} is damaged: {name} is not finite")
     return tensors
 
 
 # -------------------------------------------------------------------------------------------------- the Llama
 
 
-def config_from_llama(path: Path, raw: dict, changes: dict) -> AbbIEConfig:
-    """config.json of a Llama -> the config, its layers cut. What we cannot compute is refused by name."""
+def config_from_llama(path: Path, raw: dict, changes: dict) -> tuple[AbbIEConfig, dict]:
+    """config.json of a Llama -> the config, its layers cut, and the changes that remain. What we cannot
+    compute is refused by name."""
     # transformers 5 writes rope_parameters; older versions rope_theta and rope_scaling.
     rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    check(isinstance(rope, dict), f"{path}: its rotary embedding, {rope!r}, is no dictionary")
     rope_type = rope.get("rope_type", rope.get("type", "default"))
-    found = {key: value for key, value in {**raw, **rope}.items() if value is not None}
-    llama = {**DEFAULTS, "num_key_value_heads": found.get("num_attention_heads"), **found}
+    given = {key: value for key, value in {**raw, **rope}.items() if value is not None}
+    llama = {**DEFAULTS, "num_key_value_heads": given.get("num_attention_heads"), **given}
 
-    wrong = []
+    unsupported = []
     for name, value in SUPPORTED.items():
         if llama.get(name, value) != value:
-            wrong.append(f"{name}={llama[name]!r}")
+            unsupported.append(f"{name}={llama[name]!r}")
     if rope_type not in ("default", "llama3"):
-        wrong.append(f"rope_type={rope_type!r}")
-    asked = ", ".join(wrong)
-    check(not wrong, f"{path} asks for what this model does not have: {asked}")
-    stretch = STRETCH if rope_type == "llama3" else ()
-    for name in (*KEYS.values(), *stretch):
-        value = llama.get(name)
-        valid = type(value) in (int, float) and value > 0
-        check(valid, f"{path}: {name}={value!r} is no positive number")
-
-    shape = {ours: llama[theirs] for ours, theirs in KEYS.items()}
+        unsupported.append(f"rope_type={rope_type!r}")
+    check(not unsupported, f"{path} asks for what this model does not have: {', '.join(unsupported)}")
+    shape = {}
+    for ours, theirs in KEYS.items():
+        shape[ours] = typed(ours, llama.get(theirs), f"{path}: {theirs}={llama.get(theirs)!r}")
     shape["block_size"] = min(shape["block_size"], MAX_BLOCK_SIZE)
-    layers, width, heads = shape.pop("n_blocks"), shape["n_embd"], shape["n_attn_heads"]
-    standard = llama.get("head_dim", width // heads) * heads == width
-    check(standard, f"{path}: head_dim={llama.get('head_dim')} is not hidden_size / num_attention_heads")
-    head = changes.get("n_head_blocks", layers // 3)
-    body = changes.get("n_body_blocks", layers - 2 * (layers // 3))  # with what thirds leave over
-    advice = "set n_head_blocks, n_body_blocks"
-    check(head + body <= layers, f"{path} has {layers} layers, fewer than {head} + {body}\n{advice}")
-    shape["n_head_blocks"] = head
-    shape["n_body_blocks"] = body
-    shape["n_tail_blocks"] = layers - head - body
-    if stretch:
-        scaling = {name: llama[name] for name in stretch}
-        shape["rope_scaling"] = {"rope_type": rope_type, **scaling}
-    shape["tie_embeddings"] = llama.get("tie_word_embeddings", False)
-    return AbbIEConfig(**shape, iters=1)  # what it was trained at
+    if rope_type == "llama3":
+        shape["rope_scaling"] = {"rope_type": rope_type, **{name: rope.get(name) for name in STRETCH}}
+    head_dim = llama.get("head_dim")
+    standard = head_dim is None or head_dim * shape["n_attn_heads"] == shape["n_embd"]
+    check(standard, f"{path}: head_dim={head_dim} is not hidden_size / num_attention_heads")
+    cut, changes = cut_layers(shape["n_body_blocks"], changes)
+    return AbbIEConfig(**{**shape, **cut, "iters": 1}), changes  # r = 1 is what it was trained at
 
 
-def llama_names(config: AbbIEConfig) -> dict[str, dict[str, int]]:
-    """Our name of each weight -> a Llama's names of its parts, in the order of their rows, and how many rows
-    each has. Ours may have more, which pad the vocabulary."""
-    D, M, KV = config.n_embd, config.ffn_dim, config.n_kv_heads * config.attn_head_dim
-    names = {"embed": {"model.embed_tokens": config.vocab_size}, "norm": {"model.norm": D}}
+def cut_layers(layers: int, changes: dict) -> tuple[dict, dict]:
+    """Where to cut so many layers, and the changes that remain. `changes` may name some of the three depths,
+    which is refused later where they do not fit; all three that do not are another model's: thirds."""
+    third = layers // 3
+    cut = {name: changes[name] for name in CUT if name in changes}
+    complete = len(cut) == len(CUT)
+    cut.setdefault("n_head_blocks", third)
+    if "n_body_blocks" not in cut:
+        cut.setdefault("n_tail_blocks", third)
+    for name in CUT:
+        cut.setdefault(name, layers - sum(cut.values()))
+    fits = sum(cut.values()) == layers and cut["n_body_blocks"] > 0 and cut["n_tail_blocks"] >= 0
+    if not fits:
+        cut = dict(zip(CUT, (third, layers - 2 * third, third)))
+    if fits or complete:
+        changes = {name: value for name, value in changes.items() if name not in CUT}
+    return cut, changes
+
+
+def llama_names(config: AbbIEConfig) -> dict[str, dict[str, tuple]]:
+    """Our name of each weight -> a Llama's names of its parts, in the order of their rows, and their shapes.
+    Ours may have more rows, which pad the vocabulary."""
+    D, M, V, KV = config.n_embd, config.ffn_dim, config.vocab_size, config.n_kv_heads * config.attn_head_dim
+    names = {"embed": {"model.embed_tokens": (V, D)}, "norm": {"model.norm": (D,)}}
     if not config.tie_embeddings:
-        names["unembed"] = {"lm_head": config.vocab_size}
-    for i, block in enumerate(block_names(config)):
-        layer = f"model.layers.{i}"
+        names["unembed"] = {"lm_head": (V, D)}
+    for i in range(config.n_blocks):
+        ours, layer = f"blocks.{i}", f"model.layers.{i}"
         attn, mlp = f"{layer}.self_attn", f"{layer}.mlp"
-        names[f"{block}.attn_norm"] = {f"{layer}.input_layernorm": D}
-        names[f"{block}.attn.qkv"] = {f"{attn}.q_proj": D, f"{attn}.k_proj": KV, f"{attn}.v_proj": KV}
-        names[f"{block}.attn.proj"] = {f"{attn}.o_proj": D}
-        names[f"{block}.mlp_norm"] = {f"{layer}.post_attention_layernorm": D}
-        names[f"{block}.mlp.gate_up"] = {f"{mlp}.gate_proj": M, f"{mlp}.up_proj": M}
-        names[f"{block}.mlp.down"] = {f"{mlp}.down_proj": D}
+        names[f"{ours}.attn_norm"] = {f"{layer}.input_layernorm": (D,)}
+        names[f"{ours}.attn.qkv"] = {
+            f"{attn}.q_proj": (D, D), f"{attn}.k_proj": (KV, D), f"{attn}.v_proj": (KV, D)
+        }  # fmt: skip
+        names[f"{ours}.attn.out"] = {f"{attn}.o_proj": (D, D)}
+        names[f"{ours}.mlp_norm"] = {f"{layer}.post_attention_layernorm": (D,)}
+        names[f"{ours}.mlp.gate_up"] = {f"{mlp}.gate_proj": (M, D), f"{mlp}.up_proj": (M, D)}
+        names[f"{ours}.mlp.down"] = {f"{mlp}.down_proj": (D, M)}
     return names
-
-
-def to_llama(config: AbbIEConfig, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Our weights, or their gradients, under a Llama's names."""
-    tensors = {}
-    for name, parts in llama_names(config).items():
-        rows = list(parts.values())
-        pieces = weights[f"{name}.weight"][: sum(rows)].split(rows)
-        for part, piece in zip(parts, pieces):
-            tensors[f"{part}.weight"] = piece.clone()
-    return tensors
 
 
 def from_llama(folder: Path, config: AbbIEConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """A Llama's weights under our names. They must be exactly those that its config asks for."""
     names = llama_names(config)
-    wanted = {f"{part}.weight" for parts in names.values() for part in parts}
-    found = {name for name in tensors if not name.endswith("rotary_emb.inv_freq")}  # old; computed here
+    shapes = {f"{part}.weight": shape for parts in names.values() for part, shape in parts.items()}
+    given = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    given = {name: shape for name, shape in given.items() if not name.endswith("rotary_emb.inv_freq")}
     if config.tie_embeddings:
-        found.discard("lm_head.weight")  # some write it all the same
-    odd = sorted(wanted ^ found)
-    some = ", ".join(odd[:3])
-    check(not odd, f"{folder}: config.json and the weights disagree on {len(odd)} tensors\n{some}")
-    if config.tie_embeddings and "lm_head.weight" in tensors:
-        same = torch.equal(tensors["lm_head.weight"], tensors["model.embed_tokens.weight"])
-        check(same, f"{folder}: lm_head.weight is not the embedding, although config.json ties them")
-    padding = config.padded_vocab_size - config.vocab_size
+        given.pop("lm_head.weight", None)  # some write it all the same; transformers ignores it too
+    differing = sorted({name for name, _ in shapes.items() ^ given.items()})
+    check(
+        not differing,
+        f"{folder}: config.json and the weights disagree on {len(differing)} tensors\n"
+        + ", ".join(differing[:3]),
+    )
     state = {}
     for name, parts in names.items():
         tensor = torch.cat([tensors[f"{part}.weight"] for part in parts])
         if name in ("embed", "unembed"):
-            tensor = F.pad(tensor, (0, 0, 0, padding))
+            tensor = F.pad(tensor, (0, 0, 0, config.padded_vocab_size - config.vocab_size))
         state[f"{name}.weight"] = tensor
     return state
 
@@ -235,9 +222,30 @@ def token_bytes(token: str, byte_level: bool) -> bytes:
     return token.replace("\u2581", " ").encode()
 
 
+def read_json_if_any(path: Path) -> dict:
+    return read_json(path) if path.exists() else {}
+
+
+def end_tokens(folder: Path, vocab: dict[str, int]) -> list[int]:
+    """All ids that end a text, the one that ends a document first."""
+    ends = []
+    for file in ("config.json", GENERATION):
+        ids = read_json_if_any(folder / file).get("eos_token_id")  # Llama 3 has several
+        ends += ids if isinstance(ids, list) else [ids]
+    ends = [i for i in ends if i is not None]
+    if not ends:  # then it is known by its spelling
+        token = read_json_if_any(folder / "tokenizer_config.json").get("eos_token")
+        spelling = token.get("content") if isinstance(token, dict) else token
+        ends = [vocab.get(str(spelling))]
+    return ends
+
+
 class HFTokenizer:
     """The tokenizer.json of a folder or repository, behind the part of tiktoken's interface that we use.
-    Special tokens in a text are read as text. n_vocab counts the model's ids, or the tokenizer's if more."""
+
+    Special tokens in a text are read as text. n_vocab counts the model's ids, or the tokenizer's if more.
+    eot_token ends a document, each of eot_tokens a text. bos_tokens: what the tokenizer puts before a text
+    that a model is to continue; encode_ordinary does not."""
 
     def __init__(self, name: str):
         folder = find_folder(name)
@@ -257,20 +265,16 @@ class HFTokenizer:
         self.tokenizer = tokenizer
         self.bytes = {i: token_bytes(token, "ByteLevel" in decoder) for token, i in vocab.items()}
 
-        settings = {}
-        for file in (folder / "tokenizer_config.json", folder / "config.json"):
-            if file.exists():
-                settings |= read_json(file)
-        self.n_vocab = max(settings.get("vocab_size", 0), max(self.bytes) + 1)
-        eot = settings.get("eos_token_id")
-        if isinstance(eot, list):  # Llama 3 has several
-            eot = eot[0]
-        if eot is None:  # then it is known by its spelling
-            end = settings.get("eos_token")
-            eot = vocab.get(end["content"] if isinstance(end, dict) else end)
-        known = type(eot) is int and 0 <= eot < self.n_vocab
+        vocab_size = read_json_if_any(folder / "config.json").get("vocab_size", 0)
+        check(type(vocab_size) is int, f"{folder}/config.json: vocab_size={vocab_size!r} is no integer")
+        self.n_vocab = max(vocab_size, max(self.bytes) + 1)
+        ends = end_tokens(folder, vocab)
+        known = all(type(i) is int and 0 <= i < self.n_vocab for i in ends)
         check(known, f"{folder}: which token ends a text?\nset eos_token_id in its config.json")
-        self.eot_token = eot
+        self.eot_token, self.eot_tokens = ends[0], frozenset(ends)
+        text = tokenizer.encode("a")
+        added = takewhile(lambda pair: pair[1], zip(text.ids, text.special_tokens_mask))
+        self.bos_tokens = [i for i, _ in added]
 
     def encode_ordinary(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
@@ -281,3 +285,15 @@ class HFTokenizer:
 
     def decode(self, ids) -> str:
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+
+def copy_tokenizer(name: str, folder: Path):
+    """Copy the files from which HFTokenizer(folder) and transformers give the same tokens."""
+    tokenizer, origin = HFTokenizer(name), find_folder(name)
+    for file in TOKENIZER_FILES:
+        if (origin / file).exists():
+            shutil.copyfile(origin / file, folder / file)
+    # What ends a text may stand in the model's config.json, which is not the tokenizer's to copy.
+    ends = [tokenizer.eot_token, *sorted(tokenizer.eot_tokens - {tokenizer.eot_token})]
+    generation = read_json_if_any(folder / GENERATION)
+    write_json(folder / GENERATION, {**generation, "eos_token_id": ends})

@@ -3,41 +3,53 @@
     model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)         # or iters=4
     model(input_ids, iters=4), model.generate(**tokenizer("def ", return_tensors="pt"), iters=8)
 
-`iters` is how often the Body is applied; without it, what the model was trained at (config.iters). Shapes as
-in model.py: B batch, T new tokens, S tokens with those in the cache, V vocab_size.
+`iters` is how often the Body is applied; by default config.iters. Shapes as in model.py: B batch, T new
+tokens, S tokens with those in the cache, D width, V vocab_size.
 """
 
+import sys
+from collections.abc import Iterator
 from dataclasses import asdict, fields
 
 import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
 
-from .model import AbbIE, AbbIEConfig, check, rope_table
+from .model import AbbIE, AbbIEConfig, check
 
-# Newer versions of transformers call `past_key_values` `cache`.
+# transformers 5 calls `past_key_values` `cache`.
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+
+PEFT = sys.modules.get("peft")
+if PEFT is not None:  # what LoraConfig() means where it names no target_modules
+    targets = PEFT.utils.constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    targets["abbie"] = ["qkv", "out", "gate_up", "down"]
 
 
 class AbbIEPretrainedConfig(PretrainedConfig):
-    """The keys of model.AbbIEConfig, and cache_mode: "full", keys and values of every iteration (exact), or
-    "last", those of a token's last iteration only (r times less memory)."""
+    """The keys of model.AbbIEConfig."""
 
     model_type = "abbie"
+    use_cache = True
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]
     attribute_map = {
-        "hidden_size": "n_embd", "intermediate_size": "ffn_dim", "num_attention_heads": "n_attn_heads",
-        "num_key_value_heads": "n_kv_heads", "max_position_embeddings": "block_size",
+        "hidden_size": "n_embd", "intermediate_size": "ffn_dim", "num_key_value_heads": "n_kv_heads",
+        "max_position_embeddings": "block_size",
     }  # fmt: skip
 
-    def __init__(self, cache_mode: str = "full", llama3_rope: dict | None = None, **kwargs):
-        check(cache_mode in ("full", "last"), f"cache_mode={cache_mode!r} is neither full nor last")
-        self.cache_mode, self.llama3_rope = cache_mode, llama3_rope
+    def __init__(self, llama3_rope: dict | None = None, **kwargs):
+        self.llama3_rope = llama3_rope  # transformers rewrites what is called rope_scaling
         for name, default in asdict(AbbIEConfig()).items():
-            if name != "rope_scaling":  # a name that transformers rewrites
+            if name != "rope_scaling":
                 setattr(self, name, kwargs.pop(name, default))
         kwargs["tie_word_embeddings"] = self.tie_embeddings
+        core = self.core()  # refuses what does not fit together
+        # peft looks for these two in to_dict(), which knows no attribute_map.
+        kwargs |= {"num_attention_heads": core.n_attn_heads, "num_layers": core.n_blocks}
         super().__init__(**kwargs)
-        self.core()  # refuses what does not fit together
 
     def core(self) -> AbbIEConfig:
         names = [f.name for f in fields(AbbIEConfig) if f.name != "rope_scaling"]
@@ -46,58 +58,55 @@ class AbbIEPretrainedConfig(PretrainedConfig):
     @property
     def num_hidden_layers(self) -> int:
         """Slots of the cache: one per block and iteration."""
-        iterations = self.core().mean_iters if self.cache_mode == "full" else 1
-        return self.n_head_blocks + self.n_tail_blocks + self.n_body_blocks * iterations
+        return self.n_head_blocks + self.n_tail_blocks + self.n_body_blocks * self.iters
 
 
 class Slots:
-    """What model.Attention asks a cache for (see its docstring), answered by transformers' cache. T new
-    tokens follow `past` ones; `at` picks the slot of a block, and of an iteration where each has its own.
-    Slots run: Head, Tail, Body in iteration 0, Body in iteration 1, ..."""
+    """What model.Attention asks a cache for (see its docstring), answered by transformers' cache, which holds
+    `past` tokens. Slots run: all blocks in iteration 0, the Body in iteration 1, in iteration 2, ..."""
 
-    def __init__(self, config: AbbIEPretrainedConfig, cache, mask, past: int, T: int, iters: int):
-        self.config, self.cache, self.mask, self.past, self.iters = config, cache, mask, past, iters
-        self.causal = mask is None and T > 1 and past == 0  # SDPA aligns its causal mask top-left
+    def __init__(self, config: AbbIEConfig, cache, mask: Tensor | None, past: int):
+        self.config, self.cache, self.mask, self.past = config, cache, mask, past
 
-    def at(self, part: str, i: int, k: int = 0) -> "Slots":
-        config, full = self.config, self.config.cache_mode == "full"
-        self.slot, self.keep = i, True
-        if part != "head":
-            self.slot += config.n_head_blocks
-        if part == "body":
-            self.slot += config.n_tail_blocks + (k * config.n_body_blocks if full else 0)
-            self.keep = full or k == self.iters - 1
+    def at(self, block: int, k: int) -> "Slots":
+        self.slot = block
+        if k > 0:
+            self.slot += self.config.n_tail_blocks + k * self.config.n_body_blocks
         return self
 
-    def store(self, keys, values):
-        """The new keys and values, (B, K, T, E) each -> all there are, (B, K, S, E) each."""
+    def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         if self.cache is None:
-            return keys, values
-        layers = getattr(self.cache, "layers", None)  # generate makes as many as config.iters needs
-        while layers and len(layers) <= self.slot:
+            return keys, values, self.mask
+        layers = self.cache.layers
+        while layers and len(layers) <= self.slot:  # generate makes as many as config.iters needs
             layers.append(type(layers[0])())
-        held = self.cache.get_seq_length(self.slot) if len(self.cache) > self.slot else 0
+        held = self.cache.get_seq_length(self.slot)
         check(held == self.past, f"this cache holds {self.past} tokens, but not of so many iterations")
-        if self.keep:
-            return self.cache.update(keys, values, self.slot)
-        if held:  # "last": an iteration before the last reads the slot, and leaves nothing in it
-            old_keys, old_values, *_ = list(self.cache)[self.slot]
-            keys, values = torch.cat((old_keys, keys), dim=2), torch.cat((old_values, values), dim=2)
-        return keys, values
+        return *self.cache.update(keys, values, self.slot), self.mask
 
 
-def visible(attention_mask, past: int, T: int, device):
-    """(B, S) of 1 for tokens and 0 for padding, or None -> who sees what, (T, S) or (B, 1, T, S) of bool, or
-    None where SDPA's own causal mask, or no mask, says it."""
-    padded = attention_mask is not None and not bool(attention_mask.all())
-    if not padded and (past == 0 or T == 1):
+def documents(positions: Tensor, real: Tensor) -> Tensor:
+    """positions (B, T) of the last T of S tokens, real (B, S): which are no padding -> (B, T), the number of
+    each token's document. One begins where positions begin again after another token."""
+    T = positions.shape[1]
+    before = F.pad(positions, (1, 0), value=-1)[:, :-1]
+    begins = (positions == 0) | (positions < before)
+    begins &= real[:, -T:] & (real.cumsum(1)[:, -T:] > 1)
+    return begins.cumsum(1)
+
+
+def visible(real: Tensor, T: int, document: Tensor | None) -> Tensor | None:
+    """real (B, S) of T new tokens and those before them; document (B, S), where a row holds several -> who
+    sees whom, (B, 1, T, S) of bool, or None where model.Attention knows it: it is causal, or all is seen."""
+    S = real.shape[1]
+    if document is None and real.all() and T in (1, S):
         return None
-    places = torch.arange(past + T, device=device)
-    mask = places <= places[past:, None]  # (T, S)
-    if padded:
-        itself = places == places[past:, None]  # so that padding sees something: no row of a softmax is empty
-        mask = mask & attention_mask[:, None, None, :].bool() | itself
-    return mask
+    places = torch.arange(S, device=real.device)
+    mask = (places <= places[S - T :, None]) & real[:, None]  # (B, T, S)
+    if document is not None:
+        mask &= document[:, :, None] == document[:, None]
+    mask |= places == places[S - T :, None]  # padding sees itself: no row of a softmax is empty
+    return mask[:, None]
 
 
 class AbbIEForCausalLM(PreTrainedModel, GenerationMixin):
@@ -106,10 +115,12 @@ class AbbIEForCausalLM(PreTrainedModel, GenerationMixin):
     _tied_weights_keys = {"model.unembed.weight": "model.embed.weight"}
     _no_split_modules = ["AbbIE"]  # a device_map places it whole: h meets every iteration
     _supports_sdpa = True
+    supports_gradient_checkpointing = True
 
     def __init__(self, config: AbbIEPretrainedConfig):
         super().__init__(config)
         self.model = AbbIE(config.core())
+        self.gradient_checkpointing = False  # transformers switches it
         self.post_init()
 
     def _init_weights(self, module):
@@ -121,46 +132,132 @@ class AbbIEForCausalLM(PreTrainedModel, GenerationMixin):
     def get_output_embeddings(self):
         return self.model.unembed
 
+    def get_submodule(self, target: str):
+        """peft's prompt tuning takes the embedding of this name, or one of vocab_size rows: ours has more."""
+        return self.model.embed if target == "embeddings.word_embeddings" else super().get_submodule(target)
+
+    def resize_token_embeddings(self, new_num_tokens=None, pad_to_multiple_of=None, mean_resizing=True):
+        """Give the vocabulary new_num_tokens. The rows that pad it to a multiple of 64 are used up first, so
+        pad_to_multiple_of is not needed. New rows begin as the mean of the old ones."""
+        model = self.model
+        if new_num_tokens is None:
+            return model.embed
+        kept = min(self.config.vocab_size, new_num_tokens)
+        self.config.vocab_size = new_num_tokens
+        model.config = self.config.core()
+        for layer in (model.embed, model.unembed):
+            old = layer.weight.detach()[:kept]
+            rows = old.mean(0).repeat(model.config.padded_vocab_size, 1)
+            rows[:kept] = old
+            layer.weight = nn.Parameter(rows, requires_grad=layer.weight.requires_grad)
+        if model.config.tie_embeddings:
+            model.unembed.weight = model.embed.weight
+        model.embed.num_embeddings = model.unembed.out_features = model.config.padded_vocab_size
+        return model.embed
+
+    def _prepare_generated_length(self, generation_config, *, input_ids_length, inputs_tensor, **kwargs):
+        """The length at which generate stops: at the context's end, if not before."""
+        prompt, context = inputs_tensor.shape[1], self.config.block_size
+        check(prompt < context, f"a prompt of {prompt} tokens leaves no room in a context of {context}")
+        prepared = super()._prepare_generated_length(
+            generation_config, input_ids_length=input_ids_length, inputs_tensor=inputs_tensor, **kwargs
+        )
+        longest = context - prompt + input_ids_length  # which is 0 for a prompt of inputs_embeds
+        longest -= prepared.prompt_lookup_num_tokens or 0  # looked up to be tried, past the length if need be
+        prepared.max_length = min(prepared.max_length, longest)
+        return prepared
+
+    @can_return_tuple
     def forward(
         self,
-        input_ids,
+        input_ids=None,
         attention_mask=None,
         position_ids=None,
         past_key_values=None,
         cache=None,
+        inputs_embeds=None,
         labels=None,
         use_cache=None,
+        output_hidden_states=None,
+        output_attentions=None,
         logits_to_keep=0,
         iters=None,
         **kwargs,
     ):
-        """input_ids (B, T) -> logits (B, T, V), or those of the last logits_to_keep tokens; with labels
-        (B, T), which are input_ids and -100 where nothing is to be learnt, the mean next-token NLL too."""
-        model, config, T, device = self.model, self.config, input_ids.shape[1], input_ids.device
-        iters = model.check_iters(config.core().mean_iters if iters is None else iters)
-        cache = past_key_values if cache is None else cache
-        if cache is None and (not self.training if use_cache is None else use_cache):
-            cache = DynamicCache()
-        past = 0 if cache is None else cache.get_seq_length()
-        if position_ids is None and attention_mask is not None:
-            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -T:]  # of real tokens
-        elif position_ids is None:
-            position_ids = torch.arange(past, past + T, device=device)[None]
-        check(
-            past + T <= config.block_size or int(position_ids.max()) < config.block_size,
-            f"{past + T} tokens do not fit into a context of {config.block_size}",
-        )
-        if model._rope[0].is_meta:  # from_pretrained makes models without memory
-            model._rope = rope_table(model.config)
-        rope = tuple(table[position_ids][:, None] for table in model.rope_on(device))  # (B, 1, T, E/2) each
+        """input_ids (B, T), or inputs_embeds (B, T, D) -> logits (B, T, V), or those of the last
+        logits_to_keep tokens; with labels (B, T), which are input_ids and -100 where nothing is to be learnt,
+        the mean next-token NLL too. Positions that begin again within a row separate documents.
+        output_hidden_states: see `states`; the last one is normed."""
+        model, config = self.model, self.config
+        iters = model.check_iters(config.iters if iters is None else iters)
+        misspelt = [name for name in kwargs if name.startswith(("iter", "n_iter", "num_iter"))]
+        check(not misspelt, f"unknown argument {misspelt}: the number of iterations is iters")
+        check(not output_attentions, "attention weights are not kept: leave out output_attentions")
+        check((input_ids is None) != (inputs_embeds is None), "give either input_ids or inputs_embeds")
+        if inputs_embeds is None:
+            V = config.vocab_size
+            check(
+                int(input_ids.max()) < V,
+                f"a token id is not in the vocabulary of {V}: resize_token_embeddings",
+            )
+            inputs_embeds = model.embed(input_ids)
+        B, T, _ = inputs_embeds.shape
 
-        kv = Slots(config, cache, visible(attention_mask, past, T, device), past, T, iters)
-        h = model.run_head(input_ids, rope, kv)
-        u, _ = model.advance(model.start(h), h, 0, iters, rope, kv, model.backprop_from(iters))
-        z = model.run_tail(u, rope, kv)
+        cache = past_key_values if cache is None else cache
+        is_static = cache is not None and cache.is_compileable
+        check(not is_static, "a static cache cannot hold iterations: leave out cache_implementation")
+        past = 0 if cache is None else cache.get_seq_length()
+        if attention_mask is None:
+            attention_mask = torch.ones(B, past + T, device=inputs_embeds.device)
+        sizes = f"(B, S) = {(B, past + T)}, not {tuple(attention_mask.shape)}"
+        check(attention_mask.shape == (B, past + T), f"attention_mask must be {sizes}")
+        real = attention_mask.bool()
+        if position_ids is None:
+            position_ids = (real.cumsum(1) - 1).clamp(min=0)[:, -T:]
+        position_ids = position_ids.expand(B, T)
+        last = int(position_ids.max())
+        check(last < config.block_size, f"{last + 1} tokens do not fit into a context of {config.block_size}")
+
+        document = documents(position_ids, real)
+        packed = bool(document.any())
+        alone = cache is None and not use_cache
+        check(alone or not packed, "positions that begin again separate documents: say use_cache=False")
+        model.activation_checkpointing = self.gradient_checkpointing and self.training
+        if use_cache is None:
+            use_cache = config.use_cache and not self.training
+        if cache is None and use_cache and not packed and not model.activation_checkpointing:
+            cache = DynamicCache()
+
+        kv = Slots(model.config, cache, visible(real, T, document if packed else None), past)
+        if output_hidden_states is None:
+            output_hidden_states = config.output_hidden_states
+        hidden = []
+        for z in self.states(inputs_embeds, iters, model.cos_sin(inputs_embeds, position_ids), kv):
+            if output_hidden_states:
+                hidden.append(z)
+        z = model.norm(z)
+        if output_hidden_states:
+            hidden[-1] = z  # as Llama's last one is
         if isinstance(logits_to_keep, int):
             logits_to_keep = slice(-logits_to_keep or None, None)
         logits, loss = model.logits(z[:, logits_to_keep]), None
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: cache})
+        hidden = tuple(hidden) or None
+        return CausalLMOutputWithPast(loss=loss, logits=logits, hidden_states=hidden, **{CACHE: cache})
+
+    def states(self, x: Tensor, iters: int, cos_sin, kv: Slots) -> Iterator[Tensor]:
+        """Yield the hidden states, (B, T, D) each: the embeddings x; each Head block's output; u after every
+        iteration, which is what the Tail would read; each Tail block's output."""
+        model = self.model
+        yield x
+        for block in model.head:
+            x = model.run([block], x, cos_sin, kv)
+            yield x
+        h, x = x, model.start(x)
+        for k in range(iters):
+            u, x = model.iterate(x, h, k, k + 1, cos_sin, kv)
+            yield u
+        for block in model.tail:
+            u = model.run([block], u, cos_sin, kv)
+            yield u

@@ -3,7 +3,7 @@
 FAULT happens at the beginning of STEP on RANK, once: MARKER is a file that is made when it has.
   none              nothing happens
   crash             it raises
-  kill, term, int   it is sent SIGKILL, SIGTERM, SIGINT; kill_in_save, ...: in the middle of the next save
+  kill, term, int   it is sent SIGKILL, SIGTERM, SIGINT (hup: SIGHUP); kill_in_save, ...: in the next save
   nan               its loss is not a number
   grads             its gradients are written to MARKER, and how often they have been averaged over ranks
 """
@@ -22,7 +22,7 @@ import model  # noqa: E402
 import train  # noqa: E402
 from config import cli  # noqa: E402
 
-SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "int": signal.SIGINT}
+SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "int": signal.SIGINT, "hup": signal.SIGHUP}
 
 
 def inject(fault: str, fault_step: str, fault_rank: str, marker: str):
@@ -54,8 +54,8 @@ def inject(fault: str, fault_step: str, fault_rank: str, marker: str):
         send_signal("_in_save")
         rename(old, new)
 
-    def in_the_forward_pass(net, idx, targets=None, iters=None):
-        logits, loss = forward(net, idx, targets, iters)
+    def in_the_forward_pass(net, idx, targets=None, iters=None, backprop_iters=0):
+        logits, loss = forward(net, idx, targets, iters, backprop_iters)
         if torch.is_grad_enabled() and due("nan"):
             loss = loss * float("nan")
         return logits, loss
@@ -78,7 +78,7 @@ def inject(fault: str, fault_step: str, fault_rank: str, marker: str):
 
     train.draw_iters, os.rename, train.DistributedDataParallel = at_the_beginning, in_a_save, CountedDDP
     model.AbbIE.forward, torch.optim.AdamW.step = in_the_forward_pass, before_the_update
-    train.show_off = lambda *args: None  # the tasks and the sample at the end have tests of their own
+    train.show_off = lambda *args, **options: None  # which has a test of its own
 
 
 def main(argv: list[str]):

@@ -1,6 +1,5 @@
 """data.py: tokenizers, and what it promises about shards and the windows that training sees."""
 
-import hashlib
 import json
 import os
 from pathlib import Path
@@ -9,22 +8,23 @@ import numpy as np
 import pytest
 import torch
 
-import data
-from data import Shards, documents, get_tokenizer
+from data import Shards, documents, get_tokenizer, read_meta
 from model import UserError
 
 
 def write_folder(folder: Path, shards: dict[str, list], vocab_size: int = 257) -> Path:
-    """A folder of prepared data, written here by what the README says of its format."""
+    """A folder of prepared data, with the keys and the file that older ones have besides."""
     folder.mkdir()
     meta = {"tokenizer": "bytes", "vocab_size": vocab_size, "source": "made here", "splits": {}}
+    meta |= {"job": "5e1f", "skipped": 0, "progress": {"stage": 1, "chunk": 0}}
+    (folder / "verified.json").write_text("{}")
     for split, arrays in shards.items():
         entries = []
         for number, tokens in enumerate(arrays):
             raw = np.asarray(tokens, "<u2" if vocab_size <= 65536 else "<u4").tobytes()
             name = f"{split}_{number:05d}.bin"
             (folder / name).write_bytes(raw)
-            entries.append({"file": name, "tokens": len(tokens), "sha256": hashlib.sha256(raw).hexdigest()})
+            entries.append({"file": name, "tokens": len(tokens), "sha256": "of its bytes"})
         count = sum(map(len, arrays))
         meta["splits"][split] = {"documents": 1, "tokens": count, "bytes": count - 1, "shards": entries}
     (folder / "meta.json").write_text(json.dumps(meta))
@@ -88,73 +88,82 @@ def test_large_vocabularies_are_read_as_uint32(tmp_path):
     assert Shards(folder, "train", 999).batch([0])[1].tolist() == [list(range(69001, 70000))]
 
 
-def test_documents_may_run_across_shards_as_they_did_in_data_of_before(tmp_path):
-    shards = [[1, 2, 256, 3], [4, 4], [5, 256, 256, 6, 256]]
+def test_documents_may_run_across_shards_as_they_do_in_older_data(tmp_path):
+    shards = [[1, 2, 256, 3], [4, 4], [], [5, 256, 256, 6, 256]]
     folder = write_folder(tmp_path / "old", {"train": shards})
     assert [tokens.tolist() for tokens in documents(folder, "train")] == [[1, 2], [3, 4, 4, 5], [], [6]]
 
 
-# ----------------------------------------------------------------------------------------------------- damage
+# ---------------------------------------------------------------------------------- missing, damaged, forged
 
 
-@pytest.mark.parametrize("name, command", [("c4", "c4"), ("mine", "text --input FILE_OR_DIR")])
-def test_missing_data_names_the_command_that_makes_it(name, command, tmp_path):
+@pytest.mark.parametrize(
+    "data, command",
+    [
+        ("data/c4", "python prepare_data.py c4 --out data/c4"),
+        ("data/chains", "python -m experiments.chains"),
+        ("data/mine", "python prepare_data.py text --input FILE_OR_DIR --out data/mine"),
+        ("my.txt", "python prepare_data.py text --input my.txt --out data/my"),
+        ("texts", "python prepare_data.py text --input texts --out data/texts"),
+    ],
+)
+def test_missing_data_names_the_command_that_makes_it(data, command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("texts").mkdir()
+    for text in ("my.txt", "texts/a.md"):
+        Path(text).write_text("some text")
     with pytest.raises(UserError) as error:
-        Shards(tmp_path / name, "train", 64)
-    assert f"make it: python prepare_data.py {command} --out {tmp_path / name}" in str(error.value)
-
-
-def flip_a_bit(shard):
-    raw = bytearray(shard.read_bytes())
-    raw[1000] ^= 1
-    shard.write_bytes(raw)
-
-
-def lower_the_vocabulary(shard):
-    meta = shard.parent / "meta.json"
-    meta.write_text(meta.read_text().replace("257", "200"))
-
-
-def forget_the_bytes(shard):
-    meta = shard.parent / "meta.json"
-    meta.write_text(meta.read_text().replace('"bytes": ', '"lines": '))
+        Shards(data, "train", 64)
+    lines = str(error.value).splitlines()
+    assert len(lines) == 3 and lines[1] == f"make it: {command}" and "--ppl of eval_icl.py" in lines[2]
 
 
 @pytest.mark.parametrize(
     "damage, said",
     [
-        (forget_the_bytes, "meta.json does not describe token shards"),
-        (flip_a_bit, "train_00001.bin is not what was prepared"),
-        (lambda shard: os.truncate(shard, 4000), "missing or has not 6014 bytes"),
-        (lower_the_vocabulary, "a token over 199"),
+        (lambda folder: os.truncate(folder / "train_00001.bin", 4000), "missing or has not 6014 bytes"),
+        (lambda folder: (folder / "train_00001.bin").unlink(), "missing or has not 6014 bytes"),
+        (lambda folder: (folder / "train_00001.bin").write_bytes(b"\1\2" * 3007), "a token over 256"),
     ],
 )
 def test_damage_is_noticed(prepared, damage, said):
-    damage(prepared / "train_00001.bin")
-    with pytest.raises(UserError, match=f"{said}[^\n]*\n.*prepare the data again"):
-        shards = Shards(prepared, "train", 64)
-        shards.batch(range(shards.n_windows))
+    damage(prepared)
+    message = f"train_00001.bin .*{said}[^\n]*\n.*prepare the data again"
+    with pytest.raises(UserError, match=message):
+        Shards(prepared, "train", 64).batch(range(119))
+    with pytest.raises(UserError, match=message):
+        list(documents(prepared, "train"))
 
 
-def test_a_split_without_a_window_says_so(prepared):
+FORGED = {  # a path of keys in meta.json: what stands there
+    (): ([], "text", None, 7),
+    ("tokenizer",): (3, None),
+    ("vocab_size",): ("257", [257]),
+    ("splits",): ([], None, {"train": []}, {"val": {}}),
+    ("splits", "train"): ([], None, {"tokens": 1, "bytes": 1}),
+    ("splits", "train", "bytes"): ("7", 7.5),
+    ("splits", "train", "shards"): ({}, [[]], [{"file": 3, "tokens": 3}], [{"file": "x"}], [None]),
+}
+
+
+@pytest.mark.parametrize("keys, value", [(keys, value) for keys in FORGED for value in FORGED[keys]])
+def test_a_forged_meta_json_ends_in_one_clear_error(prepared, keys, value):
+    meta = read_meta(prepared)
+    if keys:
+        *folders, last = keys
+        entry = meta
+        for key in folders:
+            entry = entry[key]
+        entry[last] = value
+    (prepared / "meta.json").write_text(json.dumps(meta if keys else value))
+    with pytest.raises(UserError, match="meta.json .*\n.*prepare the data again"):
+        Shards(prepared, "train", 64)
+
+
+def test_a_meta_json_that_is_no_json_and_a_split_without_a_window_say_so(prepared):
     with pytest.raises(UserError, match="no window of 1000000 . 1"):
         Shards(prepared, "val", 1_000_000)
-
-
-def test_hashes_are_checked_once_and_remembered(prepared, monkeypatch):
-    hashed, real = [], data.sha256
-    monkeypatch.setattr(data, "sha256", lambda path: hashed.append(path.name) or real(path))
-    train = [f"train_{number:05d}.bin" for number in range(4)]
-
-    def hashed_by(split):
-        hashed.clear()
-        Shards(prepared, split, 64)
-        return hashed
-
-    assert hashed_by("train") == train and hashed_by("train") == []
-    assert hashed_by("val") == ["val_00000.bin"]
-    os.utime(prepared / train[1], (0, 0))
-    assert hashed_by("train") == [train[1]]
-    (prepared / "verified.json").unlink()
-    (prepared / "verified.json").mkdir()  # it cannot be written, as in a read-only folder
-    assert hashed_by("train") == train and hashed_by("train") == train
+    for text in ("{", "[" * 100_000, '{"tokenizer": "byt'):
+        (prepared / "meta.json").write_text(text)
+        with pytest.raises(UserError, match="does not describe token shards"):
+            read_meta(prepared)

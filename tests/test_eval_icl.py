@@ -1,11 +1,9 @@
-"""The specification of eval_icl.py: the harness's requests and metrics, scores that no batching changes, one
-sweep for every r, built-in tasks, the harness itself, ranks, and errors that a person can act on."""
+"""The specification of eval_icl.py: strings, scores and metrics are the harness's, example by example; one
+sweep for every r, whatever the batches and ranks; built-in tasks; what a failed run leaves; errors."""
 
-import itertools
 import json
 import math
 import os
-import random
 import socket
 import subprocess
 import sys
@@ -18,10 +16,8 @@ from common import ROOT, make, save
 
 import eval_icl
 from data import Shards, documents, get_tokenizer
-from decode import resolve_exit
-from eval_icl import encode_requests, main, run_tasks, score
+from eval_icl import BUILT_IN, DOWNLOADED, TASKS, Example, encode_requests, load_task, main, run_task, score
 from model import AbbIE, UserError
-from tasks import BUILT_IN, DOWNLOADED, TASKS, Example, load_tasks
 
 SHAPE = {"vocab_size": 257, "block_size": 96}
 
@@ -65,7 +61,8 @@ ROWS = {
     ],
     "commonsense_qa": [{"question": " Who flies? ", **choices("A", "bee", "ox", "cat", "dog", "cow")}],
     "piqa": [
-        {"goal": "Find honey", "sol1": "ask a bee", "sol2": "ask an ox", "label": i % 2} for i in range(4)
+        {"goal": "Find hönéy", "sol1": "ask a bee", "sol2": "ask an öx " + "or a cow " * 9, "label": i % 2}
+        for i in range(4)
     ],
     "openbookqa": [{"question_stem": "Bees make", **choices(" A", "honey", "wool", "milk", "tin")}],
     "sciq": [{"support": "  Bees fly.", **SCIQ}, {"support": "", **SCIQ}],
@@ -73,29 +70,9 @@ ROWS = {
 }
 
 
-def asked(context: str, *continuations: str) -> list[tuple[str, str]]:
-    return [(context, continuation) for continuation in continuations]
-
-
-# The requests that the harness makes of each task's last row, and the number of the right one.
-REQUESTS = {
-    "hellaswag": (
-        asked("Bee: A bee flies. home. The bee", "  sleeps.", " eats a stone.", " waits 4 days.", " hums"), 0
-    ),
-    "lambada_openai": (asked("It rained for 4 days and then it\nrained some", " more"), 0),
-    "arc_easy": (asked("Question: What do bees make 6?\nAnswer:", " iron", " honey"), 1),
-    "arc_challenge": (
-        asked("Question: Where do bees live?\nAnswer:", " sea", " moon", " hive", " fire", " ice"), 2
-    ),
-    "commonsense_qa": (
-        asked("Question: Who flies?\nA. bee\nB. ox\nC. cat\nD. dog\nE. cow\nAnswer:",
-              " A", " B", " C", " D", " E"), 0
-    ),
-    "piqa": (asked("Question: Find honey\nAnswer:", " ask a bee", " ask an ox"), 1),
-    "openbookqa": (asked("Bees make", " honey", " wool", " milk", " tin"), 0),
-    "sciq": (asked("\nQuestion: What flies?\nAnswer:", " ox", " cat", " cow", " bee"), 3),
-    "winogrande": ([(f"{OX} ox", " flew away."), (f"{OX} bee", " flew away.")], 1),
-}  # fmt: skip
+def write_rows(path: Path, rows: list[dict]):
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 @pytest.fixture(scope="module")
@@ -103,29 +80,11 @@ def icl(tmp_path_factory) -> Path:
     """DATA_DIR/TASK/SPLIT.jsonl for all nine tasks."""
     folder = tmp_path_factory.mktemp("icl")
     for name, rows in ROWS.items():
-        (folder / name).mkdir()
         write_rows(folder / name / f"{TASKS[name].split}.jsonl", rows)
     return folder
 
 
-def write_rows(path: Path, rows: list[dict]):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def examples_of(name: str, icl: Path) -> list[Example]:
-    return load_tasks([name], None, icl, 96, None)[name]
-
-
-def pairs_of(icl: Path, tokenizer, *names: str) -> list:
-    """All requests of some tasks, as tokens."""
-    requests = []
-    for name in names:
-        for example in examples_of(name, icl):
-            requests += example.requests
-    return encode_requests(tokenizer, requests)
-
-
-def by_hand(model, context, continuation, iters: int) -> tuple[float, bool]:
+def by_hand(model, context: list[int], continuation: list[int], iters: int) -> tuple[float, bool]:
     """One request alone: full logits, log-softmax, the last positions."""
     ids = (context + continuation)[-(model.config.block_size + 1) :]
     logits = model(torch.tensor([ids[:-1]]), iters=iters)[0][0, -len(continuation) :]
@@ -149,156 +108,145 @@ def calls_of(part) -> list[int]:
     return calls
 
 
-# ------------------------------------------------------------------------------------------------ requests
+def refused(args: list[str], match: str):
+    with pytest.raises(UserError, match=match) as error:
+        main(args)
+    assert len(str(error.value).splitlines()) <= 3
 
 
-@pytest.mark.parametrize("name", DOWNLOADED)
-def test_requests_are_the_harness_strings(name, icl):
-    assert examples_of(name, icl)[-1] == REQUESTS[name]
+# ------------------------------------------------------------------------------------------ the harness
+
+
+def harness(model: AbbIE, icl: Path, folder: Path, iters: int) -> dict:
+    """What lm-evaluation-harness makes of the rows with its own task files, one request at a time by hand."""
+    import lm_eval
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.tasks import TaskManager
+
+    class ByHand(TemplateLM):
+        eot_token_id = 256
+        loglikelihood_rolling = generate_until = None
+
+        def tok_encode(self, string, add_special_tokens=None, **kwargs):
+            return list(string.encode())
+
+        def _loglikelihood_tokens(self, requests, **kwargs):
+            return [by_hand(model, context, continuation, iters) for _, context, continuation in requests]
+
+    paths = {"lambada_openai": "lambada/lambada_openai", "commonsense_qa": "commonsense_qa/default"}
+    paths |= {"arc_easy": "arc/arc_easy", "arc_challenge": "arc/arc_challenge"}
+    paths |= {"winogrande": "winogrande/default"}
+    for name in DOWNLOADED:  # its own definition, with nothing changed but where the rows are
+        split = TASKS[name].split
+        rows = {"data_files": {split: f"{icl}/{name}/{split}.jsonl"}, "cache_dir": str(folder)}
+        splits = {
+            **dict.fromkeys(("training_split", "validation_split", "test_split")),
+            f"{split}_split": split,
+        }
+        task = {"task": name, "dataset_path": "json", "dataset_name": None, "dataset_kwargs": rows, **splits}
+        path = f"{Path(lm_eval.__file__).parent}/tasks/{paths.get(name, f'{name}/{name}')}.yaml"
+        (folder / f"{name}.yaml").write_text(json.dumps({"include": path, **task}))  # JSON is YAML
+    tasks, manager = [f"{folder}/{name}.yaml" for name in DOWNLOADED], TaskManager(include_defaults=False)
+    return lm_eval.simple_evaluate(ByHand(), tasks=tasks, task_manager=manager, bootstrap_iters=0)
+
+
+def test_strings_scores_and_metrics_are_the_harness_s_example_by_example(model, icl, tokenizer, tmp_path):
+    theirs = harness(model, icl, tmp_path, iters=3)
+    for name in DOWNLOADED:
+        examples = load_task(name, None, icl, 96, None)
+        result, mine = run_task(model, tokenizer, name, examples, [1, 3, 4], batch_size=5)
+        mine = [line for line in mine if line["iters"] == 3]
+        samples = sorted(theirs["samples"][name], key=lambda sample: sample["doc_id"])
+        assert [line["doc_id"] for line in mine] == [sample["doc_id"] for sample in samples]
+        for example, line, sample in zip(examples, mine, samples):
+            scores, hits = zip(*[pair for [pair] in sample["resps"]])
+            assert example.requests == list(sample["arguments"])
+            assert line["loglikelihoods"] == pytest.approx(scores, abs=1e-4)
+            assert tuple(line["is_greedy"]) == hits
+            for metric in set(TASKS[name].metrics) - {"perplexity"}:
+                values = [[score] for score in line["loglikelihoods"]], [[hit] for hit in line["is_greedy"]]
+                assert eval_icl.measure(metric, example, *map(np.array, values)) == [sample[metric]]
+        entry = result["iters"]["3"]
+        for metric in TASKS[name].metrics:
+            assert entry[metric] == pytest.approx(theirs["results"][name][f"{metric},none"], rel=1e-4)
+            if metric != "perplexity" and len(samples) > 1:
+                values = [sample[metric] for sample in samples]
+                assert entry[f"{metric}_stderr"] == pytest.approx(np.std(values, ddof=1) / len(values) ** 0.5)
+
+
+# ----------------------------------------------------------------------------------------------- scores
 
 
 def test_whitespace_and_empty_contexts(tokenizer):
-    assert encode_requests(tokenizer, [("a b  ", " c")]) == [(list(b"a b"), list(b"   c"))]
-    assert encode_requests(tokenizer, [("", "word")]) == [([256], list(b"word"))]
-
-
-# -------------------------------------------------------------------------------------------------- scores
+    for request, expected in [(("a b  ", " c"), (b"a b", b"   c")), (("", "word"), ([256], b"word"))]:
+        [pair] = encode_requests(tokenizer, [request])
+        assert [part.tolist() for part in pair] == [list(part) for part in expected]
 
 
 @pytest.mark.parametrize(
     "rule, batch_size", [("abbie_d", 1), ("abbie_c", 3), ("zero_pt", 32), ("recall", 64)]
 )
-def test_scores_equal_one_request_at_a_time(rule, batch_size, icl, tokenizer):
+def test_scores_from_one_sweep_equal_one_request_and_one_r_at_a_time(rule, batch_size, icl, tokenizer):
     model, iters = make(**SHAPE, rule=rule), [1, 2, 5]
-    pairs = pairs_of(icl, tokenizer, *ROWS)
-    pairs += encode_requests(tokenizer, [("x" * 150, " long"), ("", "none")])
+    examples = [example for name in DOWNLOADED for example in load_task(name, None, icl, 96, None)]
+    requests = [request for example in examples for request in example.requests]
+    pairs = encode_requests(tokenizer, [*requests, ("x" * 150, " long"), ("", "none")])
     context = list(b"The bee")
-    pairs.append((context, greedy_text(model, context, 4, iters=2)))
-    scores, greedy, truncated, _ = score(model, pairs, iters, batch_size)
-    expected = [[by_hand(model, *pair, r) for r in iters] for pair in pairs]
-    assert np.abs(scores - [[nats for nats, _ in row] for row in expected]).max() < 1e-4
-    assert (greedy == [[hit for _, hit in row] for row in expected]).all()
-    assert truncated == [len(pairs) - 3]
+    pairs.append((torch.tensor(context), torch.tensor(greedy_text(model, context, 4, iters=2))))
+    scores, greedy = score(model, pairs, iters, batch_size)
+    for row, hits, (context, tokens) in zip(scores, greedy, pairs):
+        alone = [by_hand(model, context.tolist(), tokens.tolist(), r) for r in iters]
+        assert row == pytest.approx([nats for nats, _ in alone], abs=1e-4)
+        assert list(hits) == [hit for _, hit in alone]
     assert greedy[-1, 1] and not greedy.all()
     assert np.abs(scores[:, 0] - scores[:, 2]).max() > 0.1  # r matters here
 
 
-@pytest.mark.parametrize("exit", ["kl:3e-3", "u:5e-2"])
-def test_adaptive_scores_do_not_depend_on_neighbours(exit, model, icl, tokenizer):
-    pairs = pairs_of(icl, tokenizer, "hellaswag")[:4] + pairs_of(icl, tokenizer, "arc_easy")[:6]
-    scores, _, _, mean_iters = score(model, pairs, [1, 2, 6, exit, "kl:1e-30", "u:1e9"], batch_size=5)
-    assert np.allclose(scores[:, :3], score(model, pairs, [1, 2, 6])[0], atol=1e-5)
-    assert np.allclose(scores[:, 4:], scores[:, [2, 1]], atol=1e-4)  # nothing exits, everything at once
-    assert mean_iters[4:] == [6, 2] and 2 < mean_iters[3] < 6
-    for pair, row in zip(pairs, scores):
-        alone, *_ = score(model, [pair], [6, exit])
-        assert row[3] == pytest.approx(alone[0, 1], abs=1e-3)
-
-
-def test_a_threshold_for_the_wanted_mean(corpus):
+def test_a_sweep_costs_the_largest_r_and_unembeds_what_is_scored(tokenizer):
     model = make(**SHAPE)
-    model.meta = {"data": str(corpus)}
-    exit = resolve_exit(model, "mean:3.2", 8)
-    found = eval_icl.perplexity(model, Shards(corpus, "val", 96), [8, exit])["iters"][exit]
-    assert found["mean_iters"] == pytest.approx(3.2, abs=0.2)
-    with pytest.raises(UserError, match="between 2 and iters=8"):
-        resolve_exit(model, "mean:9", 8)
-
-
-def test_exits_that_are_the_same_have_one_column(ckpt, tmp_path):
-    flags = ["--exit=kl:1e1,kl:1e1,kl:1e-9", "--tasks=cloze", "--limit=5", f"--out={tmp_path}/r.json"]
-    main([f"--ckpt={ckpt}", "--iters=1,8", *flags])
-    found = json.loads((tmp_path / "r.json").read_text())["tasks"]["cloze"]["iters"]
-    assert list(found) == ["1", "8", "kl:1e1", "kl:1e-9"]
-    assert found["kl:1e1"]["mean_iters"] == 2 and found["kl:1e-9"]["mean_iters"] > 7
-
-
-def test_data_that_is_named_counts_for_the_built_in_tasks_too(corpus, tmp_path, capsys):
-    nowhere = save(tmp_path / "run", 1, make(**SHAPE), tokenizer="bytes", data=str(tmp_path / "gone"))
-    flags = [f"--ckpt={nowhere}", "--iters=1", "--tasks=cloze", "--limit=3"]
-    with pytest.raises(UserError, match="gone holds no prepared data"):
-        main(flags)
-    main([*flags, f"--ppl={corpus}"])
-    assert "cloze" in capsys.readouterr().out
-
-
-def test_one_sweep_and_shared_contexts(icl, tokenizer):
-    """A sweep costs max(iters) Bodies and a Tail per entry; a context is read once for all its
-    continuations."""
-    model = make(**SHAPE)
-    body, tail = calls_of(model.body[0]), calls_of(model.tail[0])
-    pairs = pairs_of(icl, tokenizer, "hellaswag")[:4]
-    score(model, pairs, [1, 2, 4, 8])
+    body, tail, unembed = calls_of(model.body[0]), calls_of(model.tail[0]), calls_of(model.unembed)
+    score(model, encode_requests(tokenizer, [("The ox saw", " a bee"), ("It", " hums")]), [1, 2, 4, 8])
     assert (len(body), len(tail)) == (8, 4)
-    context = list(b"The ox saw")
-    score(model, [(context, list(text)) for text in (b" a big ox", b" a bee", b" a b")], [1])
-    assert body[-1] == len(context) + len(b" a big o") + len(b" a be") + len(b" a ")
+    assert unembed == 4 * [len(" a bee") + len(" hums")]
 
 
-def test_validation_loss_is_the_model_s(model, corpus):
+def test_validation_loss_is_the_model_s_whatever_part_of_the_logits_is_held(model, corpus, monkeypatch):
     shards = Shards(corpus, "val", 96)
-    chosen = np.arange(10) * shards.n_windows // 10  # evenly over the split
-    losses = eval_icl.evaluate_loss(model, shards, [4, 1], n_windows=10, batch_size=3)
-    assert list(losses) == [1, 4]
-    for r, loss in losses.items():
-        assert loss == pytest.approx(model(*shards.batch(chosen), iters=r)[1].item(), abs=1e-5)
-
-
-def test_logits_are_held_in_parts(corpus, monkeypatch):
-    model = make(**SHAPE)
-    shards = Shards(corpus, "val", 96)
-    whole = eval_icl.evaluate_loss(model, shards, [2], n_windows=4)
+    windows = np.arange(10) * shards.n_windows // 10  # evenly over the split
+    expected = {r: model(*shards.batch(windows), iters=r)[1].item() for r in (1, 4)}
+    assert eval_icl.evaluate_loss(model, shards, [4, 1], 10, batch_size=3) == pytest.approx(
+        expected, abs=1e-5
+    )
     monkeypatch.setattr(eval_icl, "LOGITS_AT_A_TIME", 257 * 10)
-    parts = calls_of(model.unembed)
-    assert eval_icl.evaluate_loss(model, shards, [2], n_windows=4) == pytest.approx(whole, abs=1e-5)
-    assert max(parts) == 10
+    assert eval_icl.evaluate_loss(model, shards, [1, 4], 10) == pytest.approx(expected, abs=1e-5)
 
 
-# -------------------------------------------------------------------------------------------------- metrics
+def test_a_model_that_is_not_finite_is_said_to_be(corpus, icl, tokenizer):
+    model = make(**SHAPE, rule="abbie_c")
+    model.norm.weight.data[0] = math.nan
+    with pytest.raises(UserError, match=r"the model is not finite: at iters \[1, 2\]"):
+        eval_icl.run_tasks(model, tokenizer, ["cloze", "arc_easy"], [1, 2], corpus, icl)
+    with pytest.raises(UserError, match="the model is not finite"):
+        eval_icl.perplexity(model, Shards(corpus, "val", 96), [1, 2])
+
+
+# ---------------------------------------------------------------------------------------------- metrics
 
 
 def test_acc_norm_is_per_character_without_the_space():
-    example = Example([("Bees make", " honey"), ("Bees make", " iron")], 0)
-    scores, greedy = np.array([[-4.9], [-4.0]]), np.zeros((2, 1), bool)  # -0.98 a character against -1
-    assert not eval_icl.is_right(example, scores, greedy, "acc")
-    assert eval_icl.is_right(example, scores, greedy, "acc_norm")
+    example = Example([("Bees make", " höney"), ("Bees make", " iron")], 0)
+    for nats, right in ((-4.9, True), (-5.1, False)):  # -0.98 and -1.02 a character, against -1
+        assert eval_icl.measure("acc_norm", example, np.array([[nats], [-4.0]]), None) == right
 
 
-def test_metrics_follow_from_the_samples(model, icl, tokenizer, tmp_path):
-    """Every metric, recomputed from --log_samples and the rows."""
-    with open(tmp_path / "s.jsonl", "w") as log:
-        results = run_tasks(model, tokenizer, list(ROWS), [1, 4], None, icl, log=log, bootstrap_iters=2000)
-    samples = [json.loads(line) for line in open(tmp_path / "s.jsonl")]
-    assert list(samples[0]) == ["task", "doc_id", "iters", "loglikelihoods", "is_greedy", "gold"]
-    for name, r in itertools.product(ROWS, (1, 4)):
-        mine = [line for line in samples if line["task"] == name and line["iters"] == r]
-        assert [line["doc_id"] for line in mine] == list(range(len(ROWS[name])))
-        found = results["tasks"][name]["iters"][str(r)]
-        assert ("acc_norm" in found) == (name not in ("commonsense_qa", "winogrande", "lambada_openai"))
-        nats, gold = [line["loglikelihoods"] for line in mine], [line["gold"] for line in mine]
-        right = {"acc": [np.argmax(row) for row in nats] == np.array(gold)}
-        if name == "lambada_openai":
-            right = {"acc": np.array([all(line["is_greedy"]) for line in mine])}
-            assert found["perplexity"] == pytest.approx(math.exp(-np.mean(nats)))
-        if "acc_norm" in found:
-            lengths = [[len(text[1:]) for _, text in e.requests] for e in examples_of(name, icl)]
-            best = [np.argmax(np.divide(*row)) for row in zip(nats, lengths)]
-            right["acc_norm"] = best == np.array(gold)
-        for metric, hits in right.items():
-            stderr = np.std(hits, ddof=1) / len(hits) ** 0.5 if len(hits) > 1 else "N/A"
-            assert found[metric] == pytest.approx(np.mean(hits))
-            assert found[metric + "_stderr"] == (stderr if stderr == "N/A" else pytest.approx(stderr))
-
-
-def test_bootstrap_draws_what_the_harness_draws():
-    """Chunk i of 1000 resamples comes from random.Random(i).choices."""
-    x = list(np.random.default_rng(0).normal(-3, 1, 37))
-    resampled = []
-    for i in range(2):
-        rng = random.Random(i)
-        resampled += [math.exp(-np.mean(rng.choices(x, k=len(x)))) for _ in range(1000)]
-    assert eval_icl.bootstrap_stderr(np.array(x), 2500) == pytest.approx(np.std(resampled, ddof=1), rel=1e-9)
-    assert eval_icl.bootstrap_stderr(np.array(x), 0) == "N/A"
+def test_the_error_of_a_perplexity_is_that_of_a_bootstrap():
+    rng = np.random.default_rng(0)
+    nats = rng.gamma(4, 1, 400)
+    entry = eval_icl.summary("perplexity", nats)
+    resampled = np.exp(rng.choice(nats, (5000, 400)).mean(1))
+    assert entry["perplexity"] == pytest.approx(math.exp(nats.mean()))
+    assert entry["perplexity_stderr"] == pytest.approx(np.std(resampled), rel=0.05)
+    assert eval_icl.summary("perplexity", nats[:1])["perplexity_stderr"] is None
 
 
 def test_paired_test_is_the_exact_binomial():
@@ -310,11 +258,32 @@ def test_paired_test_is_the_exact_binomial():
     assert eval_icl.mcnemar(before, before)["p"] == 1
 
 
-# ------------------------------------------------------------------------------------------ built-in tasks
+def test_the_table_marks_the_best_r_and_says_what_it_gains(capsys):
+    entries = {"1": {"acc": 0.25, "acc_stderr": 0.01}, "2": {"acc": 0.5, "acc_stderr": None}}
+    paired = {"reference": 1, "2": {"acc": {"gained": 9, "lost": 1, "p": 0.021}}}
+    task = {"n": 20, "left_out": 3, "truncated": 4, "iters": entries, "paired": paired}
+    eval_icl.print_table({"tasks": {"piqa": task}})
+    title, row, *notes = capsys.readouterr().out.splitlines()
+    assert title.split() == ["*:", "best", "n", "r=1", "r=2"]
+    assert row.split() == ["piqa", "acc", "20/1838", "25.00", "±", "1.00", "50.00*"]
+    assert notes == [
+        "piqa acc: r=2 gains 9 and loses 1 examples against r=1, McNemar p = 0.021",
+        "piqa: 3 rows left out: a choice is longer than the model's context",
+        "piqa: 4 rows longer than the context lost their beginning",
+    ]
 
 
-def test_built_in_tasks_are_made_of_validation_text(corpus, tokenizer):
-    tasks = load_tasks(BUILT_IN, corpus, "nowhere", 96, None)
+# --------------------------------------------------------------------------------------- built-in tasks
+
+
+def test_built_in_tasks_are_made_of_validation_text_and_begin_alike_with_every_limit(corpus, tokenizer):
+    """300 examples by default, and as many as the text yields with a larger limit."""
+    tasks = {}
+    for name in BUILT_IN:
+        few, usual, many = (load_task(name, corpus, "nowhere", 96, limit) for limit in (20, None, 2000))
+        assert len(few) == 20 and len(usual) == 300 < len(many) <= 2000
+        assert many[:300] == usual and usual[:20] == few
+        tasks[name] = usual
     text = "".join(tokenizer.decode(tokens.tolist()) for tokens in documents(corpus, "val"))
     assert {example.gold for example in tasks["cloze"]} == {0, 1, 2, 3}
     for example in tasks["cloze"]:
@@ -326,15 +295,7 @@ def test_built_in_tasks_are_made_of_validation_text(corpus, tokenizer):
         assert context + word + "\n" in text and " " not in word[1:]
 
 
-def test_built_in_tasks_are_the_same_ones_with_every_limit(corpus):
-    """300 examples by default, as many as the text yields with a larger limit, and always the same first."""
-    few, usual, many = (load_tasks(BUILT_IN, corpus, "nowhere", 96, limit) for limit in (20, None, 2000))
-    for name in BUILT_IN:
-        assert len(few[name]) == 20 and len(usual[name]) == 300 < len(many[name]) <= 2000
-        assert many[name][:300] == usual[name] and usual[name][:20] == few[name]
-
-
-# -------------------------------------------------------------------------------------------- the command
+# ------------------------------------------------------------------------------------------ the command
 
 
 def start(command: list[str], **env) -> subprocess.Popen:
@@ -344,25 +305,26 @@ def start(command: list[str], **env) -> subprocess.Popen:
 
 
 def test_command_writes_the_same_on_any_number_of_processes(ckpt, icl, tmp_path, capsys):
-    args = [f"--ckpt={ckpt}", "--iters=2,1,4", "--tasks=arc_easy,lambada_openai,cloze", "--ppl", "--limit=6",
-            f"--data_dir={icl}", "--batch_size=2", "--bootstrap_iters=200", "--exit=kl:1e-2"]  # fmt: skip
+    args = [f"--ckpt={ckpt}", "--iters=2,1,4", "--tasks=arc_easy, lambada_openai ,cloze", "--ppl"]
+    args += ["--limit=6", f"--data_dir={icl}", "--batch_size=2"]
     main([*args, f"--out={tmp_path}/1.json", f"--log_samples={tmp_path}/1.jsonl"])
-    table = capsys.readouterr().out
+    table, log = capsys.readouterr()
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "eval_icl.py"]
     two = start([*torchrun, *args, f"--out={tmp_path}/2.json", f"--log_samples={tmp_path}/2.jsonl"])
     out, err = two.communicate(timeout=120)
     assert two.returncode == 0, err
-    assert out == table
+    assert out == table and f"evaluating {ckpt}" in log and err.count("evaluating") == 1
     assert (tmp_path / "1.json").read_text() == (tmp_path / "2.json").read_text()
     assert (tmp_path / "1.jsonl").read_text() == (tmp_path / "2.jsonl").read_text()
 
     results = json.loads((tmp_path / "1.json").read_text())
-    assert list(results["tasks"]["arc_easy"]["iters"]) == ["1", "2", "4", "kl:1e-2"]
-    assert 2 <= results["ppl"]["iters"]["kl:1e-2"]["mean_iters"] <= 4 and "mean_iters" in table
+    assert list(results["tasks"]) == ["arc_easy", "lambada_openai", "cloze"]
+    assert list(results["tasks"]["arc_easy"]["iters"]) == ["1", "2", "4"]
     assert results["tasks"]["arc_easy"]["paired"]["reference"] == 2
     assert "6/2376" in table and "*" in table
     loss, val = results["ppl"]["iters"]["2"], Shards(results["ppl"]["data"], "val", 96)
     assert loss["perplexity"] == pytest.approx(math.exp(loss["loss"]))
+    assert loss["perplexity_stderr"] == pytest.approx(loss["perplexity"] * loss["loss_stderr"])
     assert loss["bits_per_byte"] == pytest.approx(loss["loss"] / math.log(2) * val.n_tokens / val.n_bytes)
     assert results["ppl"]["n"] + results["ppl"]["left_out"] == val.n_tokens
 
@@ -381,73 +343,83 @@ def test_three_ranks_end_with_one_error_and_status_2(ckpt, icl, tmp_path):
     assert err.startswith("error: ") and "prepare_data.py icl" in err and len(err.splitlines()) <= 3
 
 
-def test_errors_name_what_is_wrong(ckpt, tmp_path, monkeypatch):
-    def refused(*args, match):
-        with pytest.raises(UserError, match=match) as error:
-            main([f"--ckpt={ckpt}", *args])
-        assert len(str(error.value).splitlines()) <= 3
-
-    refused("--tasks=arc_esy", match="did you mean arc_easy")
-    refused("--limit=0", match="at least 1")
-    refused("--tasks=cloze", "--num_fewshot=5", match="--num_fewshot is for --lm_eval")
-    refused("--tasks=arc_easy", f"--data_dir={tmp_path}", match="python prepare_data.py icl")
-    monkeypatch.setitem(sys.modules, "lm_eval", None)  # as where it is not installed
-    refused("--lm_eval=mmlu", match="pip install lm_eval")
-    strange = save(tmp_path / "strange", 1, make(**SHAPE), tokenizer="p50k_base")
-    refused(f"--ckpt={strange}", "--lm_eval=mmlu", match="not of p50k_base")
+def test_rows_that_do_not_fit_are_left_out_and_counted(ckpt, tmp_path, capsys):
+    sound, long = ROWS["piqa"][0], {**ROWS["piqa"][0], "sol1": "ask " * 30}
+    write_rows(tmp_path / "piqa/validation.jsonl", [long, sound, long, sound])
+    (tmp_path / "s.jsonl").write_text("of an earlier run")
+    flags = [f"--ckpt={ckpt}", "--iters=2", "--tasks=piqa", f"--data_dir={tmp_path}"]
+    main([*flags, f"--out={tmp_path}/r.json", f"--log_samples={tmp_path}/s.jsonl"])
+    result = json.loads((tmp_path / "r.json").read_text())["tasks"]["piqa"]
+    assert (result["n"], result["left_out"]) == (2, 2)
+    assert [json.loads(line)["doc_id"] for line in open(tmp_path / "s.jsonl")] == [1, 3]
+    assert "2/1838" in (table := capsys.readouterr().out) and "piqa: 2 rows left out" in table
 
 
-def test_unusable_rows_are_named(model, tokenizer, tmp_path):
-    def refused(*rows, match):
-        write_rows(tmp_path / "piqa/validation.jsonl", rows)
-        with pytest.raises(UserError, match=match):
-            run_tasks(model, tokenizer, ["piqa"], [1], None, tmp_path)
-
-    (tmp_path / "piqa").mkdir()
-    sound = ROWS["piqa"][0]
-    refused(match="no rows")
-    refused(sound, {"goal": "x"}, match="line 2, is no row of piqa .*KeyError")
-    refused(sound, {**sound, "label": 2}, match="line 2, is no row of piqa .*no choice 2")
-    refused(sound, {**sound, "sol1": ""}, match="line 2, is no row of piqa .*an empty choice")
-    refused({**sound, "sol1": "ask " * 30}, match="does not fit into a context of 96")
+def test_what_has_been_scored_is_kept_when_a_later_task_fails(ckpt, icl, tmp_path):
+    write_rows(tmp_path / "arc_easy/test.jsonl", ROWS["arc_easy"])
+    write_rows(tmp_path / "piqa/validation.jsonl", [{**ROWS["piqa"][0], "sol2": "ask " * 30}])
+    out, log = tmp_path / "r.json", tmp_path / "s.jsonl"
+    files = [f"--ckpt={ckpt}", "--iters=1,2", f"--out={out}", f"--log_samples={log}"]
+    refused([*files, "--tasks=arc_easy,piqa", f"--data_dir={tmp_path}"], "piqa: no row's continuations fit")
+    before = out.read_bytes(), log.read_bytes()
+    assert list(json.loads(before[0])["tasks"]) == ["arc_easy"]
+    assert len(before[1].splitlines()) == 2 * len(ROWS["arc_easy"])
+    refused([*files, "--tasks=sciq", f"--data_dir={tmp_path}"], "sciq/test.jsonl is missing")
+    assert (out.read_bytes(), log.read_bytes()) == before  # a command that is refused touches nothing
 
 
-# --------------------------------------------------------------------------------------------- the harness
+def test_bfloat16_is_a_flag_and_near(ckpt, corpus, tmp_path):
+    results = {}
+    for dtype in ("float32", "bfloat16"):
+        main([f"--ckpt={ckpt}", "--iters=2", "--ppl", f"--dtype={dtype}", f"--out={tmp_path}/r.json"])
+        results[dtype] = json.loads((tmp_path / "r.json").read_text())
+        assert results[dtype]["dtype"] == dtype
+    exact, rough = (results[dtype]["ppl"]["iters"]["2"]["loss"] for dtype in results)
+    assert exact != rough and rough == pytest.approx(exact, abs=0.05)
 
 
-def test_the_harness_runs_its_tasks_on_our_models(ckpt, model, tokenizer, tmp_path, capsys):
-    """A task file of one's own, scored by the harness with a shot before every context: the same word
-    perplexity as by hand, at every r."""
-    pytest.importorskip("lm_eval", reason="pip install lm_eval==0.4.13")
-    rows = [{"text": "The bee", "end": " flies"}, {"text": "It", "end": " rains"}, {"text": "I", "end": ""}]
-    write_rows(tmp_path / "test.jsonl", rows)
-    write_rows(tmp_path / "train.jsonl", [{"text": "A cat", "end": " purrs"}])
-    files = {split: f"{tmp_path}/{split}.jsonl" for split in ("train", "test")}
-    metric = {"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False}
-    task = {
-        "task": "endings",
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": files, "cache_dir": f"{tmp_path}/cache"},
-        "output_type": "loglikelihood",
-        "training_split": "train",
-        "test_split": "test",
-        "fewshot_split": "train",
-        "doc_to_text": "{{text}}",
-        "doc_to_target": "{{end}}",
-        "target_delimiter": "",
-        "metric_list": [metric],
-    }
-    (tmp_path / "endings.yaml").write_text(json.dumps(task))  # JSON is YAML
-    args = [f"--ckpt={ckpt}", "--iters=1,3", f"--include_path={tmp_path}", f"--out={tmp_path}/r.json"]
-    args += ["--num_fewshot=1", "--limit=2", "--bootstrap_iters=10"]
-    main([*args, "--lm_eval=endings"])
-    assert "endings" in capsys.readouterr().out
-    found = json.loads((tmp_path / "r.json").read_text())["lm_eval"]
-    shot = "A cat purrs\n\n"
-    pairs = encode_requests(tokenizer, [(shot + row["text"], row["end"]) for row in rows[:2]])
-    for r in (1, 3):
-        nats = [by_hand(model, *pair, r)[0] for pair in pairs]
-        expected = math.exp(-np.mean(nats))
-        assert found[str(r)]["endings"]["perplexity,none"] == pytest.approx(expected, rel=1e-4)
-    with pytest.raises(UserError, match="did you mean endings"):
-        main([*args, "--lm_eval=ending"])
+def test_data_that_has_moved_is_named_by_a_flag(corpus, tmp_path, capsys):
+    moved = save(tmp_path / "run", 1, make(**SHAPE), data=str(tmp_path / "gone"))
+    flags = [f"--ckpt={moved}", "--iters=1", "--limit=3"]
+    refused(flags, "gone holds no prepared data(.*\n)+.*--ppl")
+    main([*flags, "--tasks=cloze", f"--ppl={corpus}"])
+    assert "cloze" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "flags, match",
+    [
+        (["--tasks=arc_esy"], "did you mean arc_easy"),
+        (["--limit=0"], "at least 1"),
+        (["--batch_size=0"], "at least 1"),
+        (["--iters=1,x"], "give integers"),
+        (["--tasks=arc_easy", "--data_dir=nowhere"], "python prepare_data.py icl"),
+        (["--limit=2", "--out=nowhere/r.json"], "nowhere/r.json cannot be written"),
+        (["--limit=2", "--log_samples=."], ". cannot be written"),
+    ],
+)
+def test_errors_name_what_is_wrong(flags, match, ckpt):
+    refused([f"--ckpt={ckpt}", *flags], match)
+
+
+def test_unusable_rows_are_named(ckpt, model, tmp_path):
+    sound, path = ROWS["piqa"][0], tmp_path / "piqa/validation.jsonl"
+    for rows, match in [
+        ([], "has no rows"),
+        ([sound, {"goal": "x"}], "line 2 is no row of piqa .*KeyError"),
+        ([sound, ["x"]], "line 2 is no row of piqa .*TypeError"),
+        ([sound, {**sound, "label": 2}], "line 2 is no row of piqa .*no choice 2"),
+        ([sound, {**sound, "sol1": ""}], "line 2 is no row of piqa .*an empty choice"),
+    ]:
+        write_rows(path, rows)
+        refused([f"--ckpt={ckpt}", "--tasks=piqa", f"--data_dir={tmp_path}"], match)
+
+
+def test_a_continuation_without_tokens_is_named(model):
+    class Deaf:  # as a tokenizer that drops what it does not know
+        def encode_ordinary(self, text):
+            return list(text.encode("ascii", "ignore").rstrip())
+
+    examples = [Example([("A", " b")], 0), Example([("A", " é")], 0)]
+    with pytest.raises(UserError, match="lastword, row 2: ' é' adds no token to its context"):
+        run_task(model, Deaf(), "lastword", examples, [1])

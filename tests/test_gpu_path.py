@@ -1,6 +1,9 @@
 """The path that only a GPU takes, as far as a CPU can show it: what is asked of PyTorch, and under which
 conditions. Tests marked `cuda` need a card."""
 
+import json
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -10,8 +13,9 @@ from common import ROOT
 from torch.nn.parallel import DistributedDataParallel
 
 import train
-from config import load_config, start_ranks
+from config import choose_dtype, load_config, start_ranks
 from eval_icl import evaluate_loss
+from experiments import gpu, read
 from model import AbbIE
 
 
@@ -45,9 +49,9 @@ def test_compiled_blocks_train_under_ddp_after_an_evaluation(one_rank):
     batch size and other iterations first, as step 0 of a run does."""
     torch._dynamo.reset()
     width = ["--n_embd=768", "--n_attn_heads=12", "--ffn_dim=2048", "--n_body_blocks=1", "--block_size=32"]
-    config = load_config([f"{ROOT}/config/abbie_tiny.py", "--compile=on", *width])
+    config = load_config([f"{ROOT}/config/abbie_tiny.py", *width])
     model = AbbIE(config.model_config(257))
-    assert train.compile_blocks(model, config, torch.device("cpu"), backend="aot_eager")
+    assert train.compile_blocks(model, "on", torch.device("cpu"), backend="aot_eager")
     net = DistributedDataParallel(model, gradient_as_bucket_view=True)
     x, y = torch.randint(257, (2, 3, 32))
     shards = SimpleNamespace(
@@ -55,7 +59,7 @@ def test_compiled_blocks_train_under_ddp_after_an_evaluation(one_rank):
     )
     evaluate_loss(model, shards, [1, 2, 4], batch_size=3)  # batches of 3 and 2
     optimizer = train.adamw(model, config)
-    losses = [train.train_step(net, optimizer, [(x, y)], 2, 1.0, bf16)[0] for _ in range(3)]
+    losses = [train.train_step(net, optimizer, [(x, y)], 2, config, bf16)[0] for _ in range(3)]
     assert losses[2] < losses[1] < losses[0]
 
 
@@ -65,12 +69,13 @@ def bf16():
 
 def test_bf16_is_chosen_where_the_card_has_it_and_not_where_it_is_emulated(monkeypatch):
     """A T4 or V100 says yes to is_bf16_supported() and then computes it slowly."""
-    config = load_config([f"{ROOT}/config/abbie_tiny.py"])
     for native in (True, False):
         supported = lambda including_emulation=True: including_emulation or native  # noqa: E731, B023
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
-        chosen = train.choose_dtype(config, torch.device("cuda"))
-        assert chosen == (torch.bfloat16 if native else torch.float32)
+        for training in (True, False):
+            chosen = choose_dtype("auto", torch.device("cuda"), training)
+            assert chosen == (torch.bfloat16 if native else torch.float32)
+    assert choose_dtype("auto", torch.device("cpu")) == torch.float32, "CPUs decode in float32"
 
 
 def test_the_loss_hands_out_logits_without_a_gradient():
@@ -79,3 +84,16 @@ def test_the_loss_hands_out_logits_without_a_gradient():
     idx = torch.randint(257, (1, 16))
     logits, loss = AbbIE(config.model_config(257))(idx, idx)
     assert loss.requires_grad and not logits.requires_grad
+
+
+def test_the_checks_that_need_a_card_run_dry(tmp_path):
+    """`python -m experiments.gpu` from its first part to its last, on the CPU at a tiny shape."""
+    flags = ["--tiny", "--device=cpu", "--dtype=float32", f"--results={tmp_path}"]
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments.gpu", *flags], cwd=ROOT, capture_output=True, text=True
+    )
+    records = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"part"')]
+    assert {record["part"] for record in records} == set(gpu.PARTS), done.stderr
+    assert not [record for record in records if "error" in record or record.get("status", 0)]
+    assert all(r["loss"][1] < r["loss"][0] for r in records if "loss" in r), "it learns the batch"
+    assert len(read("gpu", tmp_path)) == len(records)

@@ -2,7 +2,10 @@
 
 Processes, ranks, signals and kills are real; tests/faulty_train.py runs train.py with one fault injected."""
 
+import contextlib
+import copy
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -22,12 +25,11 @@ import pytest
 import torch
 from common import ROOT, make
 
-import bench
 import eval_icl
 import prepare_data
 import sample
 import train
-from checkpoint import find_checkpoint, is_sound, load_model, load_tensors
+from checkpoint import checkpoints, load_model, locked, read_tensors
 from config import choose_device, load_config
 from model import AbbIE, UserError
 
@@ -47,7 +49,7 @@ data = {str(corpus)!r}
 block_size, n_embd, n_attn_heads, ffn_dim = {T}, 32, 2, 64
 n_head_blocks, n_body_blocks, n_tail_blocks = 1, 1, 1
 tokens_per_step, micro_batch, max_steps, lr = {8 * T}, 2, 8, 1e-2
-eval_every, eval_iters, eval_tokens, save_every, keep_last = 4, "1,2,4", {16 * T}, 2, 2
+eval_every, eval_iters, eval_tokens, save_every, keep_last = 4, "1,2,4", {8 * T}, 2, 2
 device, dtype = "cpu", "float32"
 """)
     return str(file)
@@ -57,7 +59,7 @@ device, dtype = "cpu", "float32"
 def here(small, tmp_path, monkeypatch):
     """run(out, *flags): train.main on the small config, in this process -> the run's folder. The tasks and
     the sample at the end are left out: the main job shows them."""
-    monkeypatch.setattr(train, "show_off", lambda *args: None)
+    monkeypatch.setattr(train, "show_off", lambda *args, **options: None)
 
     def run(out="run", *flags):
         train.main([small, f"--out_dir={tmp_path / out}", *flags])
@@ -69,9 +71,9 @@ def here(small, tmp_path, monkeypatch):
 
 def digest(run: Path) -> str:
     """SHA-256 over the sorted (name, dtype, shape, raw bytes) of the weights and the optimizer's state."""
-    folder = find_checkpoint(run)
-    tensors = load_tensors(folder / "model.pt")
-    for number, moments in load_tensors(folder / "train.pt")["optimizer"]["state"].items():
+    folder = newest(run)
+    tensors = read_tensors(folder / "model.pt")
+    for number, moments in read_tensors(folder / "train.pt")["optimizer"]["state"].items():
         tensors |= {f"{number}.{name}": tensor for name, tensor in moments.items()}
     sha = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
@@ -79,22 +81,25 @@ def digest(run: Path) -> str:
     return f"{folder.name} {sha.hexdigest()}"
 
 
+def newest(run: Path) -> Path:
+    return checkpoints(run)[-1]
+
+
 def log(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines() if line]
 
 
 def losses(folder: Path) -> dict[int, float]:
-    steps = [(r["step"], r["loss"]) for r in log(folder) if "loss" in r]
-    assert len(dict(steps)) == len(steps), "a step stands in the log twice"
-    return dict(steps)
+    """By step, of which the last line counts."""
+    return {r["step"]: r["loss"] for r in log(folder) if "loss" in r}
 
 
-def validation(folder: Path) -> list[dict]:
-    return [r for r in log(folder) if "val_loss" in r or "final_val_loss" in r]
+def validation(folder: Path) -> dict:
+    return {(r["step"], "tokens" in r): r for r in log(folder) if "val_loss" in r or "final_val_loss" in r}
 
 
 def weights(folder: Path, step: int) -> dict:
-    return load_tensors(folder / f"step_{step:08d}" / "model.pt")
+    return read_tensors(folder / f"step_{step:08d}" / "model.pt")
 
 
 def equal(a: dict, b: dict) -> bool:
@@ -252,8 +257,8 @@ def test_two_ranks_signalled_then_crashed_and_restarted_by_torchrun_end_the_same
     out = tmp_path / "run"
     done = ranks(2, small, out, "term", 2, rank=1)
     assert done.statuses == [143, 143] and not any("Traceback" in err for err in done.err)
-    assert "SIGTERM: step 3 is saved" in done.out[0]
-    assert find_checkpoint(out).name == "step_00000003"
+    assert "SIGTERM: step_00000003 is saved" in done.out[0]
+    assert newest(out).name == "step_00000003"
     flags = ["--nproc_per_node=2", "--max-restarts=1", f"--master_port={free_port()}"]
     process = torchrun(flags, faulty(small, out, "crash", 5, rank=1), tmp_path)
     printed, _ = process.communicate(timeout=120)
@@ -263,22 +268,24 @@ def test_two_ranks_signalled_then_crashed_and_restarted_by_torchrun_end_the_same
 
 @pytest.mark.parametrize(
     "fault, step, status, saved",
-    [("int", 3, 130, 4), ("term_in_save", 3, 143, 5), ("term_in_save", 7, 143, 8)],
+    [("int", 3, 130, 4), ("hup", 3, 129, 4), ("term_in_save", 3, 143, 5), ("term_in_save", 7, 143, 8)],
 )
 def test_a_signal_during_a_save_waits_for_it(small, tmp_path, fault, step, status, saved):
     """SIGTERM in the middle of the save of step 4 is acted on after step 5, in that of step 8, the last, when
     it is done; SIGINT between steps at once."""
     out = tmp_path / "run"
     done = ranks(1, small, out, fault, step, flags=["--keep_last=9"])
-    assert done.statuses == [status] and find_checkpoint(out).name == f"step_{saved:08d}"
-    assert all(is_sound(path) for path in out.glob("step_*"))
+    assert done.statuses == [status] and newest(out).name == f"step_{saved:08d}"
+    assert all(load_model(path) for path in out.glob("step_*"))
+    assert "heard: ending after the step at hand" in done.err[0]
 
 
-def test_continued_under_a_drawn_schedule_with_truncated_gradients(here, tmp_path):
+def test_continued_under_a_drawn_schedule_with_truncated_gradients_in_another_folder(here):
     schedule = ["--iters=poisson:4", "--backprop_iters=2", "--keep_last=9", "--dtype=bfloat16"]
     whole = here("whole", *schedule)
+    before = digest(whole)
     other = here("other", *schedule, f"--resume={whole / 'step_00000004'}")
-    assert digest(other) == digest(whole) and min(losses(other)) == 4
+    assert digest(other) == digest(whole) == before and min(losses(other)) == 4
     assert len({r["iters"] for r in log(whole) if "loss" in r}) > 2  # it was drawn
     assert digest(here("end", *schedule, f"--resume={whole / 'step_00000008'}")) == digest(whole)
 
@@ -286,103 +293,117 @@ def test_continued_under_a_drawn_schedule_with_truncated_gradients(here, tmp_pat
 # ----------------------------------------------------------------------------------- resuming, or refusing to
 
 
-def test_the_last_few_checkpoints_are_kept_and_a_damaged_one_costs_only_its_steps(here, undisturbed):
-    folder = here("run", "--save_every=1", "--keep_last=3")
-    assert sorted(p.name for p in folder.glob("*step_*")) == [f"step_{n:08d}" for n in (6, 7, 8)]
+def test_the_last_few_checkpoints_are_kept_and_a_damaged_one_costs_only_its_steps(here, undisturbed, capsys):
+    folder = here("run", "--save_every=1", "--keep_last=1")
+    names = sorted(path.name for path in folder.glob("*step_*"))
+    assert names == ["step_00000006", "step_00000008"], "6: where the decay begins"
     assert set(weights(folder, 8)) == set(load_model(folder).state_dict()), "the raw module's names"
     os.truncate(folder / "step_00000008" / "train.pt", 1000)
-    here("run", "--save_every=1", "--keep_last=3")
+    here("run", "--save_every=1", "--keep_last=2")
+    assert "passed over: " in capsys.readouterr().err
     assert digest(folder) == digest(undisturbed[1]) and losses(folder) == losses(undisturbed[1])
 
 
-def test_a_finished_run_prints_its_evaluation_again_and_trains_on_if_it_is_made_longer(here, capsys):
-    folder = here("run", "--decay_frac=0")
+def test_a_finished_run_prints_its_evaluation_again(here, capsys):
+    folder = here("run")
     before, first = digest(folder), capsys.readouterr().out
-    here("run", "--decay_frac=0")
+    here("run")
     again = capsys.readouterr().out
     assert digest(folder) == before
     last = log(folder)[-1]  # on all of the validation split, at the model's own iters
-    assert last["tokens"] > 16 * T and last["tokens"] % T == 0
+    assert last["tokens"] % T == 0
     line = f"validation loss at iters 2 on {last['tokens']:,} tokens: {last['final_val_loss']:.4f} nats/token"
     for printed in (first, again):
         assert printed.count("step      8 | validation loss") == 1 == printed.count(line)
-    here("run", "--decay_frac=0", "--max_steps=10")
-    assert list(losses(folder)) == list(range(10))
 
 
-def test_starting_afresh_moves_the_earlier_run_aside(here):
-    folder = here("run", "--max_steps=2")
-    before = digest(folder)
-    assert digest(here("run", "--max_steps=2", "--resume=never")) == before
-    assert digest(folder.with_name("run.1")) == before
+def test_a_run_made_longer_goes_on_from_before_its_decay_and_keeps_the_decayed_end(here):
+    folder = here("run", "--decay_frac=0.5")
+    decayed = digest(folder)
+    longer = digest(here("run", "--decay_frac=0.5", "--max_steps=16"))
+    straight = here("straight", "--decay_frac=0.5", "--max_steps=16")
+    assert longer == digest(straight) and losses(folder) == losses(straight)
+    rates = {r["step"]: r["lr"] for r in log(folder) if "loss" in r}
+    assert all(rates[step] == 1e-2 for step in range(1, 9))
+    (folder / "again").mkdir()
+    os.rename(folder / "passed_over_00000008", folder / "again" / "step_00000008")
+    assert digest(folder / "again") == decayed
 
 
-def test_going_on_from_another_run_moves_the_one_in_its_folder_aside(here):
-    mine, other = here("mine", "--max_steps=4"), here("other", "--max_steps=2")
-    before = digest(mine)
-    here("mine", f"--resume={other}", "--max_steps=3")
-    assert list(losses(mine)) == [2] and digest(mine.with_name("mine.1")) == before
-    here("mine", f"--resume={mine}", "--max_steps=4")  # its own checkpoint is no other run
-    assert list(losses(mine)) == [2, 3] and not mine.with_name("mine.2").exists()
+@pytest.mark.parametrize(
+    "flags, part",
+    [
+        (["--seed=2"], "seed is 1 there, 2 here"),
+        (["--n_body_blocks=2"], "n_body_blocks is 1 there, 2 here"),
+        (["--rule=recall"], "rule is 'abbie_d' there, 'recall' here"),
+        (["--init_from=/nope"], "init_from is '' there, '/nope' here"),
+        (["--lr=1"], "ended its run, and lr is 0.01 there, 1.0 here\nnothing was trained"),
+        (["--iters=1-3"], "ended its run, and iters is 2 there, '1-3' here\nnothing was trained"),
+        (["--max_steps=4"], "is beyond max_steps=4\nnothing was trained"),
+        (["--data=OTHER"], "was trained on other data than"),
+        (["--resume=never"], "holds a run\nchoose another --out_dir"),
+        (["--resume=RUN/step_00000006"], "holds a run that would lose checkpoints"),
+        (["--resume=ELSEWHERE"], "holds a run that would lose checkpoints"),
+    ],
+)
+def test_a_finished_run_refuses_what_would_change_it_and_stays_as_it_is(finished, flags, part, capsys):
+    """What decides the result of a run may not change, and no checkpoint is lost."""
+    run, start, places = finished
+    before = sorted((path, path.stat().st_mtime_ns) for path in run.rglob("*"))
+    flags = [functools.reduce(lambda text, place: text.replace(*place), places, flag) for flag in flags]
+    with pytest.raises(UserError) as error:
+        start(*flags)
+    assert part in str(error.value) and len(str(error.value).splitlines()) <= 3
+    assert sorted((path, path.stat().st_mtime_ns) for path in run.rglob("*")) == before
+
+
+@pytest.fixture(scope="module")
+def finished(small, corpus, tmp_path_factory):
+    """A finished run, a way to start it again, and what stands for other places in flags."""
+    folder, text = tmp_path_factory.mktemp("finished"), str(corpus.parent / "text.txt")
+    prepare_data.main(["text", "--input", text, "--val_fraction=0.3", "--out", str(folder / "other")])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "show_off", lambda *args, **options: None)
+        train.main([small, f"--out_dir={folder}/run"])
+        train.main([small, f"--out_dir={folder}/elsewhere", "--max_steps=1"])
+    places = [("OTHER", f"{folder}/other"), ("RUN", f"{folder}/run"), ("ELSEWHERE", f"{folder}/elsewhere")]
+    return folder / "run", lambda *flags: train.main([small, f"--out_dir={folder}/run", *flags]), places
+
+
+def test_in_mid_run_the_rate_and_the_schedule_of_iterations_may_change(here):
+    folder = here("run", "--max_steps=2", "--decay_frac=0")
+    here(
+        "run",
+        "--max_steps=4",
+        "--decay_frac=0",
+        "--lr=2e-2",
+        "--iters=1",
+        "--eval_every=1",
+        "--micro_batch=4",
+    )
+    assert [(r["lr"], r["iters"]) for r in log(folder) if "loss" in r] == [(1e-2, 2)] * 2 + [(2e-2, 1)] * 2
+
+
+def test_two_processes_do_not_train_in_one_folder(small, tmp_path, here):
+    (tmp_path / "run").mkdir()
+    with locked(tmp_path / "run"), pytest.raises(UserError, match="another process is training here"):
+        here("run")
+    assert not checkpoints(tmp_path / "run")
+    here("run", "--max_steps=1")
+
+
+def test_the_log_is_json_whatever_a_loss_is_and_goes_on_after_a_torn_line(tmp_path):
+    (tmp_path / "log.jsonl").write_text('{"step": 0}\n{"st')
+    write = train.open_log(tmp_path / "log.jsonl")
+    write({"val_loss": {"1": math.nan, "2": 1.5}, "loss": math.inf})
+    first, torn, last = (tmp_path / "log.jsonl").read_text().splitlines()
+    assert json.loads(last) == {"val_loss": {"1": None, "2": 1.5}, "loss": None} and torn == '{"st'
 
 
 def test_what_cannot_be_shown_at_the_end_is_no_error(small, capsys):
     config, model = load_config([small]), make(vocab_size=257)
-    train.show_off(model, config, SimpleNamespace(tokenizer="hf:/nowhere"))
+    train.show_off(model, config, SimpleNamespace(tokenizer="hf:/nowhere"), 20)
     assert capsys.readouterr().out.count("not shown: hf:/nowhere") == 2
-
-
-def test_the_optimizer_follows_the_config_when_a_run_is_continued(here):
-    folder = here("run", "--max_steps=2")
-    here("run", "--max_steps=3", "--weight_decay=0.3", "--beta2=0.99")
-    matrices, norms = load_tensors(find_checkpoint(folder) / "train.pt")["optimizer"]["param_groups"]
-    assert (matrices["weight_decay"], norms["weight_decay"]) == (0.3, 0)
-    assert matrices["betas"] == (0.9, 0.99)
-
-
-def test_the_log_is_json_whatever_a_loss_is(tmp_path):
-    write = train.open_log(tmp_path / "log.jsonl", {}, 0, rank=0)
-    write({"val_loss": {"1": math.nan, "2": 1.5}, "loss": math.inf})
-    assert log(tmp_path)[1] == {"val_loss": {"1": None, "2": 1.5}, "loss": None}
-
-
-def test_changed_data_shape_rule_or_start_is_refused(here, corpus, tmp_path):
-    text, other = str(corpus.parent / "val.txt"), str(tmp_path / "other")
-    prepare_data.main(["text", "--input", text, "--val_input", text, "--out", other])
-    here("run", "--max_steps=2", "--save_every=0")
-    for flag, named in (
-        ("--n_body_blocks=2", "n_body_blocks is 1 there, 2 here"),
-        ("--rule=recall", "rule is 'abbie_d' there, 'recall' here"),
-        ("--init_from=/nope", "init_from is '' there, '/nope' here"),
-        (f"--data={other}", "data_sha256"),
-    ):
-        with pytest.raises(UserError, match=rf"{named}.*\n.*--force=true$"):
-            here("run", "--max_steps=3", flag)
-    assert 2 in losses(here("run", "--max_steps=3", f"--data={other}", "--force=true"))
-
-
-def test_a_subclasss_run_is_continued_and_loaded_as_that_subclass_alone(small, tmp_path, monkeypatch):
-    class Undamped(AbbIE):
-        def iterate(self, x, h, k, body):
-            return (u := body(x) + (h - x)), u
-
-    monkeypatch.setattr(train, "show_off", lambda *args: None)
-    run = [small, f"--out_dir={tmp_path}/run", "--max_steps=2"]
-    train.main(run, model_class=Undamped)
-    train.main([*run, "--max_steps=3"], model_class=Undamped)
-    assert load_model(tmp_path / "run", model_class=Undamped).meta["step"] == 3
-    for refused in (
-        lambda: load_model(tmp_path / "run"),
-        lambda: train.main([*run, "--max_steps=4"]),
-        lambda: sample.main([f"--ckpt={tmp_path}/run"]),
-    ):
-        with pytest.raises(UserError, match="trained as Undamped.*\n.*model_class=Undamped"):
-            refused()
-    train.main([small, f"--out_dir={tmp_path}/plain", "--max_steps=2"])
-    with pytest.raises(UserError, match="model_class is 'AbbIE' there, 'Undamped' here"):
-        train.main([small, f"--out_dir={tmp_path}/plain", "--max_steps=3"], model_class=Undamped)
-    start = [small, f"--out_dir={tmp_path}/undamped", f"--init_from={tmp_path}/plain", "--max_steps=1"]
-    train.main(start, model_class=Undamped)  # other weights may be a start, as under another rule
 
 
 # -------------------------------------------------------------------------------- starting from other weights
@@ -393,7 +414,7 @@ def test_a_standard_model_can_be_iterated_and_trained_on(here):
     flags = [f"--init_from={std}", "--iters=2", "--max_steps=3"]
     folder = here("iterated", *flags)
     assert [r["iters"] for r in log(folder) if "loss" in r] == [2, 2, 2]
-    assert validation(folder)[0]["val_loss"]["1"] == validation(std)[-2]["val_loss"]["1"]
+    assert validation(folder)[0, False]["val_loss"]["1"] == validation(std)[2, False]["val_loss"]["1"]
     before = digest(folder)
     assert digest(here("iterated", *flags)) == before, "the same command goes on with the run"
 
@@ -416,22 +437,53 @@ def test_a_step_that_is_not_finite_on_one_rank_is_skipped_by_all(small, tmp_path
     assert ranks(2, small, out, "nan", 2, 1, flags).statuses == [0, 0]
     records = [r for r in log(out) if "skipped" in r]
     assert [r["skipped"] for r in records] == [False, False, True, False] and records[2]["loss"] is None
-    before, skipped, after = (weights(out, n) for n in (2, 3, 4))
-    assert equal(before, skipped) and not equal(skipped, after), "weights unchanged, then it goes on"
+    assert [path.name[-1] for path in checkpoints(out)] == ["1", "2", "4"], "none of a skipped step"
+    assert all(weights(out, 4)["norm.weight"].isfinite())
 
 
-def test_too_many_bad_steps_in_a_row_stop_the_run_with_its_weights_saved(here, monkeypatch):
+def test_a_step_whose_gradient_is_not_finite_leaves_the_weights(small):
+    config, model, batch = load_config([small]), make(), torch.zeros(2, 8, dtype=torch.int64)
+    before, optimizer = copy.deepcopy(model.state_dict()), train.adamw(model, config)
+    model.norm.weight.register_hook(lambda grad: grad * math.inf)
+    loss, norm, _ = train.train_step(model, optimizer, [(batch, batch)], 2, config, contextlib.nullcontext)
+    assert math.isfinite(loss) and not math.isfinite(norm) and equal(before, model.state_dict())
+
+
+def test_a_run_that_diverges_saves_nothing_of_it_and_its_advice_works(here, monkeypatch, tmp_path):
+    """At this rate the weights blow up after some steps. What was saved before is what the advice names."""
+    monkeypatch.setattr(train, "MAX_SKIPS", 3)
     forward = AbbIE.forward
 
-    def bad(self, idx, targets=None, iters=None):
-        logits, loss = forward(self, idx, targets, iters)
-        return logits, loss * float("inf") if torch.is_grad_enabled() else loss
+    def bad(self, idx, targets=None, iters=None, backprop_iters=0):
+        logits, loss = forward(self, idx, targets, iters, backprop_iters)
+        return logits, loss * (math.nan if torch.is_grad_enabled() and broken[0] > 3e-2 else 1)
 
-    folder = here("run", "--max_steps=2")
+    lr_at, broken = train.lr_at, [0.0]
     monkeypatch.setattr(AbbIE, "forward", bad)
-    with pytest.raises(UserError, match="3 steps in a row"):
-        here("run", "--max_steps=9", "--max_skips=3", "--eval_every=0", "--keep_last=9")
-    assert equal(weights(folder, 2), weights(folder, 5))
+    monkeypatch.setattr(train, "lr_at", lambda *args: broken.insert(0, lr_at(*args)) or broken[0])
+    folder, flags = here("run", "--max_steps=2"), ["--max_steps=9", "--save_every=1", "--keep_last=9"]
+    before = digest(folder)
+    for _ in range(2):  # asked again, it says the same
+        with pytest.raises(UserError) as error:
+            here("run", *flags, "--lr=1")
+        assert str(error.value) == (
+            "3 steps in a row had no finite loss and gradient\n"
+            "step_00000002 is saved: run again with a lower --lr, and it goes on from there"
+        )
+        assert digest(folder) == before and len(checkpoints(folder)) == 1
+    here("run", *flags, "--lr=1e-2")
+    assert newest(folder).name == "step_00000009" and load_model(folder)
+    with pytest.raises(UserError, match="nothing is saved: run again with a lower --lr"):
+        here("fresh", "--lr=1")
+
+
+def test_weights_that_are_not_finite_are_never_saved(here, monkeypatch, tmp_path):
+    monkeypatch.setattr(
+        torch.optim.AdamW, "step", lambda self: self.param_groups[0]["params"][0].data.fill_(math.inf)
+    )
+    with pytest.raises(UserError, match="no finite"):
+        here("run", "--save_every=1", "--eval_every=0")
+    assert not checkpoints(tmp_path / "run")
 
 
 def test_out_of_memory_names_micro_batch_and_a_value_to_try(small, tmp_path):
@@ -453,13 +505,13 @@ def test_changing_iters_never_recompiles(small):
     """What train.py compiles, with the eager backend: the graphs of two iterations serve any."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    config = load_config([small, "--compile=on"])
+    config = load_config([small])
     net, idx, graphs = AbbIE(config.model_config(64)), torch.randint(0, 64, (2, T)), []
-    assert train.compile_blocks(net, config, torch.device("cpu"), backend="eager")
+    assert train.compile_blocks(net, "on", torch.device("cpu"), backend="eager")
     for iters in (2, 1, 3, 8, 5):
         net(idx, idx, iters)[1].backward()
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
-    assert graphs[0] == graphs[-1] <= 4, "of the trial, Head and Tail, Body, and loss, whatever the depth"
+    assert graphs[0] == graphs[-1] <= 3, "of the trial, the blocks, and the loss"
 
 
 def test_without_a_compiler_it_runs_eagerly_and_says_so(here, capsys, monkeypatch):
@@ -482,17 +534,27 @@ def test_the_main_job_end_to_end(tmp_path):
     command = [sys.executable, ROOT / "train.py", ROOT / "config/abbie_tiny.py", *small]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=ENV)
     assert done.returncode == 0, done.stderr
-    for part in ("Python ", "n_params=", "validation loss", "r=1 ", "r=32 ", "cloze", "lastword", "a sample"):
+    for part in (
+        "Python ",
+        "n_params=",
+        "validation loss",
+        "r=1 ",
+        "r=32 ",
+        "cloze",
+        "lastword",
+        "a sample",
+        "--lens",
+    ):
         assert part in done.stdout, part
     out = tmp_path / "out" / "abbie_tiny"
     header, *records = log(out)
-    assert {"config", "torch", "device", "commit"} <= set(header)
+    assert {"run", "torch", "device", "commit"} <= set(header)
     step = next(r for r in records if "loss" in r)
     assert {"step", "iters", "loss", "lr", "grad_norm", "tokens_per_s", "mfu", "flops", "eta_s"} <= set(step)
-    first = validation(out)[0]["val_loss"]
-    assert set(first) == {"1", "2", "3", "4", "8", "16", "32"}
+    first = validation(out)[0, False]["val_loss"]
+    assert set(first) == {"1", "2", "4", "32"}
     assert abs(first["2"] - math.log(257)) < 0.5, "at initialisation the loss is near ln V"
-    assert is_sound(out / "step_00000003")
+    assert load_model(out).meta["made_by"]["command"].startswith("train.py ") and newest(out).name[-1] == "3"
 
 
 # --------------------------------------------------------------------------------------------------- mistakes
@@ -518,9 +580,9 @@ def test_a_mistake_is_one_error_of_all_ranks_in_seconds(small, tmp_path, flags, 
     assert "Traceback" not in printed
 
 
-@pytest.mark.parametrize("script", [train, sample, eval_icl, bench], ids=lambda script: script.__name__)
+@pytest.mark.parametrize("script", [train, sample, eval_icl], ids=lambda script: script.__name__)
 def test_every_script_says_the_same_of_a_device_that_cannot_be_used(small, here, tmp_path, script):
-    argv = {train: [small, f"--out_dir={tmp_path}"], bench: ["train", small], sample: ["--prompt=a"]}
+    argv = {train: [small, f"--out_dir={tmp_path}"]}
     with pytest.raises(UserError, match="^device=mps cannot be used: .*\ntry --device=cpu$"):
         script.main([*argv.get(script, []), "--device=mps"])
 

@@ -1,5 +1,0 @@
-"""abbie_350m without the residual between iterations."""
-
-from config.abbie_350m import *  # noqa: F403
-
-rule = "abbie_c"
