@@ -1,5 +1,5 @@
 """The path that only a GPU takes, as far as a CPU can show it: what is asked of PyTorch, and under which
-conditions. Tests marked `cuda` need a card."""
+conditions. What needs a card is experiments/gpu.py, which the last test runs dry."""
 
 import json
 import subprocess
@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from common import ROOT
+from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import train
@@ -17,6 +18,7 @@ from config import choose_dtype, load_config, start_ranks
 from eval_icl import evaluate_loss
 from experiments import gpu, read
 from model import AbbIE
+from sample import generate
 
 
 @pytest.mark.parametrize("cards, backend", [(True, "cpu:gloo,cuda:nccl"), (False, "gloo")])
@@ -76,6 +78,38 @@ def test_bf16_is_chosen_where_the_card_has_it_and_not_where_it_is_emulated(monke
             chosen = choose_dtype("auto", torch.device("cuda"), training)
             assert chosen == (torch.bfloat16 if native else torch.float32)
     assert choose_dtype("auto", torch.device("cpu")) == torch.float32, "CPUs decode in float32"
+
+
+@torch.no_grad()
+def test_attention_is_asked_for_in_a_form_that_flash_attention_takes(monkeypatch):
+    """Its published conditions: bf16 throughout, no mask, rank 4, channels contiguous, a multiple of 8 and at
+    most 256 of them. In training, evaluation, a prompt and the tokens after it, at the configs' widths."""
+    asked, attention = [], F.scaled_dot_product_attention
+
+    def watch(q, keys, values, mask=None, **options):
+        asked.append((q, keys, values, mask))
+        return attention(q, keys, values, mask, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watch)
+    for name in ("abbie_350m", "abbie_200m", "abbie_124m"):
+        small = [
+            "--block_size=64",
+            "--n_body_blocks=1",
+            "--n_head_blocks=1",
+            "--n_tail_blocks=0",
+            "--ffn_dim=64",
+        ]
+        config = load_config([f"{ROOT}/config/{name}.py", *small])
+        model, idx = AbbIE(config.model_config(257)), torch.randint(257, (2, 16))
+        with torch.enable_grad(), bf16():
+            model(idx, idx)[1].backward()
+        with bf16():
+            list(model.logits_at(idx, [1, 2]))
+        generate(model.bfloat16(), [[1, 2, 3], [4, 5, 6]], 3, 2)
+    assert len(asked) > 40
+    for q, keys, values, mask in asked:
+        assert mask is None and {t.dtype for t in (q, keys, values)} == {torch.bfloat16}
+        assert all(t.dim() == 4 and t.stride(-1) == 1 and t.shape[-1] == 64 for t in (q, keys, values))
 
 
 def test_the_loss_hands_out_logits_without_a_gradient():
