@@ -73,7 +73,7 @@ def save_checkpoint(run: Path, step: int, model: dict, train: dict, config: dict
             from hf.llama import copy_tokenizer
 
             copy_tokenizer(config["tokenizer"][3:], temporary)
-        shutil.rmtree(folder, ignore_errors=True)  # damaged: the run has passed it over
+        shutil.rmtree(folder, ignore_errors=True)  # of the same step
         os.rename(temporary, folder)
         sync_folder(run)
     except (OSError, RuntimeError) as error:  # torch.save covers a failed write with a RuntimeError
@@ -90,8 +90,10 @@ def save_checkpoint(run: Path, step: int, model: dict, train: dict, config: dict
 
 @contextmanager
 def locked(run: Path):
-    """Keep other processes out of a run's folder. The lock dies with its process (Windows has none)."""
-    with open(run / "lock", "w") as file:
+    """Keep other processes out of a run's folder, which is made, and removed if nothing is written to it. The
+    lock dies with its process (Windows has none)."""
+    run.mkdir(parents=True, exist_ok=True)
+    with open(run / "lock", "a") as file:
         if os.name == "posix":
             import fcntl
 
@@ -100,7 +102,29 @@ def locked(run: Path):
             except BlockingIOError:
                 advice = "wait until it has ended, or choose another --out_dir"
                 raise UserError(f"{run}: another process is training here\n{advice}") from None
-        yield
+        try:
+            yield
+        finally:
+            if [path.name for path in run.iterdir()] == ["lock"]:
+                shutil.rmtree(run)
+
+
+def set_aside(run: Path, step: int):
+    """Checkpoints later than the one that a run goes on from, decayed or damaged, are kept under another
+    name."""
+    for folder in checkpoints(run):
+        if folder.name > f"step_{step:08d}":
+            kept = folder.with_name(folder.name.replace("step", "passed_over"))
+            shutil.rmtree(kept, ignore_errors=True)
+            folder.rename(kept)
+            print(f"{folder} is kept as {kept}")
+
+
+def prune(run: Path, keep_last: int, kept: str):
+    """Delete all checkpoints but the last ones and `kept`, and what a killed save left."""
+    for folder in [*checkpoints(run)[:-keep_last], *run.glob(".step_*.tmp")]:
+        if folder.name != kept:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 # ---------------------------------------------------------------------------------------------------- reading

@@ -8,6 +8,7 @@ A window is T + 1 consecutive tokens: T inputs, and one token ahead their T targ
 T-th token of a shard; what is left at a shard's end is dropped. prepare_data.py makes the shards.
 """
 
+import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -139,6 +140,10 @@ class Shards:
         if len(tokens) != n or tokens.max() >= self.vocab_size:
             raise broken(self.paths[shard], f"is cut short, or has a token over {self.vocab_size - 1}")
         return tokens.astype(np.int64)
+
+    def digest(self) -> str:
+        """What makes the data of two runs the same, wherever it lies."""
+        return hashlib.sha256(json.dumps(self.meta["splits"], sort_keys=True).encode()).hexdigest()
 
     def window_order(self, seed: int, epoch: int) -> np.ndarray:
         """A permutation of range(n_windows), a pure function of (seed, epoch)."""

@@ -8,16 +8,16 @@
     srun --nodes=2 --ntasks-per-node=1 torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d \\
         --rdzv_endpoint=$(scontrol show hostnames | head -1):29500 train.py config/abbie_350m.py     # Slurm
 
-The same command continues an interrupted run, which may then differ in MID_RUN and FREE (below) alone. What a
-step computes does not depend on the number of processes: the config fixes the tokens of a step, and data
-order and iterations are pure functions of (seed, step); nothing else is random. SIGTERM, SIGINT and SIGHUP
-end the run after the step at hand, and save it. torchrun passes signals on and kills its workers 30 s later:
-a save that takes longer is lost, and the run goes on from the checkpoint before it."""
+The same command continues an interrupted run; MID_RUN and FREE say what may then differ. What a step computes
+does not depend on the number of processes: the config fixes the tokens of a step, and data order and
+iterations are pure functions of (seed, step); nothing else is random. All nodes need the same out_dir and
+data. SIGTERM, SIGINT and SIGHUP end the run after the step at hand, and save it. torchrun passes signals on
+and kills its workers 30 s later: a save that takes longer is lost, and the run goes on from the checkpoint
+before it."""
 
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import json
 import math
 import os
@@ -41,13 +41,22 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import prepare_data
-from checkpoint import checkpoints, load_model, load_newest, locked, read_tensors, save_checkpoint
+from checkpoint import (
+    checkpoints,
+    load_model,
+    load_newest,
+    locked,
+    prune,
+    read_tensors,
+    save_checkpoint,
+    set_aside,
+)
 from config import (
     Config,
     choose_device,
     choose_dtype,
     cli,
-    is_out_of_memory,
+    from_rank_0,
     leave_ranks,
     load_config,
     mean_iters,
@@ -58,7 +67,7 @@ from config import (
 )
 from data import Shards, get_tokenizer
 from eval_icl import BUILT_IN, evaluate_loss, print_table, run_tasks
-from model import MAX_ITERS, AbbIE, UserError, check
+from model import AbbIE, UserError, check
 from sample import stream_text
 
 # Dense bf16 peaks in FLOP/s (no sparsity) from the vendors' data sheets; MFU is shown for these devices only.
@@ -68,10 +77,11 @@ PEAK_FLOPS = {
 }  # fmt: skip
 FINAL_EVAL_TOKENS = 2**20  # of validation, for the loss at the model's own iters at the end
 MAX_SKIPS = 10  # steps in a row without a finite loss and gradient that end a run
+GOES_ON = "make room, then run the same command again: it goes on from the newest checkpoint"
 
-# What may change in a run's course: settings of the rest of it, until it is finished, ...
+# What may change while a run goes on, until it is finished.
 MID_RUN = ("lr", "min_lr", "warmup_steps", "decay_frac", "iters", "backprop_iters")
-# ... and those that do not decide what a step computes, or only how long the run is. Data may move.
+# What may always change: results differ by rounding, or in length. Data may move.
 FREE = (
     "data", "out_dir", "resume", "device", "dtype", "compile", "micro_batch", "activation_checkpointing",
     "eval_every", "eval_iters", "eval_tokens", "save_every", "keep_last", "max_steps", "tokens_per_param",
@@ -96,16 +106,22 @@ def draw_iters(spec: int | str, seed: int, step: int) -> int:
     return min(1 + int(rng.poisson(rate)), high)
 
 
-def decay_start(config: Config, max_steps: int) -> int:
+def with_length(config: Config, model: AbbIE) -> Config:
+    """The config with its max_steps, which tokens_per_param decides where it is 0."""
+    steps = round(config.tokens_per_param * model.n_params() / config.tokens_per_step)
+    return dataclasses.replace(config, max_steps=config.max_steps or max(1, steps))
+
+
+def decay_start(config: Config) -> int:
     """The first step of the decay; its checkpoint is the one that a longer run goes on from."""
-    return max_steps - round(config.decay_frac * max_steps)
+    return config.max_steps - round(config.decay_frac * config.max_steps)
 
 
-def lr_at(step: int, config: Config, max_steps: int) -> float:
+def lr_at(step: int, config: Config) -> float:
     """Warmup-Stable-Decay: up linearly, constant, down linearly over the last decay_frac of the run, so that
     the step after the last would have min_lr. The lower of the two where a short run does both at once."""
-    warmup = config.warmup_steps if config.warmup_steps >= 0 else max_steps // 100
-    remaining = (max_steps - step) / max(1, max_steps - decay_start(config, max_steps))
+    warmup = config.warmup_steps if config.warmup_steps >= 0 else config.max_steps // 100
+    remaining = (config.max_steps - step) / max(1, config.max_steps - decay_start(config))
     decayed = config.min_lr + (config.lr - config.min_lr) * min(1.0, remaining)
     return min(config.lr * (step + 1) / warmup, decayed) if step < warmup else decayed
 
@@ -122,32 +138,29 @@ def share_of(windows: np.ndarray, rank: int, world: int, micro_batch: int) -> np
     return windows.reshape(-1, world, micro_batch)[:, rank]
 
 
-def train_step(
-    net, optimizer, batches: list[tuple[Tensor, Tensor]], iters: int, config: Config, autocast, signals=()
-):
-    """One optimizer step of a model or its DDP, over this process's micro-batches of (x, y) -> the loss, the
-    gradient's norm and the signals heard, over all processes. A step of which loss or norm is not finite
+def train_step(net, optimizer, batches: list[tuple[Tensor, Tensor]], iters, config, autocast, stop=False):
+    """One optimizer step of a model or its DDP, over this process's micro-batches of (x, y) -> the loss and
+    the gradient's norm, and whether any process wants to stop. A step of which loss or norm is not finite
     leaves the weights as they are."""
     ddp, device = isinstance(net, DistributedDataParallel), batches[0][0].device
     precise = torch.float32 if device.type == "mps" else torch.float64
-    # The loss, and with it who has heard a signal: one reduction and one wait a step.
-    totals = torch.tensor([0.0, *(float(s in signals) for s in SIGNALS)], dtype=precise, device=device)
+    totals = torch.tensor([0.0, float(stop)], dtype=precise, device=device)  # one reduction, one wait a step
     for i, (x, y) in enumerate(batches):
         waits = ddp and i < len(batches) - 1  # gradients are averaged over processes with the last one only
         with net.no_sync() if waits else contextlib.nullcontext():
             with autocast():
-                loss = net(x, y, iters, config.backprop_iters)[1] / len(batches)
-            loss.backward()
-        totals[0] += loss.detach()
+                micro_loss = net(x, y, iters, config.backprop_iters)[1] / len(batches)
+            micro_loss.backward()
+        totals[0] += micro_loss.detach()
     norm = torch.nn.utils.clip_grad_norm_(net.parameters(), config.grad_clip or math.inf)
     if ddp:
         dist.all_reduce(totals)
         totals[0] /= dist.get_world_size()
-    loss, *flags, norm = torch.cat((totals, norm.to(precise)[None])).tolist()
+    loss, stop, norm = torch.cat((totals, norm.to(precise)[None])).tolist()
     if math.isfinite(loss) and math.isfinite(norm):  # the same everywhere: all processes step, or none does
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return loss, norm, [s for s, flag in zip(SIGNALS, flags) if flag]
+    return loss, norm, stop > 0
 
 
 # ------------------------------------------------------------------------------------------------- setting up
@@ -204,121 +217,81 @@ def adamw(model: AbbIE, config: Config) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), fused=True)
 
 
-def run_length(config: Config, model: AbbIE) -> int:
-    """Steps of the run: max_steps, or as many as tokens_per_param asks for."""
-    tokens = config.tokens_per_param * model.n_params()
-    return config.max_steps or max(1, round(tokens / config.tokens_per_step))
-
-
 # --------------------------------------------------------------------------------------- starting, continuing
 
 
 def differences(old: dict, new: dict, names) -> str:
-    changed = [name for name in names if old.get(name) != new[name]]
-    return ", ".join(f"{name} is {old.get(name)!r} there, {new[name]!r} here" for name in changed)
-
-
-def data_digest(shards: Shards) -> str:
-    """What makes two runs' data the same."""
-    return hashlib.sha256(json.dumps(shards.meta["splits"], sort_keys=True).encode()).hexdigest()
+    changed = [name for name in names if old.get(name, new[name]) != new[name]]
+    return ", ".join(f"{name} is {old[name]!r} there, {new[name]!r} here" for name in changed)
 
 
 def new_model(config: Config, shards: Shards) -> AbbIE:
     """A freshly initialised model, or the weights of `init_from` under this config's rule, iters and cut."""
     torch.manual_seed(config.seed)
-    shape = config.model_config(shards.vocab_size)
-    if not config.init_from:
+    shape, source = config.model_config(shards.vocab_size), config.init_from
+    if not source:
         return AbbIE(shape)
-    source = config.init_from
     names = ("rule", "iters", "block_size", "n_head_blocks", "n_body_blocks", "n_tail_blocks")
     model = load_model(source, **{name: getattr(shape, name) for name in names})
     if not source.startswith("hf:"):  # whose shape counts
         changed = differences(vars(model.config), vars(shape), vars(shape))
         check(not changed, f"init_from={source}: {changed}\nset these keys as they are there")
-    check_tokenizer(source, model, shards)
+    check_tokenizer(model, shards)
     return model
 
 
-def check_tokenizer(source, model: AbbIE, shards: Shards):
+def check_tokenizer(model: AbbIE, shards: Shards):
     theirs = model.meta["tokenizer"]
-    reads = f"{source} reads {theirs} tokens, {shards.folder} holds {shards.tokenizer}"
-    check(theirs == shards.tokenizer, f"{reads}\nprepare the data with --tokenizer {theirs}")
+    other = f"{model.meta['ckpt']} reads {theirs} tokens, {shards.folder} holds {shards.tokenizer}"
+    check(theirs == shards.tokenizer, f"{other}\nprepare the data with --tokenizer {theirs}")
 
 
-def where_to_resume(config: Config) -> Path | None:
-    """The run folder or checkpoint to go on from, or None. Raises UserError where that would lose something
-    that is in out_dir."""
+def begin(config: Config, shards: Shards) -> tuple[AbbIE, dict]:
+    """The model, fresh or continued, and the train.pt that goes with it. Nothing is touched, and what would
+    lose something that is in out_dir is refused."""
     out_dir, resume = Path(config.out_dir), Path(config.resume)
     saved = checkpoints(out_dir)
-    if config.resume == "auto" or resume.resolve() == out_dir.resolve():
-        return out_dir if saved else None
+    continues = config.resume == "auto" or resume.resolve() in (
+        out_dir.resolve(), *[path.resolve() for path in saved[-1:]],
+    )  # fmt: skip
     advice = "choose another --out_dir, or leave out --resume to continue the run"
-    if config.resume != "never":
-        newest = bool(saved) and resume.resolve() == saved[-1].resolve()
-        check(not saved or newest, f"{out_dir} holds a run that would lose checkpoints\n{advice}")
-        return resume
-    check(not saved, f"{out_dir} holds a run\n{advice}")
-    return None
+    check(continues or not saved, f"{out_dir} holds a run, which would lose checkpoints\n{advice}")
+    if config.resume == "never" or (config.resume == "auto" and not saved):
+        return new_model(config, shards), {"step": 0, "flops": 0.0}
+    source = out_dir if config.resume == "auto" else resume
+    model, state = load_newest(source, lambda folder: load_run(folder, config))
+    check_continues(with_length(config, model), model, state, shards)
+    return model, state
 
 
 def load_run(folder: Path, config: Config) -> tuple[AbbIE, dict]:
     """A checkpoint -> its model and train.pt. Raises UserError for one that does not load, and for one whose
     learning rate has decayed, if the run is to go on: then it goes on from the one before the decay."""
     model = load_model(folder, iters=mean_iters(config.iters))
-    state = read_tensors(folder / "train.pt")
+    config, state = with_length(config, model), read_tensors(folder / "train.pt")
     weights = f"its weights can be a start: --init_from={folder}"
-    fields = {"optimizer", "step", "flops", "max_steps", "decay_start"}
-    check(fields <= state.keys(), f"{folder}/train.pt is damaged\n{weights}")
-    max_steps = run_length(config, model)
-    schedule = (max_steps, decay_start(config, max_steps))
-    goes_on = state["decay_start"] < state["step"] < max_steps
-    other = goes_on and schedule != (state["max_steps"], state["decay_start"])
-    check(not other, f"{folder}: its learning rate has decayed, on another schedule\n{weights}")
+    complete = {"optimizer", "step", "flops", "max_steps", "decay_start"} <= state.keys()
+    check(complete, f"{folder}/train.pt is damaged\n{weights}")
+    decays_on = state["decay_start"] < state["step"] < config.max_steps
+    same = (state["max_steps"], state["decay_start"]) == (config.max_steps, decay_start(config))
+    check(same or not decays_on, f"{folder}: its learning rate has decayed, on another schedule\n{weights}")
     return model, state
 
 
 def check_continues(config: Config, model: AbbIE, state: dict, shards: Shards):
-    """Raises UserError for settings that are not those of the run that is continued, but for MID_RUN and
-    FREE."""
-    here, there, source = dataclasses.asdict(config), model.meta["run"], model.meta["ckpt"]
-    step, max_steps = state["step"], run_length(config, model)
-    check_tokenizer(source, model, shards)
+    """Raises UserError for settings that are not those of the run that is continued."""
+    here, there, source = dataclasses.asdict(config), model.meta.get("run", {}), model.meta["ckpt"]
+    check_tokenizer(model, shards)
     other_data = f"{source} was trained on other data than {config.data} holds"
-    check(model.meta["data_sha256"] == data_digest(shards), f"{other_data}\nchoose another --out_dir")
+    check(model.meta.get("data_sha256") == shards.digest(), f"{other_data}\nchoose another --out_dir")
     changed = differences(there, here, [name for name in here if name not in (*MID_RUN, *FREE)])
     as_before = "set these keys as they were, or choose another --out_dir"
     check(not changed, f"{source} cannot be continued: {changed}\n{as_before}")
-    longer = f"nothing was trained: give a --max_steps above {step}, or choose another --out_dir"
-    check(max_steps >= step, f"{source} is beyond max_steps={max_steps}\n{longer}")
+    longer = f"nothing was trained: give a --max_steps above {state['step']}, or choose another --out_dir"
+    check(config.max_steps >= state["step"], f"{source} is beyond max_steps={config.max_steps}\n{longer}")
     changed = differences(there, here, MID_RUN)
-    check(max_steps > step or not changed, f"{source} ended its run, and {changed}\n{longer}")
-
-
-def begin(config: Config, shards: Shards) -> tuple[AbbIE, dict]:
-    """The model, fresh or continued, and the train.pt that goes with it; nothing is touched."""
-    source = where_to_resume(config)
-    if source is None:
-        return new_model(config, shards), {"step": 0, "flops": 0.0}
-    model, state = load_newest(source, lambda folder: load_run(folder, config))
-    check_continues(config, model, state, shards)
-    return model, state
-
-
-def set_aside(run: Path, step: int):
-    """Checkpoints later than the one that a run goes on from, decayed or damaged, are kept under another
-    name."""
-    for folder in checkpoints(run):
-        if folder.name > f"step_{step:08d}":
-            kept = folder.rename(folder.with_name(folder.name.replace("step", "passed_over")))
-            print(f"{folder} is kept as {kept}")
-
-
-def prune(run: Path, keep_last: int, kept: Path):
-    """Delete all checkpoints but the last ones and `kept`, and what a killed save left."""
-    steps = checkpoints(run)
-    for folder in [*steps[:-keep_last], *run.glob(".step_*.tmp")]:
-        if folder != kept:
-            shutil.rmtree(folder, ignore_errors=True)
+    goes_on = config.max_steps > state["step"]
+    check(goes_on or not changed, f"{source} ended its run, and {changed}\n{longer}")
 
 
 # ---------------------------------------------------------------------------------------------------- the log
@@ -339,7 +312,10 @@ def open_log(path: Path):
         return None if isinstance(value, float) and not math.isfinite(value) else value
 
     def write(record: dict):
-        file.write(json.dumps(null_for_nan(record)) + "\n")
+        try:
+            file.write(json.dumps(null_for_nan(record)) + "\n")
+        except OSError as error:
+            raise UserError(f"{path} cannot be written: {error.strerror}\n{GOES_ON}") from None
 
     return write
 
@@ -391,16 +367,26 @@ SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if 
 @contextlib.contextmanager
 def noticed_signals(rank: int):
     """Collect signals in a list, for the loop to act on between steps: nothing, a save above all, is cut
-    short. One that is ignored, as SIGHUP under nohup, stays so."""
+    short. The third of a kind ends the process. One that is ignored, as SIGHUP under nohup, stays so."""
     asked, terminals = [], [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
 
+    def silence(descriptors):
+        for descriptor in descriptors:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+
     def notice(number, frame):
+        then = "it ends after the step at hand and a save"
+        if number in asked:
+            then += "; once more ends it now, unsaved"
+            signal.signal(number, signal.SIG_DFL)
         asked.append(number)
-        if number == getattr(signal, "SIGHUP", None):  # the terminal is gone, and so is who would read
-            for descriptor in terminals:
-                os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
-        if rank == 0:
-            os.write(2, f"\n{signal.Signals(number).name} heard: ending after the step at hand\n".encode())
+        if number == getattr(signal, "SIGHUP", None):  # the terminal is gone
+            silence(terminals)
+        try:
+            if rank == 0:
+                os.write(2, f"\n{signal.Signals(number).name} heard: {then}\n".encode())
+        except OSError:  # and so is who was reading, as in `train.py 2>&1 | tee log`
+            silence((1, 2))
 
     before = {s: signal.getsignal(s) for s in SIGNALS}
     for s in SIGNALS:
@@ -413,33 +399,17 @@ def noticed_signals(rank: int):
             signal.signal(s, handler)
 
 
-def heard_by_any(asked: list) -> list:
-    """The signals that any process was sent, on every one of them."""
-    every = [asked]
-    if dist.is_initialized():
-        every = [None] * dist.get_world_size()
-        dist.all_gather_object(every, asked)
-    return [s for one in every for s in one]
-
-
 # ---------------------------------------------------------------------------------------------------- the run
 
 
 def main(argv: list[str]):
     rank, world = start_ranks()
-    with together():
-        config = load_config(argv)
-    try:
+    with contextlib.ExitStack() as stack:
+        with together():
+            config = load_config(argv)
+            if rank == 0:
+                stack.enter_context(locked(Path(config.out_dir)))
         status = run(config, rank, world, shlex.join(["train.py", *argv]))
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        _, micro_batch = divide_step(config, world)
-        smaller = f"--micro_batch={micro_batch // 2} or " if micro_batch > 1 else ""
-        raise UserError(
-            f"rank {rank} is out of memory at micro_batch={micro_batch}\n"
-            f"try {smaller}--activation_checkpointing=true"
-        ) from None
     leave_ranks()
     if status:
         sys.exit(status)
@@ -459,13 +429,17 @@ def run(config: Config, rank: int, world: int, command: str) -> int:
         device = choose_device(config.device)
         shards, val_shards = (Shards(config.data, split, T) for split in ("train", "val"))
         model, state = begin(config, shards)
-    max_steps, step, flops = run_length(config, model), state["step"], state["flops"]
+    with together():
+        mine = (state["step"], shards.digest())
+        same = mine == from_rank_0(mine)
+        check(same, "the nodes see other checkpoints or other data\nthey need the same out_dir and data")
+    config = with_length(config, model)
+    start = step = state["step"]
     model.to(device).train()
     model.activation_checkpointing = config.activation_checkpointing
     optimizer = adamw(model, config)
     if "optimizer" in state:
-        groups = optimizer.state_dict()["param_groups"]  # decay and betas are the config's
-        optimizer.load_state_dict({**state["optimizer"], "param_groups": groups})
+        optimizer.load_state_dict(state["optimizer"])
     dtype = choose_dtype(config.dtype, device, training=True)
     compiled = compile_blocks(model, config.compile, device)
     choose_attention(device, dtype, compiled)
@@ -477,137 +451,120 @@ def run(config: Config, rank: int, world: int, command: str) -> int:
 
     # What runs, for the terminal, the log and the checkpoints.
     facts = {**versions(device), "dtype": str(dtype).removeprefix("torch."), "compiled": compiled}
-    facts |= {"world": world, "n_params": model.n_params(), "max_steps": max_steps}
-    print(key_values(facts))
-    accumulation, n_tokens = sequences // micro_batch // world, max_steps * config.tokens_per_step
-    print(f"{sequences} sequences of {T} per step = {world} x {accumulation} x {micro_batch}")
-    print(f"{n_tokens:,} tokens, {max_steps * sequences / shards.n_windows:.2f} epochs")
-    if step:
-        print(f"from step {step} of {model.meta['ckpt']}")
+    facts |= {"world": world, "n_params": model.n_params(), "max_steps": config.max_steps}
     about = {
         **dataclasses.asdict(model.config), "tokenizer": shards.tokenizer, "data": config.data,
-        "data_sha256": data_digest(shards), "run": dataclasses.asdict(config),
+        "data_sha256": shards.digest(), "run": dataclasses.asdict(config),
         "made_by": {"command": command, **facts},
     }  # fmt: skip
-    peak = peak_flops(facts["device"])
+    print(key_values(facts))
+    accumulation, run_tokens = sequences // micro_batch // world, config.max_steps * config.tokens_per_step
+    print(f"{sequences} sequences of {T} per step = {world} x {accumulation} x {micro_batch}")
+    print(f"{run_tokens:,} tokens, {config.max_steps * sequences / shards.n_windows:.2f} epochs")
+    if step:
+        print(f"from step {step} of {model.meta['ckpt']}")
+    with together():
+        if rank == 0:
+            set_aside(out_dir, step)
+        log = open_log(out_dir / "log.jsonl" if rank == 0 else Path(os.devnull))
+    log({**about, "resumed_at": step})
 
     @functools.lru_cache(maxsize=1)  # a permutation is as long as the data: of one epoch at a time
     def order(epoch: int) -> np.ndarray:
         return shards.window_order(config.seed, epoch)
 
-    def read(step: int) -> list[tuple[Tensor, Tensor]]:
+    def read_step(step: int) -> list[tuple[Tensor, Tensor]]:
         windows = windows_at(shards.n_windows, order, step * sequences, sequences)
         return [shards.batch(numbers) for numbers in share_of(windows, rank, world, micro_batch)]
 
-    def evaluate(iters: list[int], tokens: int) -> dict[int, float]:
-        windows = max(1, min(tokens, n_tokens) // T)  # no more than the run trains on
+    def validate(iters: list[int], tokens: int):
+        n = max(1, min(tokens, run_tokens, val_shards.n_windows * T) // T)  # no more than the run trains on
         options = {"batch_size": micro_batch, "rank": rank, "world": world, "autocast": autocast}
-        return evaluate_loss(model, val_shards, iters, n_windows=windows, **options)
-
-    def validate():
-        losses = evaluate(parse_list(config.eval_iters, "eval_iters"), config.eval_tokens)
+        losses = evaluate_loss(model, val_shards, iters, n_windows=n, **options)
         text = "  ".join(f"r={r} {value:.4f}" for r, value in losses.items())
-        tqdm.write(f"step {step:>6d} | validation loss (nats/token)  {text}")
-        log({"step": step, "val_loss": {str(r): value for r, value in losses.items()}})
+        tqdm.write(f"step {step:>6d} | validation loss, {n * T:,} tokens (nats/token)  {text}")
+        log({"step": step, "tokens": n * T, "val_loss": {str(r): value for r, value in losses.items()}})
 
     def save():
         with together():
-            if rank == 0:
+            if rank == 0 and not (out_dir / f"step_{step:08d}").exists():
                 finite = all(p.isfinite().all() for p in model.parameters())
-                check(finite, "the weights have no finite values any more\n" + what_is_saved(out_dir))
+                check(finite, "the weights are not finite any more\n" + what_is_saved(out_dir))
                 state = {"optimizer": optimizer.state_dict(), "step": step, "flops": flops}
-                state |= {"max_steps": max_steps, "decay_start": decay_start(config, max_steps)}
+                state |= {"max_steps": config.max_steps, "decay_start": decay_start(config)}
                 save_checkpoint(out_dir, step, model.state_dict(), state, {**about, "step": step})
-                prune(out_dir, config.keep_last, out_dir / f"step_{decay_start(config, max_steps):08d}")
+                prune(out_dir, config.keep_last, f"step_{decay_start(config):08d}")
 
-    first, skipped, heard, began = step, 0, [], time.perf_counter()
-    is_saved = model.meta and Path(model.meta["ckpt"]).resolve().parent == out_dir.resolve()
-    bar = tqdm(total=max_steps, initial=step, disable=None if rank == 0 else True, dynamic_ncols=True)
-    with contextlib.ExitStack() as stack:
-        with together():
-            if rank == 0:
-                out_dir.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(locked(out_dir))
-                set_aside(out_dir, step)
-            log = open_log(out_dir / "log.jsonl" if rank == 0 else Path(os.devnull))
-        log({**about, **facts, "resumed_at": step})
-        asked = stack.enter_context(noticed_signals(rank))
-        reader = stack.enter_context(ThreadPoolExecutor(1))
-        upcoming = reader.submit(read, step)
-        while step < max_steps and not heard:
-            if config.eval_every and step % config.eval_every == 0:
-                validate()
-            due = step == decay_start(config, max_steps) or (
-                config.save_every and step % config.save_every == 0
-            )
-            if due and step > first and not skipped:
+    eval_iters, peak = parse_list(config.eval_iters, "eval_iters"), peak_flops(facts["device"])
+    flops, skipped, stopped, run_began = state["flops"], 0, False, time.perf_counter()
+    bar = tqdm(total=config.max_steps, initial=step, disable=None if rank == 0 else True, dynamic_ncols=True)
+    with noticed_signals(rank) as asked, ThreadPoolExecutor(1) as reader:
+        upcoming = reader.submit(read_step, step)
+        while step < config.max_steps and not stopped:
+            due = config.save_every and step % config.save_every == 0
+            if (due or step == decay_start(config)) and step > start and not skipped:
                 save()
+            if config.eval_every and step % config.eval_every == 0:
+                validate(eval_iters, config.eval_tokens)
 
-            step_began = time.perf_counter()
+            step_began, lr = time.perf_counter(), lr_at(step, config)
             for group in optimizer.param_groups:
-                group["lr"] = lr_at(step, config, max_steps)
+                group["lr"] = lr
             iters = draw_iters(config.iters, config.seed, step)
             batches = [(x.to(device), y.to(device)) for x, y in upcoming.result()]
-            upcoming = reader.submit(read, step + 1)
-            loss, norm, heard = train_step(net, optimizer, batches, iters, config, autocast, asked)
+            upcoming = reader.submit(read_step, step + 1)
+            loss, norm, stopped = train_step(net, optimizer, batches, iters, config, autocast, bool(asked))
+            seconds = time.perf_counter() - step_began
             finite = math.isfinite(loss) and math.isfinite(norm)
             skipped = 0 if finite else skipped + 1
-
-            seconds = time.perf_counter() - step_began
             cost = config.tokens_per_step * model.flops_per_token(iters, backprop_iters=config.backprop_iters)
             flops += cost
-            pace = (time.perf_counter() - began) / (step + 1 - first)  # evaluations and saves included
+            pace = (time.perf_counter() - run_began) / (step + 1 - start)  # evaluations and saves included
             record = {
-                "step": step, "iters": iters, "loss": loss, "lr": optimizer.param_groups[0]["lr"],
-                "grad_norm": norm, "tokens_per_s": config.tokens_per_step / seconds,
-                "mfu": cost / seconds / (peak * world) if peak else None,
-                "flops": flops, "eta_s": pace * (max_steps - step - 1), "skipped": not finite,
+                "step": step, "iters": iters, "loss": loss, "lr": lr, "grad_norm": norm,
+                "tokens_per_s": config.tokens_per_step / seconds,
+                "mfu": cost / seconds / (peak * world) if peak else None, "flops": flops,
+                "eta_s": pace * (config.max_steps - step - 1), "skipped": not finite,
             }  # fmt: skip
             log(record)
             bar.update()
             bar.set_postfix_str(describe(record))
-            if not finite or step % max(1, max_steps // 50) == 0:
+            if not finite or step % max(1, config.max_steps // 50) == 0:
                 tqdm.write(f"step {step:>6d} | {describe(record)}")
             step += 1
-            if skipped == MAX_SKIPS or (skipped and step == max_steps):
+            if skipped == MAX_SKIPS or (skipped and step == config.max_steps):
                 with together():
                     bad = f"{skipped} steps in a row had no finite loss and gradient"
                     raise UserError(f"{bad}\n{what_is_saved(out_dir)}")
-        if not heard:
-            validate()
-        if not skipped and not (is_saved and step == first):
+        if not skipped:
             save()
-        heard = heard or heard_by_any(asked)  # sent while it saved
+        stopped = stopped or from_rank_0(bool(asked))  # while it saved
+        if not stopped:
+            validate(eval_iters, config.eval_tokens)
+            validate([model.config.iters], FINAL_EVAL_TOKENS)
     bar.close()
 
-    if heard:
+    if stopped:
+        number, newest = (asked or [signal.SIGTERM])[0], [path.name for path in checkpoints(out_dir)[-1:]]
         same = "the same command" + ("" if config.resume == "auto" else f" without --resume={config.resume}")
-        print(f"{signal.Signals(heard[0]).name}: {newest_of(out_dir)} is saved; {same} continues from there")
-        return 128 + heard[0]
-    own = model.config.iters
-    n_tokens = min(FINAL_EVAL_TOKENS, n_tokens, val_shards.n_windows * T)
-    loss = evaluate([own], n_tokens)[own]
-    print(f"validation loss at iters {own} on {n_tokens:,} tokens: {loss:.4f} nats/token")
-    log({"step": step, "final_val_loss": loss, "iters": own, "tokens": n_tokens})
+        print(f"{signal.Signals(number).name}: {', '.join(newest) or 'nothing'} is saved; {same} continues")
+        return 128 + number
     with together():
         if rank == 0:
-            show_off(model, config, shards, n_examples=min(300, max(20, max_steps * sequences // 8)))
+            show_off(model, config, shards, n_examples=min(300, max(20, config.max_steps * sequences // 8)))
     return 0
-
-
-def newest_of(run: Path) -> str:
-    return checkpoints(run)[-1].name if checkpoints(run) else "nothing"
 
 
 def what_is_saved(out_dir: Path) -> str:
     """What to do about a run that has diverged, of which nothing is saved."""
     if not checkpoints(out_dir):
         return "nothing is saved: run again with a lower --lr"
-    return f"{newest_of(out_dir)} is saved: run again with a lower --lr, and it goes on from there"
+    name = checkpoints(out_dir)[-1].name
+    return f"{name} is saved: run again with a lower --lr, and it goes on from there"
 
 
 LOOK = """
-{rule} at r > 2 hardly differs from r = 2: it converges by construction, and later iterations refine.
+abbie_d at r > 2 hardly differs from r = 2: it converges by construction, and later iterations refine.
 To see iterations compute something, and a loss that falls with r:
     python sample.py --ckpt models/chains_abbie_d --lens --iters 1,2,3,4,6,8 --prompt "a=3;b=a;c=b;d=c;e=d;?e"
     python eval_icl.py --ckpt models/recall_tiny --iters 1,2,4,8 --ppl data/stdlib"""
@@ -616,30 +573,20 @@ To see iterations compute something, and a loss that falls with r:
 def show_off(model: AbbIE, config: Config, shards: Shards, n_examples: int):
     """What the finished model can do: the built-in tasks at several iters, and a sample. n_examples keeps
     its cost below the run's."""
-
-    def show_tasks():
-        tokenizer = get_tokenizer(shards.tokenizer)
-        iters = [r for r in (1, 2, 4, 32) if r <= MAX_ITERS[config.rule]]
-        print_table(run_tasks(model, tokenizer, BUILT_IN, iters, config.data, limit=n_examples))
-
-    def show_sample():
-        tokenizer = get_tokenizer(shards.tokenizer)
-        prompt = "def " if shards.tokenizer == "bytes" else "The "
-        options = {"temperature": 0.8, "top_k": 50, "seed": config.seed}
-        ids, n = tokenizer.encode_ordinary(prompt), min(200, n_examples)
-        pieces = stream_text(model, tokenizer, [ids], n, None, **options)
-        print(f"\na sample at iters {model.config.iters} (python sample.py makes more):")
-        print(prompt + "".join(piece for _, piece in pieces))
-
     model.eval()
-    with torch.compiler.set_stance("force_eager"):  # shapes vary from here on
-        for show in (show_tasks, show_sample):
-            try:
-                show()
-            except UserError as error:  # a context or split too small, a tokenizer that is not at hand
-                print(f"not shown: {error}")
+    try:
+        tokenizer, prompt = get_tokenizer(shards.tokenizer), "def " if shards.tokenizer == "bytes" else "The "
+        with torch.compiler.set_stance("force_eager"):  # shapes vary from here on
+            print_table(run_tasks(model, tokenizer, BUILT_IN, [1, 2, 4, 32], config.data, limit=n_examples))
+            ids, n = tokenizer.encode_ordinary(prompt), min(200, n_examples)
+            options = {"temperature": 0.8, "top_k": 50, "seed": config.seed}
+            pieces = stream_text(model, tokenizer, [ids], n, None, **options)
+            print(f"\na sample at iters {model.config.iters} (python sample.py makes more):")
+            print(prompt + "".join(piece for _, piece in pieces))
+    except UserError as error:  # a context or split too small, a tokenizer that is not at hand
+        print(f"not shown: {error}")
     if config.rule == "abbie_d" and config.iters == 2:
-        print(LOOK.format(rule=config.rule))
+        print(LOOK)
 
 
 if __name__ == "__main__":

@@ -246,7 +246,8 @@ def cli(main):
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        message = "out of memory\ntry fewer rows at a time, fewer iterations, or another --device"
+        message = "out of memory\ntry a smaller --micro_batch or --batch_size, fewer iterations,\n"
+        message += "or, to train, --activation_checkpointing=true"
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
 
