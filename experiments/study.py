@@ -156,7 +156,7 @@ def run_row(name: str, seed: int, args, flags: list[str]):
 
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     last_step = [line for line in log if "flops" in line][-1]
-    losses = [line["val_loss"] for line in log if "val_loss" in line][-1]
+    losses = [line["val_loss"] for line in log if len(line.get("val_loss", "")) > 1][-1]  # of several r
 
     device = choose_device(config.device)
     model = load_model(run, device=device).eval()
