@@ -203,12 +203,12 @@ class AbbIE(nn.Module):
     so the Tail reads B(X_{r-1}), before the residual is added.
 
     Our form of it.                    x_0 = h,  u = B(x, 2^-k),  x <- (u + x) / 2,  and the Tail reads u
-    The raw state X doubles at every iteration. We divide the whole stream by 2^k, within the Body too:
+    The raw state X doubles at every iteration. So we divide the whole stream by 2^k, within the Body too:
     x_k = X_k / 2^k. RMSNorm ignores scale, so a sublayer that reads the divided stream returns the same
-    update as before; to join a stream that is 2^k times smaller, the update has to be divided as well. That
-    is c: B(x, c) is the Body with every sublayer's update multiplied by c = 2^-k. Hence u = B(X_k) / 2^k and
-    x_{k+1} = (u + x_k) / 2. It is the same function up to the norm's epsilon. On the raw scale RMSNorm's
-    squares would overflow near r = 64, and the Tail's updates would fade beside the stream as r grows.
+    update as before. To join a stream that is 2^k times smaller, the update has to be divided as well: that
+    is c. B(x, c) is the Body with every sublayer's update multiplied by c = 2^-k. Hence u = B(X_k) / 2^k and
+    x_{k+1} = (u + x_k) / 2: the same function, up to the norm's epsilon. On the raw scale RMSNorm's squares
+    would overflow near r = 64, and the Tail's updates would fade beside the stream as r grows.
 
     The geometric weights.             u = h + sum_{k<r-1} 2^-(k+1) Delta_k + 2^-(r-1) Delta_{r-1}
     where Delta_k = Delta(X_k). The weights sum to 1 at every r: (1), (1/2, 1/2), (1/2, 1/4, 1/4), (1/2, 1/4,
@@ -238,7 +238,14 @@ class AbbIE(nn.Module):
         self._cos_sin = None  # no buffer: the angles stay fp32 when the weights are bf16
         self.init_weights()
 
-    # The recurrence: one iteration, the loop around it, and Head and Tail around the loop.
+    # The recurrence: a stretch of blocks, one iteration, the loop around it, Head and Tail around the loop.
+
+    def run(self, blocks: list[Block], x: Tensor, cos_sin, kv=None, k: int = 0, c: float = 1.0) -> Tensor:
+        """x (B, T, D) through a stretch of blocks in iteration k -> (B, T, D)."""
+        c = x.new_full((), c)
+        for block in blocks:
+            x = block(x, c, cos_sin, kv.at(block.index, k) if kv else None)
+        return x
 
     def one_iteration(self, x: Tensor, h: Tensor, k: int, body) -> tuple[Tensor, Tensor]:
         """Iteration k from the state x and the Head's output h, (B, T, D) each -> (u, next x), u being what
@@ -275,12 +282,13 @@ class AbbIE(nn.Module):
                 u, x = self.one_iteration(x, h, k, body)
         return u, x
 
-    def sweep(
-        self, x: Tensor, iters: list[int], cos_sin, kv=None, backprop_from: int = 0
-    ) -> Iterator[Tensor]:
+    def start(self, h: Tensor) -> Tensor:
+        """The state before iteration 0."""
+        return torch.zeros_like(h) if self.config.rule == "zero_pt" else h
+
+    def sweep(self, x: Tensor, iters: list[int], cos_sin, kv=None, backprop_from=0) -> Iterator[Tensor]:
         """Embeddings x (B, T, D) -> at each of the strictly ascending iters the state that is unembedded,
-        (B, T, D). The Body runs as often as the largest asks for. Training, evaluation and decoding all come
-        here."""
+        (B, T, D); the Body runs as often as the largest says. Training, evaluation, decoding come here."""
         h = self.run(self.head, x, cos_sin, kv)
         x, done = self.start(h), 0
         for r in iters:
@@ -313,17 +321,6 @@ class AbbIE(nn.Module):
 
     # The parts.
 
-    def start(self, h: Tensor) -> Tensor:
-        """The state before iteration 0."""
-        return torch.zeros_like(h) if self.config.rule == "zero_pt" else h
-
-    def run(self, blocks: list[Block], x: Tensor, cos_sin, kv=None, k: int = 0, c: float = 1.0) -> Tensor:
-        """x (B, T, D) through a stretch of blocks in iteration k -> (B, T, D)."""
-        c = x.new_full((), c)
-        for block in blocks:
-            x = block(x, c, cos_sin, kv.at(block.index, k) if kv else None)
-        return x
-
     def logits(self, z: Tensor) -> Tensor:
         """(..., D) -> (..., V); the padded columns are cut here, so no softmax ever sees them."""
         return self.unembed(z)[..., : self.config.vocab_size]
@@ -345,10 +342,11 @@ class AbbIE(nn.Module):
 
     def check_ids(self, idx: Tensor):
         """Raises UserError for token ids that are no int64 (B, T) of the vocabulary, or too many."""
-        V, S = self.config.vocab_size, self.config.block_size
-        fits = idx.dim() == 2 and idx.dtype == torch.int64 and 1 <= idx.shape[1] <= S
-        check(fits, f"token ids must be int64 (B, T) with 1 <= T <= {S}, not {idx.dtype} {tuple(idx.shape)}")
-        if idx.device.type == "cpu" and not torch.compiler.is_compiling():  # a GPU would have to wait
+        V, longest = self.config.vocab_size, self.config.block_size
+        fits = idx.dim() == 2 and idx.dtype == torch.int64 and 1 <= idx.shape[1] <= longest
+        shape = f"int64 (B, T) with 1 <= T <= {longest}, not {idx.dtype} {tuple(idx.shape)}"
+        check(fits, f"token ids must be {shape}")
+        if idx.device.type == "cpu":  # a GPU would have to wait
             low, high = idx.aminmax()
             check(0 <= low, f"token id {low} is not in the vocabulary of {V}")
             check(high < V, f"token id {high} is not in the vocabulary of {V}")

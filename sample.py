@@ -44,14 +44,15 @@ class KVCache:
     """Keys and values of the tokens so far, (slots, B, K, S, E) each; `lengths` says how many tokens each of
     the B rows holds. In mode "full" there is one slot per block and *iteration*: iteration k of a new token
     reads what iteration k of the old ones wrote, so decoding is exact. In mode "last" all iterations of a
-    block share one slot, which holds the newest that they wrote."""
+    block share one slot, which holds the newest that they wrote: a prompt's tokens read one another's keys of
+    the same iteration, later tokens those of the last one. One place more takes what is not to be kept."""
 
     def __init__(self, model: AbbIE, batch_size=1, iters=None, mode="full", length=None):
         config, weight = model.config, model.embed.weight
         self.config, self.mode, self.iters = config, mode, model.check_iters(iters)
         self.length = min(length or config.block_size, config.block_size)
         n_slots = config.n_blocks + (self.iters - 1) * config.n_body_blocks * (mode == "full")
-        shape = (n_slots, batch_size, config.n_kv_heads, self.length, config.attn_head_dim)
+        shape = (n_slots, batch_size, config.n_kv_heads, self.length + 1, config.attn_head_dim)
         self.keys, self.values = weight.new_zeros(shape), weight.new_zeros(shape)
         self.lengths = [0] * batch_size
 
@@ -65,26 +66,26 @@ class KVCache:
 
 class Chunk:
     """New tokens behind those that a cache holds: n_new[b] of row b, padded on the right to T = max(n_new).
-    It is the model's `kv`: `at` turns to a block's slot in an iteration, `extend` stores and reads there.
-    Where `live` (B, T) is set, only its tokens are stored."""
+    It is the model's `kv`: `at` turns to a block's slot in an iteration, `extend` stores and reads there."""
 
     def __init__(self, cache: KVCache, n_new: list[int]):
-        device, T = cache.keys.device, max(n_new)
-        self.cache, self.live = cache, None
-        lengths, counts = torch.tensor([cache.lengths, n_new], device=device)[..., None]  # (B, 1) each
+        device, T, starts = cache.keys.device, max(n_new), cache.lengths
+        self.cache, self.rows = cache, torch.arange(len(n_new), device=device)[:, None]
         steps = torch.arange(T, device=device)
-        self.positions = lengths + steps  # (B, T); those of padding lie behind the last
-        self.real = steps < counts  # (B, T)
-        self.start = cache.lengths[0]
-        self.end = max(length + n for length, n in zip(cache.lengths, n_new))
+        positions = torch.tensor(starts, device=device)[:, None] + steps  # (B, T)
+        self.real = steps < torch.tensor(n_new, device=device)[:, None]  # (B, T), False where it is padding
+        self.end = max(start + n for start, n in zip(starts, n_new))
         check(self.end <= cache.length, f"{self.end} tokens do not fit into a cache of {cache.length}")
-        # Rows of equal length are written as a slice, others token by token.
-        self.aligned = len(set(cache.lengths)) == len(set(n_new)) == 1
         self.mask = None
-        if not self.aligned or (T > 1 and cache.lengths[0] > 0):
-            places = torch.arange(self.end, device=device)
-            self.mask = places <= self.positions[:, None, :, None]  # (B, 1, T, S)
-        self.positions = self.positions.clamp(max=cache.config.block_size - 1)
+        equal = len(set(starts)) == len(set(n_new)) == 1
+        if not equal or (T > 1 and starts[0] > 0):
+            self.mask = torch.arange(self.end, device=device) <= positions[:, None, :, None]  # (B, 1, T, S)
+        self.positions = positions.clamp(max=cache.length - 1)
+        self.keep(self.real)
+
+    def keep(self, kept: Tensor):
+        """Where from now on the new keys and values go: to their places if kept (B, T), else to the last."""
+        self.places = torch.where(kept, self.positions, self.cache.length)
 
     def at(self, index: int, k: int) -> "Chunk":
         self.slot = self.cache.slot(index, k)
@@ -92,15 +93,11 @@ class Chunk:
 
     def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """The new keys and values, (B, K, T, E) each -> all there are, (B, K, S, E) each, and the mask."""
-        cache, slot, stored = self.cache, self.slot, self.real if self.live is None else self.live
-        for table, new in ((cache.keys, keys), (cache.values, values)):
-            if self.aligned:
-                place = table[slot, :, :, self.start : self.end]
-                place.copy_(new if self.live is None else torch.where(stored[:, None, :, None], new, place))
-            else:
-                rows, steps = stored.nonzero(as_tuple=True)
-                table[slot, rows, :, self.positions[rows, steps]] = new[rows, :, steps]
-        return cache.keys[slot, :, :, : self.end], cache.values[slot, :, :, : self.end], self.mask
+        both = []
+        for table, new in ((self.cache.keys[self.slot], keys), (self.cache.values[self.slot], values)):
+            table[self.rows, :, self.places] = new.transpose(1, 2)  # (B, T, K, E)
+            both.append(table[:, :, : self.end])
+        return *both, self.mask
 
 
 @torch.no_grad()
@@ -200,9 +197,10 @@ def stream(
     of 1. cache_mode: see KVCache; draft_iters > 0: see draft_and_verify, one prompt after the other;
     early_exit, "kl:1e-3": see settle. `stats` is filled on the way. Raises UserError for values that are out
     of range or contradict one another: at once, since this is no generator itself."""
-    iters, S, V = model.check_iters(iters), model.config.block_size, model.config.vocab_size
+    iters, block_size, V = model.check_iters(iters), model.config.block_size, model.config.vocab_size
     check(len(prompts) > 0 and all(prompts), "a prompt has no tokens")
-    check(all(len(prompt) <= S for prompt in prompts), f"a prompt is longer than the context of {S} tokens")
+    longest = max(map(len, prompts))
+    check(longest <= block_size, f"a prompt is longer than the context of {block_size} tokens")
     known = all(0 <= min(prompt) and max(prompt) < V for prompt in prompts)
     check(known, f"a prompt has a token id that is not in the vocabulary of {V}")
     check(max_new_tokens >= 1, f"max_new_tokens={max_new_tokens} must be at least 1")
@@ -218,7 +216,7 @@ def stream(
         check(not early_exit, "drafting and exit exclude each other: a verified token runs all iterations")
     stats, sample = stats or Stats(), partial(distribution, temperature=temperature, top_k=top_k, top_p=top_p)
     rngs = [random.Random(seed + b) for b in range(len(prompts))]
-    mode, length = "last" if early_exit else cache_mode, max(map(len, prompts)) + max_new_tokens
+    mode, length = "last" if early_exit else cache_mode, longest + max_new_tokens
     new_cache = partial(KVCache, model, iters=iters, mode=mode, length=length)
     if draft_iters:
         draft = partial(draft_and_verify, model, draft_iters=draft_iters, n=draft_tokens)
@@ -230,12 +228,13 @@ def stream(
     return stream_them(prompts, max_new_tokens, next_step, sample, rngs, stop_tokens, stats)
 
 
-def unread(cache: KVCache, contexts: list[list[int]], live: list[bool], S: int) -> tuple[Tensor, list[int]]:
+def unread(cache: KVCache, contexts: list[list[int]], live: list[bool]) -> tuple[Tensor, list[int]]:
     """What the cache does not hold yet of the live contexts -> ids (B, T), padded, and how many of each row.
-    A context of more than S tokens starts again with its last ones."""
+    A context that is full starts again with its last block_size // 2 tokens."""
+    block_size = cache.config.block_size
     for b, ids in enumerate(contexts):
-        if len(ids) > S:
-            contexts[b], cache.lengths[b] = ids[-(S // 2) :], 0
+        if len(ids) > block_size:
+            contexts[b], cache.lengths[b] = ids[-(block_size // 2) :], 0
     rows = [ids[n:] if alive else [] for ids, n, alive in zip(contexts, cache.lengths, live)]
     idx = pad_sequence([torch.tensor(row, dtype=torch.int64) for row in rows], batch_first=True)
     return idx.to(cache.keys.device), [len(row) for row in rows]
@@ -246,7 +245,7 @@ def stream_rows(cache, prompts, max_new_tokens, next_step, sample, rngs, stop_to
     """The next token of every row, again and again. A row that draws a stop token is over."""
     contexts, live, start = [list(prompt) for prompt in prompts], [True] * len(prompts), time.perf_counter()
     for _ in range(max_new_tokens):
-        idx, n_new = unread(cache, contexts, live, cache.config.block_size)
+        idx, n_new = unread(cache, contexts, live)
         tokens = draw(sample(next_step(idx, cache, n_new)), rngs)
         for b, token in enumerate(tokens):
             live[b] = live[b] and token not in stop_tokens
@@ -285,12 +284,13 @@ def settle(model: AbbIE, x: Tensor, cos_sin, chunk: Chunk, iters: int, threshold
     ran, (B, T). A token has settled when an iteration changes its prediction by a KL divergence below the
     threshold (as arXiv 2502.05171, section 6.1; each look costs a Tail and an unembedding). Then it keeps its
     state, keys and values, which the tokens still running read; the loop ends when all have settled. So a
-    token's depth depends on itself and earlier tokens alone. The cache has one slot for all iterations."""
+    row's depths do not depend on other rows. The cache has one slot for all iterations."""
     h = model.run(model.head, x, cos_sin, chunk)
     x, z, before = model.start(h), torch.zeros_like(h), None
     running, ran = chunk.real.clone(), torch.zeros_like(chunk.positions)
     for k in range(iters):
-        chunk.live, keep = running, running[..., None]
+        chunk.keep(running)
+        keep = running[..., None]
         u, next_x = model.iterate(x, h, k, k + 1, cos_sin, chunk)
         next_z = model.norm(model.run(model.tail, u, cos_sin, chunk))
         x, z, ran = torch.where(keep, next_x, x), torch.where(keep, next_z, z), ran + running
@@ -352,15 +352,15 @@ def draft_and_verify(model, cache, token, room, rng, *, draft_iters, n, sample, 
 @torch.no_grad()
 def stream_drafted(model, new_cache, prompts, max_new_tokens, draft, sample, rngs, stop_tokens, stats):
     """stream_rows of one prompt after the other, by drafting."""
-    S, start = model.config.block_size, time.perf_counter()
+    block_size, start = model.config.block_size, time.perf_counter()
     for b, prompt in enumerate(prompts):
         cache, contexts, n = new_cache(), [list(prompt)], 0
         while n < max_new_tokens:
-            room = min(S - cache.lengths[0], max_new_tokens - n)
-            if 0 < cache.lengths[0] < S:
+            room = min(block_size - cache.lengths[0], max_new_tokens - n)
+            if 0 < cache.lengths[0] < block_size:
                 tokens = draft(cache, contexts[0][-1], room, rngs[b])
             else:  # a prompt, or a context that starts again
-                idx, n_new = unread(cache, contexts, [True], S)
+                idx, n_new = unread(cache, contexts, [True])
                 tokens = draw(sample(step(model, idx, cache, n_new)), [rngs[b]])
             for token in tokens:
                 if token in stop_tokens:

@@ -101,8 +101,8 @@ def test_bf16_chooses_as_float32_does_within_its_own_precision(options):
 
 def test_a_cache_has_a_slot_per_block_and_iteration_or_one_per_block_and_the_length_that_is_needed():
     model, shapes = make(), []
-    assert KVCache(model, 3, 8).keys.shape == (4 + 7 * 2, 3, 2, 32, 8)  # slots, rows, heads, places, channels
-    assert KVCache(model, 3, 8, mode="last").keys.shape == (4, 3, 2, 32, 8)
+    assert KVCache(model, 3, 8).keys.shape == (4 + 7 * 2, 3, 2, 33, 8)  # slots, rows, heads, places, channels
+    assert KVCache(model, 3, 8, mode="last").keys.shape == (4, 3, 2, 33, 8)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             sample, "KVCache", lambda *args, length, **keys: shapes.append(length) or KVCache(*args, **keys)
