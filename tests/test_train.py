@@ -5,15 +5,19 @@ Processes, ranks, signals and kills are real; tests/faulty_train.py runs train.p
 import contextlib
 import copy
 import dataclasses
+import fcntl
 import functools
 import hashlib
 import json
 import math
 import multiprocessing
 import os
+import pty
+import signal
 import socket
 import subprocess
 import sys
+import termios
 import time
 from collections import Counter
 from pathlib import Path
@@ -279,6 +283,33 @@ def test_a_signal_during_a_save_waits_for_it(small, tmp_path, fault, step, statu
     assert done.statuses == [status] and newest(out).name == f"step_{saved:08d}"
     assert all(load_model(path) for path in out.glob("step_*"))
     assert "heard: it ends after the step at hand" in done.err[0]
+
+
+def test_a_lost_terminal_saves_the_run(small, tmp_path):
+    """The kernel sends SIGHUP when the terminal goes, and nothing can be printed from then on."""
+    ours, theirs = pty.openpty()
+    flags = ["--max_steps=1000000", "--eval_every=0", "--save_every=0", f"--out_dir={tmp_path}/run"]
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "train.py", small, *flags], stdin=theirs, stdout=theirs, stderr=theirs,
+        start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0), env=ENV,
+    )  # fmt: skip
+    os.close(theirs)
+    shown = b""
+    while b"step      0 | loss" not in shown:
+        shown += os.read(ours, 1000)
+    os.close(ours)
+    assert process.wait(timeout=60) == 128 + signal.SIGHUP
+    assert load_model(tmp_path / "run").meta["step"] > 0
+
+
+def test_every_signal_is_acknowledged_and_the_third_would_end_it(capfd):
+    with train.noticed_signals(0) as asked:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+    assert asked == [signal.SIGINT] * 2 and signal.getsignal(signal.SIGINT) == signal.default_int_handler
+    first, second = capfd.readouterr().err.split("SIGINT heard: ")[1:]
+    assert "ends after the step at hand" in first and "once more ends it now, unsaved" in second
 
 
 def test_continued_under_a_drawn_schedule_with_truncated_gradients_in_another_folder(here):
