@@ -42,20 +42,10 @@ def log_axis(ax, iters: list[int]):
 # ----------------------------------------------------------------------------------------------------- chains
 
 
-def setting(record: dict, key: str):
-    """Of the model: in records of before under "config"."""
-    return record.get("config", record)[key]
-
-
 def chains_of(records: list[dict], rule: str, at_2: bool) -> list[dict]:
     """The records of one rule on full programs, trained at r = 2 alone or at a range of r."""
-    chosen = []
-    for record in records:
-        iters, full = str(setting(record, "iters")), record.get("programs") != "short"
-        wanted = iters == "2" if at_2 else not iters.isdigit()
-        if setting(record, "rule") == rule and full and wanted:
-            chosen.append(record)
-    return chosen
+    full = [record for record in records if record["programs"] == "full" and record["rule"] == rule]
+    return [record for record in full if (str(record["iters"]) == "2") == at_2]
 
 
 def accuracy(records: list[dict], r: str, hops: str) -> float:
@@ -65,7 +55,7 @@ def accuracy(records: list[dict], r: str, hops: str) -> float:
 
 def draw_chains(folder: Path):
     """Accuracy by hops and r for both rules; on the right the same of models trained at r = 2 alone."""
-    records = read("chains", folder) or read("hops", folder)  # hops: the records of before
+    records = read("chains", folder)
     rules = [rule for rule in ("abbie_d", "recall") if chains_of(records, rule, at_2=False)]
     check(bool(rules), f"{folder}/chains.jsonl has no record yet\npython -m experiments.chains makes one")
     alone = {rule: chains_of(records, rule, at_2=True) for rule in rules}
@@ -83,7 +73,7 @@ def draw_chains(folder: Path):
         ax.set_xticks(range(len(iters)), iters)
         ax.set_yticks(range(len(lengths)), lengths)
         n = f", {len(seeds)} seeds" if len(seeds) > 1 else ""
-        ax.set_title(f"{rule}, trained at r = {setting(seeds[0], 'iters')}{n}: right answers, %", fontsize=12)
+        ax.set_title(f"{rule}, trained at r = {seeds[0]['iters']}{n}: right answers, %", fontsize=12)
         ax.set(xlabel="iterations r", ylabel="hops (line: longest in training)")
         ax.axhline(5.5, color="#ff7f0e", linewidth=2)
     for rule, seeds in alone.items():
