@@ -27,10 +27,14 @@ from model import AbbIE, AbbIEConfig, UserError, check
 
 def write_synced(path: Path, write: Callable):
     """Create a file through write(file) and have the disk confirm it."""
-    with open(path, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(path, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        error.filename = str(path)  # which a full disk does not say
+        raise
 
 
 def sync_folder(path: Path):
@@ -72,7 +76,9 @@ def save_checkpoint(run: Path, step: int, model: dict, train: dict, config: dict
         if config.get("tokenizer", "").startswith("hf:"):
             from hf.llama import copy_tokenizer
 
-            copy_tokenizer(config["tokenizer"][3:], temporary)
+            data = Path(config.get("data", ""))
+            own = data if (data / "tokenizer.json").exists() else config["tokenizer"][3:]
+            copy_tokenizer(str(own), temporary)
         shutil.rmtree(folder, ignore_errors=True)  # of the same step
         os.rename(temporary, folder)
         sync_folder(run)
@@ -139,7 +145,7 @@ def read_json(path: Path) -> dict:
     """Raises UserError for a file that is missing, damaged or no dictionary."""
     try:
         value = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is missing or damaged ({error})") from None
     check(isinstance(value, dict), f"{path} is damaged: it holds no dictionary")
     return value
@@ -217,6 +223,7 @@ def build_model(meta: dict, state: dict, changes: dict) -> AbbIE:
     name = meta["ckpt"]
     earlier = f"{name} is of an earlier version, whose weights had other names"
     check("model_class" not in meta, f"{earlier}\ntrain it again, in another --out_dir")
+    check(isinstance(meta.get("tokenizer"), str), f"{name}: its config.json names no tokenizer")
     try:
         shape = {f.name: typed(f.name, meta[f.name], f"{name}: {f.name}") for f in fields(AbbIEConfig)}
         saved = AbbIEConfig(**shape)

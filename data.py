@@ -3,6 +3,7 @@
     data/NAME/{train,val}_00000.bin, ...    token ids, little-endian uint16, or uint32 where the vocabulary
                                             needs it, an end-of-text token after each document
     data/NAME/meta.json                     tokenizer, vocab_size, source, and what each split holds
+    data/NAME/tokenizer.json, ...           a copy of the tokenizer, where it came from a folder ("hf:...")
 
 A window is T + 1 consecutive tokens: T inputs, and one token ahead their T targets. Windows begin at every
 T-th token of a shard; what is left at a shard's end is dropped. prepare_data.py makes the shards.
@@ -44,6 +45,17 @@ def get_tokenizer(name: str):
             "set TIKTOKEN_CACHE_DIR to a folder that has it, from a machine with network\n"
             "(what prepare_data.py makes with --tokenizer bytes needs no download)"
         ) from None
+
+
+def tokenizer_in(folder: str | Path, name: str):
+    """The tokenizer that a checkpoint or a folder of shards holds (its origin, "hf:...", may move),
+    or else the one of this name."""
+    return get_tokenizer(f"hf:{folder}" if Path(folder, "tokenizer.json").exists() else name)
+
+
+def tokenizer_of(model):
+    """The tokenizer of a loaded model."""
+    return tokenizer_in(model.meta["ckpt"], model.meta["tokenizer"])
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -162,7 +174,7 @@ class Shards:
 def documents(folder: str | Path, split: str) -> Iterator[np.ndarray]:
     """The documents of a split in order, each (n,) int64 without its end-of-text."""
     shards, block, begun = Shards(folder, split, 1), 1 << 20, []
-    eot = get_tokenizer(shards.tokenizer).eot_token
+    eot = tokenizer_in(folder, shards.tokenizer).eot_token
     for number, size in enumerate(shards.sizes):
         for start in range(0, size, block):
             tokens = shards.read(number, start, min(block, size - start))
@@ -171,9 +183,3 @@ def documents(folder: str | Path, split: str) -> Iterator[np.ndarray]:
                 yield np.concatenate([*begun, part[:-1]])
                 begun = []
             begun.append(rest)  # of a document that ends in a later block
-
-
-def tokenizer_of(model):
-    """The tokenizer of a loaded model: the one that its checkpoint holds, or else the one that it names."""
-    own = Path(model.meta["ckpt"], "tokenizer.json")
-    return get_tokenizer(f"hf:{own.parent}" if own.exists() else model.meta["tokenizer"])

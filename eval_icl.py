@@ -62,7 +62,7 @@ from config import (
     start_ranks,
     together,
 )
-from data import Shards, documents, get_tokenizer, read_meta, tokenizer_of
+from data import Shards, documents, read_meta, tokenizer_in, tokenizer_of
 from model import AbbIE, UserError, check
 
 # --------------------------------------------------------------------------------- a row -> its requests
@@ -256,7 +256,7 @@ def make_task(name: str, data: str | Path, block_size: int, n: int) -> list[Exam
     """n examples (if there are so many) from the first two million characters of the validation split of
     `data`; those for a larger n begin with them. Contexts have at most block_size / 2 characters, and at most
     512."""
-    tokenizer, texts, size = get_tokenizer(read_meta(data)["tokenizer"]), [], 0
+    tokenizer, texts, size = tokenizer_in(data, read_meta(data)["tokenizer"]), [], 0
     for tokens in documents(data, "val"):
         texts.append(tokenizer.decode(tokens[: 1 << 20].tolist()))
         size += len(texts[-1])
@@ -551,7 +551,8 @@ def prepare(args, rank: int) -> tuple:
     data, T, shards = args.ppl or model.meta.get("data"), model.config.block_size, None
     if args.ppl is not None or set(args.tasks) & set(BUILT_IN):
         advice = "name a folder of shards: --ppl FOLDER, with --tasks cloze,lastword to make these of it"
-        check(bool(data), f"this model does not say what it was trained on\n{advice}")
+        named = isinstance(data, str) and data != ""
+        check(named, f"this model does not say what it was trained on\n{advice}")
     examples = {name: load_task(name, data, args.data_dir, T, args.limit) for name in args.tasks}
     if args.ppl is not None:
         shards, name = Shards(data, "val", T), model.meta["tokenizer"]

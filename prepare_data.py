@@ -295,7 +295,7 @@ def json_or_empty(path: Path) -> dict:
     """{} where there is none, or none that can be read."""
     try:
         return dict(json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return {}
 
 
@@ -358,6 +358,10 @@ def prepare(args, groups: list[list[tuple]], source: str, identity):
                     f"no document is left for the {split} split\nremove {folder} and give more text, another "
                     f"--val_fraction than {args.val_fraction}, or validation text of its own with --val_input"
                 )
+        if args.tokenizer.startswith("hf:"):
+            from hf.llama import copy_tokenizer
+
+            copy_tokenizer(args.tokenizer[3:], folder)
         write_json(folder / "meta.json", meta)
     (folder / "unfinished.json").unlink(missing_ok=True)
     print(f"{folder} is complete\n{meta['source']}; tokenizer {meta['tokenizer']}")

@@ -120,11 +120,15 @@ def step(model: AbbIE, idx: Tensor, cache: KVCache, n_new=None, threshold: float
 # ------------------------------------------------------------------------------------------- choosing a token
 
 
+def check_finite(logits: Tensor):
+    check(bool(logits.isfinite().all()), "the model's predictions are not finite\ntry --dtype float32")
+
+
 def distribution(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
     """logits (B, V) -> the probabilities (B, V) that tokens are drawn with; at temperature 0 all is on the
     best one. top_k keeps the k best (0: all), top_p the fewest that hold this much probability together
     (nucleus sampling, arXiv 1904.09751)."""
-    check(bool(logits.isfinite().all()), "the model's predictions are not finite\ntry --dtype float32")
+    check_finite(logits)
     if logits.device.type == "mps":  # which has no float64
         logits = logits.cpu()
     if temperature == 0:
@@ -422,6 +426,7 @@ def lens(model: AbbIE, tokenizer, ids: list[int], iters: list[int], last: int) -
     columns = [logits[0, -last:].float().log_softmax(-1) for logits in model.logits_at(idx, iters)]
     table, before = [["after", *map(spell, ids[-last:]), "KL"]], None
     for r, log_p, following in zip(iters, columns, [*columns[1:], None]):
+        check_finite(log_p)
         best, cells = log_p.argmax(-1).tolist(), []
         for t, token in enumerate(best):
             mark = "*" if before and before[t] != token else " "
@@ -490,14 +495,14 @@ def parse_args(argv: list[str]):
 
 
 def read_prompt(args) -> str:
-    """The text of --prompt or --prompt_file, of which the final newline is the file's."""
+    """The text of --prompt or --prompt_file, without the final newline and the byte order mark of a file."""
     if not args.prompt_file:
         return args.prompt or ""
     if args.prompt_file == "-":
         data = sys.stdin.buffer.read() if sys.stdin else b""
     else:
         data = Path(args.prompt_file).read_bytes()
-    return data.decode("utf-8", "surrogateescape").removesuffix("\n")
+    return data.decode("utf-8-sig", "surrogateescape").removesuffix("\n").removesuffix("\r")
 
 
 def main(argv: list[str]):

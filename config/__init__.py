@@ -188,7 +188,8 @@ def typed(name: str, value, place: str):
 
 
 def read_config_file(path: Path) -> dict:
-    """The keys that a config file assigns; its modules, functions and helper variables are its own."""
+    """The keys that a config file assigns; its modules, functions and helper variables are its own. What may
+    be a key of another program's, such as learning_rate, is said."""
     folder = Path(__file__).parent
     if not path.is_file():
         known = sorted(f"config/{p.name}" for p in folder.glob("[!_]*.py"))
@@ -206,6 +207,9 @@ def read_config_file(path: Path) -> dict:
             continue
         guess = nearest(name, KINDS)
         check(not guess, f"{path}: unknown key {name}{guess}\na variable of your own may begin with _")
+        print(
+            f"{path}: {name} is no key, and a variable of your own (python train.py --help)", file=sys.stderr
+        )
     return {name: value for name, value in names.items() if name in KINDS}
 
 

@@ -28,7 +28,7 @@ import prepare_data
 import train
 from config import ArgumentParser, choose_device, choose_dtype, cli, load_config
 from experiments import RESULTS, ROOT, append
-from model import AbbIE
+from model import AbbIE, check
 from sample import generate
 
 TINY = [
@@ -194,6 +194,8 @@ def main(argv: list[str]):
     args = parser.parse_args(argv)
     if args.rank_of:
         return as_rank(args)
+    for name in args.parts.split(","):
+        check(name in PARTS, f"no part {name}\nparts: {', '.join(PARTS)}")
     if not (ROOT / "data/stdlib/meta.json").exists():
         prepare_data.main(["stdlib", "--out", str(ROOT / "data/stdlib")])
     about = train.versions(choose_device(args.device))

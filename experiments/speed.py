@@ -313,6 +313,8 @@ def main(argv: list[str]):
     parser.add_argument("--rounds", type=int, default=5, help="measurements of every side (5)")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the records")
     args = parser.parse_args(argv)
+    for name in ("limit", "new_tokens", "rounds"):
+        check(getattr(args, name) >= 1, f"--{name}={getattr(args, name)} must be at least 1")
     record = {"what": args.part, "command": f"python -m experiments.speed {shlex.join(argv)}"}
     record |= {**train.versions(torch.device("cpu")), **PARTS[args.part](args)}
     print(json.dumps(record, indent=1))

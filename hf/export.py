@@ -94,7 +94,7 @@ def write_tokenizer(meta: dict, folder: Path) -> int | None:
         print(f"no tokenizer.json is written: of tiktoken's encodings only gpt2 has one, not {name}")
         return None
     encoding = get_tokenizer(name)
-    fast_tokenizer(encoding).save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer.json").write_text(fast_tokenizer(encoding).to_str(pretty=True), encoding="utf-8")
     config |= dict.fromkeys(("bos_token", "eos_token", "pad_token"), END)
     write_json(path, {**config, "padding_side": "left", "clean_up_tokenization_spaces": False})
     return encoding.eot_token

@@ -135,7 +135,9 @@ def config_from_llama(path: Path, raw: dict, changes: dict) -> tuple[AbbIEConfig
     if rope_type == "llama3":
         shape["rope_scaling"] = {"rope_type": rope_type, **{name: rope.get(name) for name in STRETCH}}
     head_dim = llama.get("head_dim")
-    standard = head_dim is None or head_dim * shape["n_attn_heads"] == shape["n_embd"]
+    standard = head_dim is None or (
+        type(head_dim) is int and head_dim * shape["n_attn_heads"] == shape["n_embd"]
+    )
     check(standard, f"{path}: head_dim={head_dim} is not hidden_size / num_attention_heads")
     cut, changes = cut_layers(shape["n_body_blocks"], changes)
     return AbbIEConfig(**{**shape, **cut, "iters": 1}), changes  # r = 1 is what it was trained at

@@ -67,8 +67,6 @@ def test_a_checkpoint_cannot_run_code(tmp_path):
     "change, message",
     [
         (lambda meta, weights: meta.update(ffn_dim=50), "its weights do not fit its config"),
-        (lambda meta, weights: meta.update(n_embd="32"), "n_embd is not int"),
-        (lambda meta, weights: meta.update(n_embd=32.0), "n_embd is not int"),
         (lambda meta, weights: meta.pop("rule"), "does not describe a model"),
         (lambda meta, weights: meta.update(model_class="AbbIE"), "of an earlier version"),
         (lambda meta, weights: weights.pop("norm.weight"), "its weights do not fit its config"),
@@ -86,14 +84,6 @@ def test_what_cannot_be_a_model_is_said_and_passed_over(tmp_path, capsys, change
     with pytest.raises(UserError, match=message) as error:
         load_model(folder)
     assert len(str(error.value).splitlines()) <= 3
-
-
-@pytest.mark.parametrize("forged", ["[1, 2]", "7", '{"n_embd": []}', "{", ""])
-def test_a_forged_config_is_one_error(tmp_path, forged):
-    folder = save(tmp_path, 1, make())
-    (folder / "config.json").write_text(forged)
-    with pytest.raises(UserError, match="config.json"):
-        load_model(folder)
 
 
 def test_a_damaged_file_of_weights_is_never_loaded_and_the_older_checkpoint_is(tmp_path, capsys):
@@ -129,19 +119,6 @@ def test_without_a_path_the_run_that_was_written_last_is_found_in_folders_of_run
         folder = save(tmp_path / "out" / run, 5 - age, make())
         os.utime(folder / "config.json", (1000 - age, 1000 - age))
     assert str(newest_run()) == "out/study/b"
-
-
-def test_paths_that_are_no_checkpoints_are_refused_and_those_of_hugging_face_get_their_prefix(tmp_path):
-    (tmp_path / "export").mkdir()
-    (tmp_path / "export" / "model.safetensors").touch()
-    for path, part in (
-        (tmp_path / "missing", "give a run folder"),
-        (tmp_path / "export", f"is hf:{tmp_path}/export"),
-        ("owner/repo", "is hf:owner/repo"),
-    ):
-        with pytest.raises(UserError, match="is no checkpoint: it needs model.pt and config.json") as error:
-            load_model(path)
-        assert part in str(error.value) and len(str(error.value).splitlines()) <= 3
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/io"), reason="counts bytes as Linux does")

@@ -48,49 +48,11 @@ def test_both_spellings_of_a_flag_and_every_type():
     assert (config.iters, config.warmup_steps, config.out_dir) == (4, -1, "out/abbie_tiny")
 
 
-@pytest.mark.parametrize(
-    "flag, part",
-    [
-        ("--itrs=2", "did you mean --iters"),
-        ("--max_steps=1.5", "--max_steps=1.5 is not int"),
-        ("--max_steps", "--max_steps: expected one argument"),
-        ("--tie_embeddings=maybe", "--tie_embeddings=maybe is not bool"),
-        ("--rule=abie_d", "rule='abie_d' is none of abbie_d"),
-        ("--tokens_per_step=77", "tokens_per_step=77 is no multiple"),
-        ("--eval_iters=1,x", "eval_iters='1,x'"),
-        ("--rule=abbie_d_literal --eval_iters=1,64", "abbie_d_literal runs at 48 iterations at most"),
-        ("--beta2=1", "beta2=1.0 must be 0 or more, below 1"),
-        ("--rule=abbie_d_literal --iters=2-64", "abbie_d_literal runs at 48 iterations at most"),
-        ("--compile=yes", "compile='yes' is none of auto, on, off"),
-        ("--decay_frac=2", "decay_frac=2.0 must lie between 0 and 1"),
-        ("--lr=nan", "lr=nan must be 0 or more"),
-        ("--tokens_per_param=inf", "tokens_per_param=inf must be 0 or more, and finite"),
-        (f"--seed={2**64}", f"seed={2**64} must be from 0"),
-    ],
-)
-def test_values_that_cannot_be(flag, part):
-    assert part in refused(TINY, *flag.split())
-
-
-def test_a_config_file_that_is_missing_misspelt_or_broken(tmp_path):
-    assert "(did you mean config/abbie_tiny.py?)" in refused("abbie_tiny")
-    assert "did you mean config/abbie_tiny.py" in refused("config/abie_tiny.py")
-    assert "CONFIG.py" in refused(), "it is required"
-    broken = tmp_path / "broken.py"
-    for text, part in (
-        ("n_embd = = 3\n", "SyntaxError"),
-        ("n_embed = 3\n", "unknown key n_embed (did you mean n_embd?)"),
-        ("seed = 1.0\n", "seed=1.0 is not int"),
-    ):
-        broken.write_text(text)
-        message = refused(str(broken))
-        assert part in message and "broken.py" in message
-
-
-def test_a_config_file_may_compute_with_modules_functions_and_variables_of_its_own(tmp_path):
+def test_a_config_file_may_compute_with_modules_functions_and_variables_of_its_own(tmp_path, capsys):
     file = tmp_path / "mine.py"
     file.write_text("import math\nfrom math import sqrt\n_base = 64\nk = 4\nn_embd = int(sqrt(k)) * _base\n")
     assert load_config([str(file)]).n_embd == 128
+    assert capsys.readouterr().err.startswith(f"{file}: k is no key")
 
 
 def test_the_help_lists_every_key_with_its_default():
@@ -113,13 +75,11 @@ def test_the_sizes_that_the_configs_promise(name, parameters):
     assert (config.tokens_per_step, config.block_size, config.data) == (2**19, 1024, "data/c4")
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "config").glob("[!_]*.py")), ids=lambda path: path.stem)
-def test_every_config_loads_and_recall_differs_in_what_it_is_named_for(path):
-    config, (name, _, size) = named(path.stem), path.stem.rpartition("_")
-    if name == "recall":
-        keys = ("rule", "iters", "backprop_iters", "max_steps", "lr", "out_dir")
-        assert config == replace(named(f"abbie_{size}"), **{key: getattr(config, key) for key in keys})
-        assert (config.rule, config.iters, config.backprop_iters) == ("recall", "poisson:6", 3)
+@pytest.mark.parametrize("size", ["tiny", "350m"])
+def test_recall_differs_from_abbie_in_what_it_is_named_for(size):
+    config, keys = named(f"recall_{size}"), ("rule", "iters", "backprop_iters", "max_steps", "lr", "out_dir")
+    assert config == replace(named(f"abbie_{size}"), **{key: getattr(config, key) for key in keys})
+    assert (config.rule, config.iters, config.backprop_iters) == ("recall", "poisson:6", 3)
 
 
 def test_the_vocabulary_follows_the_data_unless_set():

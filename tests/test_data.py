@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from data import Shards, documents, get_tokenizer, read_meta
+from data import Shards, documents, get_tokenizer
 from model import UserError
 
 
@@ -54,11 +54,6 @@ def test_the_bytes_tokenizer_gives_exactly_the_bytes(text):
     assert tokenizer.decode(ids) == text and tokenizer.decode_bytes(ids) == text.encode()
 
 
-def test_an_unknown_tokenizer_names_the_known_ones():
-    with pytest.raises(UserError, match="unknown tokenizer 'gpt3'\nknown: bytes, .*gpt2"):
-        get_tokenizer("gpt3")
-
-
 # ---------------------------------------------------------------------------------------------------- windows
 
 
@@ -98,27 +93,6 @@ def test_documents_may_run_across_shards_as_they_do_in_older_data(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "data, command",
-    [
-        ("data/c4", "python prepare_data.py c4 --out data/c4"),
-        ("data/chains", "python -m experiments.chains"),
-        ("data/mine", "python prepare_data.py text --input FILE_OR_DIR --out data/mine"),
-        ("my.txt", "python prepare_data.py text --input my.txt --out data/my"),
-        ("texts", "python prepare_data.py text --input texts --out data/texts"),
-    ],
-)
-def test_missing_data_names_the_command_that_makes_it(data, command, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    Path("texts").mkdir()
-    for text in ("my.txt", "texts/a.md"):
-        Path(text).write_text("some text")
-    with pytest.raises(UserError) as error:
-        Shards(data, "train", 64)
-    lines = str(error.value).splitlines()
-    assert len(lines) == 3 and lines[1] == f"make it: {command}" and "--ppl of eval_icl.py" in lines[2]
-
-
-@pytest.mark.parametrize(
     "damage, said",
     [
         (lambda folder: os.truncate(folder / "train_00001.bin", 4000), "missing or has not 6014 bytes"),
@@ -133,37 +107,3 @@ def test_damage_is_noticed(prepared, damage, said):
         Shards(prepared, "train", 64).batch(range(119))
     with pytest.raises(UserError, match=message):
         list(documents(prepared, "train"))
-
-
-FORGED = {  # a path of keys in meta.json: what stands there
-    (): ([], "text", None, 7),
-    ("tokenizer",): (3, None),
-    ("vocab_size",): ("257", [257]),
-    ("splits",): ([], None, {"train": []}, {"val": {}}),
-    ("splits", "train"): ([], None, {"tokens": 1, "bytes": 1}),
-    ("splits", "train", "bytes"): ("7", 7.5),
-    ("splits", "train", "shards"): ({}, [[]], [{"file": 3, "tokens": 3}], [{"file": "x"}], [None]),
-}
-
-
-@pytest.mark.parametrize("keys, value", [(keys, value) for keys in FORGED for value in FORGED[keys]])
-def test_a_forged_meta_json_ends_in_one_clear_error(prepared, keys, value):
-    meta = read_meta(prepared)
-    if keys:
-        *folders, last = keys
-        entry = meta
-        for key in folders:
-            entry = entry[key]
-        entry[last] = value
-    (prepared / "meta.json").write_text(json.dumps(meta if keys else value))
-    with pytest.raises(UserError, match="meta.json .*\n.*prepare the data again"):
-        Shards(prepared, "train", 64)
-
-
-def test_a_meta_json_that_is_no_json_and_a_split_without_a_window_say_so(prepared):
-    with pytest.raises(UserError, match="no window of 1000000 . 1"):
-        Shards(prepared, "val", 1_000_000)
-    for text in ("{", "[" * 100_000, '{"tokenizer": "byt'):
-        (prepared / "meta.json").write_text(text)
-        with pytest.raises(UserError, match="does not describe token shards"):
-            read_meta(prepared)

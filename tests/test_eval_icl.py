@@ -386,22 +386,6 @@ def test_data_that_has_moved_is_named_by_a_flag(corpus, tmp_path, capsys):
     assert "cloze" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    "flags, match",
-    [
-        (["--tasks=arc_esy"], "did you mean arc_easy"),
-        (["--limit=0"], "at least 1"),
-        (["--batch_size=0"], "at least 1"),
-        (["--iters=1,x"], "give integers"),
-        (["--tasks=arc_easy", "--data_dir=nowhere"], "python prepare_data.py icl"),
-        (["--limit=2", "--out=nowhere/r.json"], "nowhere/r.json cannot be written"),
-        (["--limit=2", "--log_samples=."], ". cannot be written"),
-    ],
-)
-def test_errors_name_what_is_wrong(flags, match, ckpt):
-    refused([f"--ckpt={ckpt}", *flags], match)
-
-
 def test_unusable_rows_are_named(ckpt, model, tmp_path):
     sound, path = ROWS["piqa"][0], tmp_path / "piqa/validation.jsonl"
     for rows, match in [

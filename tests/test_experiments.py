@@ -17,7 +17,6 @@ import train
 from config import load_config
 from data import Shards, documents
 from experiments import RESULTS, append, plot, read, speed, study
-from model import UserError
 
 README = ROOT / "experiments" / "README.md"
 TOY = """--n_embd=32 --n_attn_heads=2 --ffn_dim=64 --block_size=96 --tokens_per_step=192 --micro_batch=2
@@ -115,13 +114,6 @@ def test_a_row_is_trained_evaluated_and_recorded_once(corpus, tmp_path, capsys, 
     assert f"| {run['val_loss']['6']:.3f} |" in capsys.readouterr().out
 
 
-def test_unknown_rows_and_flags_without_a_row_are_refused():
-    with pytest.raises(UserError, match="no row abbie_e.*abbie_d"):
-        study.main(["--row", "abbie_e"])
-    with pytest.raises(UserError, match="need --row"):
-        study.main(["--max_steps=3"])
-
-
 def record(row: str, seed: int, flops: float, **losses) -> dict:
     tasks = {"cloze": {"iters": {r: {"acc": 0.5 + seed / 100} for r in ("1", "2", "4", "8")}}}
     loss = {r.removeprefix("r"): value for r, value in losses.items()}
@@ -186,8 +178,6 @@ def test_chains_have_a_third_panel_for_models_trained_at_2_alone(tmp_path):
 
 
 def test_a_figure_without_its_records_names_what_makes_them(tmp_path, capsys):
-    with pytest.raises(UserError, match="experiments.study --row abbie_d_2_8k"):
-        plot.main(["loss", "--results", str(tmp_path), "--out", str(tmp_path)])
     plot.main(["--results", str(tmp_path), "--out", str(tmp_path)])
     assert capsys.readouterr().out.count("is left out") == 3
 
@@ -199,11 +189,6 @@ def test_sides_take_turns():
     order = []
     seconds = speed.in_turn({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, rounds=2)
     assert order == ["a", "b"] * 3 and set(seconds) == {"a", "b"}  # once more, to warm up
-
-
-def test_nanogpt_is_asked_for_where_it_is_missing(tmp_path):
-    with pytest.raises(UserError, match="git clone https://github.com/karpathy/nanoGPT"):
-        speed.main(["nanogpt", "--results", str(tmp_path)])
 
 
 def test_our_side_and_that_of_transformers_have_one_shape_and_are_recorded(tmp_path, monkeypatch):

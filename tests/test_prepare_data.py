@@ -228,24 +228,6 @@ def test_a_missing_package_is_one_clear_line_before_anything_is_done(tmp_path, m
     assert not (tmp_path / "out").exists()
 
 
-WRONG = {  # arguments: what is said of them
-    "text --input nowhere.txt --out OUT": "nowhere.txt",
-    "text --input README.md --val_input tests README.md --out OUT": "README.md is in both",
-    "text --input LICENSE --out OUT": "LICENSE: no file that can be read",
-    "text --input x.txt --out OUT --val_fraktion=1": "--val_fraction",
-    "c4 --out OUT --shards=2000": "1024",
-    "icl --out OUT --tasks=hellaswag,hellswag": "hellswag",
-}
-
-
-@pytest.mark.parametrize("args", WRONG)
-def test_wrong_arguments_end_in_a_short_error(tmp_path, args, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    with pytest.raises(UserError, match=re.escape(WRONG[args])) as error:
-        prepare_data.main(args.replace("OUT", str(tmp_path / "out")).split())
-    assert len(str(error.value).splitlines()) <= 3 and not (tmp_path / "out").exists()
-
-
 def test_a_folder_with_other_data_is_refused_and_left_alone(tmp_path, corpus):
     out, mine = prepare(tmp_path / "out", corpus), tmp_path / "mine"
     mine.mkdir()

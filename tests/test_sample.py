@@ -428,30 +428,6 @@ def test_before_any_training_the_error_names_the_shipped_models_and_the_main_job
 
 
 @pytest.mark.parametrize(
-    "args, message",
-    [
-        (["--prompt_file=latin.txt"], "no UTF-8"),
-        (["--prompt=a", "--draft_iters=2"], "draft_iters=2 must be below iters=2"),
-        (["--prompt=a", "--draft_iters=1", "--cache=last"], "drafting needs cache=full"),
-        (["--prompt=a", "--draft_iters=1", "--exit=kl:1"], "exclude each other"),
-        (["--prompt=a", "--exit=kl:0"], "give kl:1e-3"),
-        (["--prompt=a", "--exit=u:1e-2"], "give kl:1e-3"),
-        (["--prompt=a", "--temperature=nan"], "temperature=nan"),
-        (["--prompt=a", "--top_p=0"], "top_p=0"),
-        (["--prompt=a", "--num_samples=0"], "num_samples=0"),
-        (["--prompt=a", "--cache=half"], "neither full nor last"),
-        (["--prompt=a", "--iters=1,x"], "iters='1,x'"),
-        (["--prompt=a", "--iters=129"], "iters='129'"),
-        (["--promt=a"], "did you mean --prompt?"),
-    ],
-)
-def test_bad_input_is_refused(cli, args, message):
-    with pytest.raises(UserError) as error:
-        cli(*args)
-    assert message in str(error.value) and len(str(error.value).splitlines()) <= 3
-
-
-@pytest.mark.parametrize(
     "prompts, message", [([[1], []], "no tokens"), ([[1] * 33], "longer than"), ([[1], [97]], "of 97")]
 )
 def test_bad_prompts_are_refused(prompts, message):
