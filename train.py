@@ -65,7 +65,7 @@ from config import (
     start_ranks,
     together,
 )
-from data import Shards, get_tokenizer
+from data import Shards, has, tokenizer_in
 from eval_icl import BUILT_IN, evaluate_loss, print_table, run_tasks
 from model import AbbIE, UserError, check
 from sample import stream_text
@@ -268,8 +268,12 @@ def load_run(folder: Path, config: Config) -> tuple[AbbIE, dict]:
     """A checkpoint -> its model and train.pt. Raises UserError for one that does not load, and for one whose
     learning rate has decayed, if the run is to go on: then it goes on from the one before the decay."""
     model = load_model(folder, iters=mean_iters(config.iters))
-    config, state = with_length(config, model), read_tensors(folder / "train.pt")
-    weights = f"its weights can be a start: --init_from={folder}"
+    config, weights = with_length(config, model), f"its weights: --init_from={folder} --out_dir=ANOTHER"
+    try:
+        state = read_tensors(folder / "train.pt")
+    except UserError as error:
+        raise UserError(f"{error}\n{weights}") from None
+    check(has(model.meta, run=dict, data_sha256=str), f"{folder}/config.json tells of no run\n{weights}")
     complete = {"optimizer", "step", "flops", "max_steps", "decay_start"} <= state.keys()
     check(complete, f"{folder}/train.pt is damaged\n{weights}")
     decays_on = state["decay_start"] < state["step"] < config.max_steps
@@ -280,11 +284,14 @@ def load_run(folder: Path, config: Config) -> tuple[AbbIE, dict]:
 
 def check_continues(config: Config, model: AbbIE, state: dict, shards: Shards):
     """Raises UserError for settings that are not those of the run that is continued."""
-    here, there, source = dataclasses.asdict(config), model.meta.get("run", {}), model.meta["ckpt"]
+    here, there, source = dataclasses.asdict(config), model.meta["run"], model.meta["ckpt"]
     check_tokenizer(model, shards)
     other_data = f"{source} was trained on other data than {config.data} holds"
-    check(model.meta.get("data_sha256") == shards.digest(), f"{other_data}\nchoose another --out_dir")
+    check(model.meta["data_sha256"] == shards.digest(), f"{other_data}\nchoose another --out_dir")
     changed = differences(there, here, [name for name in here if name not in (*MID_RUN, *FREE)])
+    if not config.init_from.startswith("hf:"):  # whose shape counts
+        shape = vars(config.model_config(shards.vocab_size))
+        changed = changed or differences(vars(model.config), shape, shape)
     as_before = "set these keys as they were, or choose another --out_dir"
     check(not changed, f"{source} cannot be continued: {changed}\n{as_before}")
     longer = f"nothing was trained: give a --max_steps above {state['step']}, or choose another --out_dir"
@@ -423,11 +430,15 @@ def run(config: Config, rank: int, world: int, command: str) -> int:
     # The data, the model, fresh or from a checkpoint, and its optimizer: all that can be refused.
     with together():
         sequences, micro_batch = divide_step(config, world)
+        device = choose_device(config.device)
         if rank == 0 and config.data == "data/stdlib" and not Path(config.data, "meta.json").exists():
             prepare_data.main(["stdlib"])  # the embedded corpus makes itself, every other one is made by hand
     with together():
-        device = choose_device(config.device)
         shards, val_shards = (Shards(config.data, split, T) for split in ("train", "val"))
+        if shards.tokenizer.startswith("hf:"):
+            tokenizer_in(
+                config.data, shards.tokenizer
+            )  # which every checkpoint keeps: refused here, if at all
         model, state = begin(config, shards)
     with together():
         mine = (state["step"], shards.digest())
@@ -463,6 +474,8 @@ def run(config: Config, rank: int, world: int, command: str) -> int:
     print(f"{run_tokens:,} tokens, {config.max_steps * sequences / shards.n_windows:.2f} epochs")
     if step:
         print(f"from step {step} of {model.meta['ckpt']}")
+    if step == config.max_steps:
+        print("the run is finished: nothing is trained, its evaluation follows again")
     with together():
         if rank == 0:
             set_aside(out_dir, step)
@@ -478,7 +491,8 @@ def run(config: Config, rank: int, world: int, command: str) -> int:
         return [shards.batch(numbers) for numbers in share_of(windows, rank, world, micro_batch)]
 
     def validate(iters: list[int], tokens: int):
-        n = max(1, min(tokens, run_tokens, val_shards.n_windows * T) // T)  # no more than the run trains on
+        # At most a quarter of what the run trains on: a short run is not outlasted by its evaluation.
+        n = max(1, min(tokens, run_tokens // 4, val_shards.n_windows * T) // T)
         options = {"batch_size": micro_batch, "rank": rank, "world": world, "autocast": autocast}
         losses = evaluate_loss(model, val_shards, iters, n_windows=n, **options)
         text = "  ".join(f"r={r} {value:.4f}" for r, value in losses.items())
@@ -575,7 +589,8 @@ def show_off(model: AbbIE, config: Config, shards: Shards, n_examples: int):
     its cost below the run's."""
     model.eval()
     try:
-        tokenizer, prompt = get_tokenizer(shards.tokenizer), "def " if shards.tokenizer == "bytes" else "The "
+        tokenizer = tokenizer_in(config.data, shards.tokenizer)
+        prompt = "def " if shards.tokenizer == "bytes" else "The "
         with torch.compiler.set_stance("force_eager"):  # shapes vary from here on
             print_table(run_tasks(model, tokenizer, BUILT_IN, [1, 2, 4, 32], config.data, limit=n_examples))
             ids, n = tokenizer.encode_ordinary(prompt), min(200, n_examples)

@@ -53,7 +53,7 @@ data = {str(corpus)!r}
 block_size, n_embd, n_attn_heads, ffn_dim = {T}, 32, 2, 64
 n_head_blocks, n_body_blocks, n_tail_blocks = 1, 1, 1
 tokens_per_step, micro_batch, max_steps, lr = {8 * T}, 2, 8, 1e-2
-eval_every, eval_iters, eval_tokens, save_every, keep_last = 4, "1,2,4", {8 * T}, 2, 2
+eval_every, eval_iters, eval_tokens, save_every, keep_last = 4, "1,2,4", {2 * T}, 2, 2
 device, dtype = "cpu", "float32"
 """)
     return str(file)
