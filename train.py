@@ -68,7 +68,7 @@ from config import (
 from data import Shards, has, tokenizer_in
 from eval_icl import BUILT_IN, evaluate_loss, print_table, run_tasks
 from model import AbbIE, UserError, check
-from sample import stream_text
+from sample import show, stream_text
 
 # Dense bf16 peaks in FLOP/s (no sparsity) from the vendors' data sheets; MFU is shown for these devices only.
 PEAK_FLOPS = {
@@ -597,7 +597,7 @@ def show_off(model: AbbIE, config: Config, shards: Shards, n_examples: int):
             options = {"temperature": 0.8, "top_k": 50, "seed": config.seed}
             pieces = stream_text(model, tokenizer, [ids], n, None, **options)
             print(f"\na sample at iters {model.config.iters} (python sample.py makes more):")
-            print(prompt + "".join(piece for _, piece in pieces))
+            show(prompt + "".join(piece for _, piece in pieces))
     except UserError as error:  # a context or split too small, a tokenizer that is not at hand
         print(f"not shown: {error}")
     if config.rule == "abbie_d" and config.iters == 2:

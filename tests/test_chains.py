@@ -1,10 +1,14 @@
 """Chains of variables: the programs, how they are asked, and the stages of training."""
 
+import json.decoder
 import random
 import re
+from pathlib import Path
 
 import pytest
 import torch
+from common import ROOT
+from torch.nn import functional as F
 
 from checkpoint import load_model
 from experiments import chains, read
@@ -121,3 +125,27 @@ def test_a_stage_that_has_not_learnt_ends_the_training(short_stages, monkeypatch
         UserError, match=r"out/recall_seed_1/stage_1: \d+% of 1 hops at r = 1\ntry another --seed"
     ):
         chains.main(short_stages)
+
+
+HOPS_AT = [("abbie_d", {1: 1, 2: 3, 3: 5, 8: 5}), ("recall", {1: 1, 2: 2, 3: 3, 8: 5})]
+
+
+@pytest.mark.parametrize("rule, hops_at", HOPS_AT)
+def test_the_shipped_models_follow_the_longer_chains_the_more_they_iterate(rule, hops_at):
+    """hops_at: r -> the longest chains that are answered then, to 90 %; the next longer ones are not."""
+    model = load_model(ROOT / "models" / f"chains_{rule}")
+    for kind in ("short", "full"):
+        acc = chains.accuracy(model, chains.programs(kind, 300, 6), list(hops_at))["acc"]
+        for r, hops in hops_at.items():
+            assert all(acc[r][n] > 0.9 for n in range(1, hops + 1)), (kind, r, acc[r])
+            if hops < 5:
+                assert acc[r][hops + 1] < 0.7, (kind, r, acc[r])
+
+
+@torch.no_grad()
+def test_the_shipped_model_of_source_code_predicts_it_better_at_more_iterations():
+    model, text = load_model(ROOT / "models" / "recall_tiny"), Path(json.decoder.__file__).read_bytes()
+    tokens = torch.tensor(list(text))[: 32 * 257].view(32, 257)
+    x, y = tokens[:, :-1], tokens[:, 1:].flatten()
+    nats = [F.cross_entropy(logits.flatten(0, 1), y) for logits in model.logits_at(x, [1, 2, 4])]
+    assert nats[0] > nats[1] + 0.05 > nats[2] + 0.06
