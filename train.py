@@ -592,7 +592,7 @@ def show_off(model: AbbIE, config: Config, shards: Shards, n_examples: int):
         tokenizer = tokenizer_in(config.data, shards.tokenizer)
         prompt = "def " if shards.tokenizer == "bytes" else "The "
         with torch.compiler.set_stance("force_eager"):  # shapes vary from here on
-            print_table(run_tasks(model, tokenizer, BUILT_IN, [1, 2, 4, 32], config.data, limit=n_examples))
+            print_table(run_tasks(model, tokenizer, BUILT_IN, [1, 2, 4], config.data, limit=n_examples))
             ids, n = tokenizer.encode_ordinary(prompt), min(200, n_examples)
             options = {"temperature": 0.8, "top_k": 50, "seed": config.seed}
             pieces = stream_text(model, tokenizer, [ids], n, None, **options)
