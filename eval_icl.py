@@ -37,7 +37,6 @@ import re
 import sys
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -86,13 +85,9 @@ def hellaswag(row: dict) -> Example:
     return choose(clean(context), [clean(ending) for ending in row["endings"]], int(row["label"]))
 
 
-def labelled(context: str, row: dict) -> Example:
-    gold = row["choices"]["label"].index(row["answerKey"].strip())
-    return choose(context, row["choices"]["text"], gold)
-
-
 def arc(row: dict) -> Example:
-    return labelled(f"Question: {row['question']}\nAnswer:", row)
+    gold = row["choices"]["label"].index(row["answerKey"].strip())
+    return choose(f"Question: {row['question']}\nAnswer:", row["choices"]["text"], gold)
 
 
 def commonsense_qa(row: dict) -> Example:
@@ -112,7 +107,8 @@ def sciq(row: dict) -> Example:
 
 
 def openbookqa(row: dict) -> Example:
-    return labelled(row["question_stem"], row)
+    gold = row["choices"]["label"].index(row["answerKey"].strip())
+    return choose(row["question_stem"], row["choices"]["text"], gold)
 
 
 def lambada(row: dict) -> Example:
@@ -207,49 +203,38 @@ TASKS = {
 }  # fmt: skip
 BUILT_IN = [name for name, task in TASKS.items() if not task.repo]
 DOWNLOADED = [name for name, task in TASKS.items() if task.repo]
-N_BUILT_IN = 300  # examples of each, where no limit is given
 
 
-def load_task(
-    name: str, data: str | Path | None, data_dir: str | Path, block_size: int, limit: int | None
-) -> list[Example]:
-    """The first `limit` examples of a task (None: all; of a built-in task, which is made of `data`, 300)."""
+def load_task(name: str, data, data_dir, block_size: int, limit: int | None) -> list[Example]:
+    """The first `limit` examples of a task (None: all): rows of DATA_DIR/TASK/SPLIT.jsonl, or, of a built-in
+    task, made of the folder of shards `data` (None: 300). Raises UserError for an unknown task, a missing
+    file and the first row that is not one of the task's."""
     if name not in TASKS:
         raise UserError(
             f"unknown task {name!r}{nearest(name, TASKS)}; there are {', '.join(TASKS)}\n"
             "the harness has others: python -m hf.export, then lm_eval --model hf"
         )
     if name in BUILT_IN:
-        return make_task(name, data, block_size, limit or N_BUILT_IN)
-    return read_task(name, data_dir, limit)
-
-
-def read_task(name: str, data_dir: str | Path, limit: int | None) -> list[Example]:
-    """The first `limit` rows of DATA_DIR/TASK/SPLIT.jsonl. Raises UserError for a missing file and for the
-    first row that is not one of the task's."""
-    path = Path(data_dir, name, f"{TASKS[name].split}.jsonl")
-    command, examples = f"python prepare_data.py icl --out {data_dir}", []
+        return make_task(name, data, block_size, limit or 300)
+    path, examples = Path(data_dir, name, f"{TASKS[name].split}.jsonl"), []
+    command = f"python prepare_data.py icl --out {data_dir}"
     check(path.is_file(), f"{path} is missing\nget it: {command}")
     with open(path, "rb") as file:
         for number, line in enumerate(islice(file, limit), 1):
             try:
-                examples.append(read_row(name, line))
+                example = TASKS[name].render(json.loads(line))
+                if not 0 <= example.gold < len(example.requests):
+                    raise ValueError(f"no choice {example.gold}")
+                if not all(continuation.strip() for _, continuation in example.requests):
+                    raise ValueError("an empty choice")
             except (KeyError, IndexError, ValueError, TypeError, AttributeError, RecursionError) as error:
                 raise UserError(
                     f"{path}, line {number} is no row of {name} ({type(error).__name__}: {error})\n"
                     f"remove the file and get it again: {command}"
                 ) from None
+            examples.append(example)
     check(bool(examples), f"{path} has no rows\nremove it and get it again: {command}")
     return examples
-
-
-def read_row(name: str, line: bytes) -> Example:
-    example = TASKS[name].render(json.loads(line))
-    if not 0 <= example.gold < len(example.requests):
-        raise ValueError(f"no choice {example.gold}")
-    if not all(continuation.strip() for _, continuation in example.requests):
-        raise ValueError("an empty choice")
-    return example
 
 
 def make_task(name: str, data: str | Path, block_size: int, n: int) -> list[Example]:
@@ -270,10 +255,9 @@ def make_task(name: str, data: str | Path, block_size: int, n: int) -> list[Exam
 # ------------------------------------------------------------------------------------- requests -> scores
 
 LOGITS_AT_A_TIME = 1 << 24  # so that memory grows neither with the batch nor with the vocabulary
-Pair = tuple[Tensor, Tensor]  # the tokens of a request: context, continuation
 
 
-def encode_requests(tokenizer, requests: list[tuple[str, str]]) -> list[Pair]:
+def encode_requests(tokenizer, requests: list[tuple[str, str]]) -> list[tuple]:
     """Strings -> tokens of (context, continuation), split after as many tokens as the context alone has.
     Whitespace at a context's end belongs to the continuation; an empty context becomes the end-of-text
     token."""
@@ -302,13 +286,12 @@ def score_tokens(model: AbbIE, z: Tensor, tokens: Tensor) -> tuple[Tensor, Tenso
 
 @torch.no_grad()
 def score(
-    model: AbbIE, pairs: list[Pair], iters: list[int], batch_size=32, rank=0, world=1, autocast=nullcontext,
-    bar="",
-) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
-    """Tokens of N requests -> log-likelihoods (N, R), and whether every token is the argmax (N, R), at each
-    of the ascending iters, computed in the context autocast(). A context that is too long loses its start.
-    Batches are the same for any number of ranks, each of which takes a stride of them; so are the scores.
-    bar: name of a progress bar."""
+    model: AbbIE, pairs, iters, batch_size=32, rank=0, world=1, autocast=nullcontext, bar=""
+) -> tuple[np.ndarray, np.ndarray]:
+    """N pairs of tokens (context, continuation) -> log-likelihoods (N, R), and whether every token is the
+    argmax (N, R), at each of the ascending iters, computed in the context autocast(). A context that is too
+    long loses its start. Batches are the same for any number of ranks, each of which takes a stride of them;
+    so are the scores. bar: name of a progress bar."""
     device, N = model.embed.weight.device, len(pairs)
     longest_first = sorted(range(N), key=lambda n: -len(pairs[n][0]) - len(pairs[n][1]))
     batches = [longest_first[first : first + batch_size] for first in range(0, N, batch_size)]
@@ -332,19 +315,27 @@ def score(
     return result[0].numpy(), result[1].bool().numpy()
 
 
-def window_losses(model: AbbIE, shards: Shards, iters: list[int], n_windows=None, **options) -> np.ndarray:
+def window_losses(
+    model: AbbIE, shards: Shards, iters, n_windows=None, batch_size=32, rank=0, world=1, bar="", **options
+) -> np.ndarray:
     """Mean nats per token (N, R) of N windows, evenly spaced over the split (None: all of them). A window is
-    a request whose context is one token. The options are score's."""
+    a request whose context is one token. Read by one batch for each rank. The options are score's."""
     N = min(n_windows or shards.n_windows, shards.n_windows)
-    x, y = shards.batch(np.arange(N) * shards.n_windows // N)
-    scores, _ = score(model, list(zip(x[:, :1], y)), iters, **options)
-    return -scores / shards.block_size
+    windows = np.arange(N) * shards.n_windows // N
+    step, losses = batch_size * world, []
+    for first in tqdm(range(0, N, step), desc=bar, disable=None if bar and rank == 0 else True):
+        x, y = shards.batch(windows[first : first + step])
+        pairs = list(zip(x[:, :1], y))
+        scores, _ = score(model, pairs, iters, batch_size, rank, world, **options)
+        losses.append(-scores / shards.block_size)
+    return np.concatenate(losses)
 
 
 def evaluate_loss(model: AbbIE, shards: Shards, iters: Iterable[int], n_windows=None, **options) -> dict:
     """{r: mean nats per token}, on the same windows at every call. The options are score's."""
     iters = sorted({model.check_iters(r) for r in iters})
-    return dict(zip(iters, window_losses(model, shards, iters, n_windows, **options).mean(0).tolist()))
+    losses = window_losses(model, shards, iters, n_windows, **options)
+    return dict(zip(iters, losses.mean(0).tolist()))
 
 
 # ------------------------------------------------------------------------------------------ scores -> metrics
@@ -353,8 +344,11 @@ def evaluate_loss(model: AbbIE, shards: Shards, iters: Iterable[int], n_windows=
 def check_finite(scores: np.ndarray, iters: list[int]):
     """Scores (N, R). NaN compares as False: without this, a broken model would seem to guess choice 0."""
     broken = [r for r, finite in zip(iters, np.isfinite(scores).all(0)) if not finite]
-    advice = "take an earlier checkpoint, fewer iterations, or --dtype float32"
-    check(not broken, f"the model is not finite: at iters {broken} it has NaN or infinite scores\n{advice}")
+    check(
+        not broken,
+        f"the model is not finite: at iters {broken} it has NaN or infinite scores\n"
+        "take an earlier checkpoint, fewer iterations, or --dtype float32",
+    )
 
 
 def summary(metric: str, x: np.ndarray) -> dict:
@@ -384,7 +378,8 @@ def measure(metric: str, example: Example, scores: np.ndarray, greedy: np.ndarra
     if len(example.requests) == 1:  # LAMBADA: every token of the word is the argmax
         return greedy[0]
     if metric == "acc_norm":  # per character of the choice, without the space before it
-        scores = scores / np.array([[len(continuation) - 1] for _, continuation in example.requests])
+        lengths = [len(continuation) - 1 for _, continuation in example.requests]
+        scores = scores / np.array(lengths)[:, None]
     return scores.argmax(0) == example.gold
 
 
@@ -421,25 +416,20 @@ def run_task(
                 paired[r][metric] = mcnemar(values[:, iters.index(reference)], column)
     result = {"n": len(kept), "left_out": len(examples) - len(kept), "truncated": truncated}
     result |= {"iters": entries, "paired": {"reference": reference, **paired}}
-    samples = [
-        {
-            "task": name,
-            "doc_id": number,
-            "iters": r,
-            "loglikelihoods": nats[:, i].tolist(),
-            "is_greedy": hits[:, i].tolist(),
-            "gold": examples[number].gold,
-        }
-        for number, nats, hits in rows
-        for i, r in enumerate(iters)
-    ]
+    samples = []
+    for number, nats, hits in rows:
+        for i, r in enumerate(iters):
+            sample = {"task": name, "doc_id": number, "iters": r}
+            sample["loglikelihoods"] = nats[:, i].tolist()
+            sample["is_greedy"] = hits[:, i].tolist()
+            sample["gold"] = examples[number].gold
+            samples.append(sample)
     return result, samples
 
 
 def run_tasks(
-    model: AbbIE, tokenizer, names: list[str], iters: Iterable[int], data: str | Path | None = None,
-    data_dir: str | Path = "data/icl", limit: int | None = None, **options,
-) -> dict:  # fmt: skip
+    model: AbbIE, tokenizer, names, iters, data=None, data_dir="data/icl", limit=None, **options
+) -> dict:
     """Score tasks at every r -> {"tasks": {name: the result of run_task}}. Arguments as load_task's; the
     options are score's."""
     iters, results = sorted({model.check_iters(r) for r in iters}), {}
@@ -455,11 +445,12 @@ def perplexity(model: AbbIE, shards: Shards, iters: list[int], **options) -> dic
     losses = window_losses(model, shards, iters, **options, bar="perplexity")
     check_finite(losses, iters)
     n, bits = losses.shape[0] * shards.block_size, shards.n_tokens / shards.n_bytes / math.log(2)
-    result = {"data": str(shards.folder), "n": n, "left_out": shards.n_tokens - n, "iters": {}}
+    entries = {}
     for r, loss in zip(iters, losses.T):
-        entry = summary("loss", loss) | summary("perplexity", loss) | summary("bits_per_byte", bits * loss)
-        result["iters"][str(r)] = entry
-    return result
+        entry = summary("loss", loss) | summary("perplexity", loss)
+        entries[str(r)] = entry | summary("bits_per_byte", bits * loss)
+    result = {"data": str(shards.folder), "n": n}
+    return result | {"left_out": shards.n_tokens - n, "iters": entries}
 
 
 # -------------------------------------------------------------------------------------------------- the table
@@ -488,7 +479,8 @@ def print_table(results: dict):
             for entry in entries.values():
                 value, stderr = entry[metric], entry[f"{metric}_stderr"]
                 error = "" if stderr is None else f" ± {cell(metric, stderr)}"
-                cells.append(cell(metric, value) + error + ("*" if value == entries[best][metric] else " "))
+                mark = "*" if value == entries[best][metric] else " "
+                cells.append(cell(metric, value) + error + mark)
             lines.append([name, metric, count, *cells])
             test = section.get("paired", {}).get(best, {}).get(metric)
             if test and test["gained"] > test["lost"]:
@@ -511,97 +503,88 @@ def print_table(results: dict):
 # ------------------------------------------------------------------------------------------------ the command
 
 
-def comma_list(text: str) -> list[str]:
-    """'a, b' -> ['a', 'b'], each once."""
-    return list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
-
-
 def parse_args(argv: list[str]):
     parser = ArgumentParser(prog="eval_icl.py", description=__doc__.split("\n\nHow")[0])
     add = parser.add_argument
     add("--ckpt", help="run folder, checkpoint or hf:FOLDER (default: the newest under out/)")
     add("--iters", default="1,2,4,8", help="iterations of the Body (default 1,2,4,8)")
-    default = f"{','.join(BUILT_IN)}, where --ppl is not given"
-    add("--tasks", type=comma_list, default=[], help=f"of {', '.join(TASKS)} (default: {default})")
+    default = f"default: {','.join(BUILT_IN)}, where --ppl is not given"
+    add("--tasks", default="", help=f"of {', '.join(TASKS)} ({default})")
     add("--data_dir", default="data/icl", help="holds TASK/SPLIT.jsonl (default data/icl)")
     add("--limit", type=int, help="examples of each task, the first N (default: all; of a built-in one 300)")
-    measures = "loss, perplexity and bits per byte on the validation split of a folder of shards"
-    default = "default: the training data; the built-in tasks are made of the same folder"
-    add("--ppl", nargs="?", const="", metavar="FOLDER", help=f"{measures} ({default})")
+    text = "loss, perplexity and bits per byte on the validation split of a folder of shards "
+    text += "(default: the training data; the built-in tasks are made of the same folder)"
+    add("--ppl", nargs="?", const="", metavar="FOLDER", help=text)
     add("--batch_size", type=int, default=32, help="requests or windows at a time (default 32)")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
-    default = "of matrix products (default float32, as the harness; auto: bfloat16 where it is fast)"
-    add("--dtype", default="float32", choices=("auto", "float32", "bfloat16"), help=default)
+    text = "of matrix products (default float32, as the harness; auto: bfloat16 where it is fast)"
+    add("--dtype", default="float32", choices=("auto", "float32", "bfloat16"), help=text)
     add("--out", metavar="FILE", help="write the results here as JSON, after every task")
     add("--log_samples", metavar="FILE", help="write every example's scores here, a line of JSON each")
     args = parser.parse_args(argv)
     check(args.batch_size >= 1, f"--batch_size={args.batch_size} must be at least 1")
     check(args.limit is None or args.limit >= 1, f"--limit={args.limit} must be at least 1")
+    args.tasks = [name.strip() for name in args.tasks.split(",") if name.strip()]
     if not args.tasks and args.ppl is None:
         args.tasks = BUILT_IN
     return args
 
 
-def prepare(args, rank: int) -> tuple:
-    """-> model, tokenizer, examples of the tasks, shards or None. What can be wrong is found here, before
-    anything is computed or written."""
-    model = load_model(args.ckpt, choose_device(args.device))
-    tokenizer = tokenizer_of(model)
-    args.iters = sorted({model.check_iters(r) for r in parse_list(args.iters, "iters")})
-    data, T, shards = args.ppl or model.meta.get("data"), model.config.block_size, None
-    if args.ppl is not None or set(args.tasks) & set(BUILT_IN):
-        advice = "name a folder of shards: --ppl FOLDER, with --tasks cloze,lastword to make these of it"
-        named = isinstance(data, str) and data != ""
-        check(named, f"this model does not say what it was trained on\n{advice}")
-    examples = {name: load_task(name, data, args.data_dir, T, args.limit) for name in args.tasks}
-    if args.ppl is not None:
-        shards, name = Shards(data, "val", T), model.meta["tokenizer"]
-        other = f"{data} holds {shards.tokenizer} tokens, but the model reads {name}"
-        check(shards.tokenizer == name, f"{other}\nprepare the text again with --tokenizer {name}")
-    for path in map(Path, filter(None, (args.out, args.log_samples))):
-        writable = os.access(path.parent, os.W_OK) and not path.is_dir()
-        check(writable, f"{path} cannot be written\nname a file in a folder that exists")
-    if rank == 0:
-        print(f"evaluating {model.meta['ckpt']}", file=sys.stderr)
-        if args.log_samples:
-            open(args.log_samples, "w").close()
-    return model, tokenizer, examples, shards
-
-
-def evaluate(args, rank: int, world: int, model: AbbIE, tokenizer, examples: dict, shards: Shards | None):
-    """Compute and print all that is asked for, and write what there is after every task."""
-    device = model.embed.weight.device
-    dtype = choose_dtype(args.dtype, device)
-    autocast = partial(torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32)
-    options = {"batch_size": args.batch_size, "rank": rank, "world": world, "autocast": autocast}
-    results = {"ckpt": model.meta["ckpt"], "trained_iters": model.config.iters}
-    results |= {"dtype": str(dtype).removeprefix("torch."), "tasks": {}}
-
-    def save(samples: list[dict]):
-        with together():
-            if args.out and rank == 0:
-                write_json(Path(args.out), results)
-            if args.log_samples and rank == 0:
-                with open(args.log_samples, "a") as file:
-                    file.writelines(json.dumps(sample) + "\n" for sample in samples)
-
-    for name, task in examples.items():
-        results["tasks"][name], samples = run_task(model, tokenizer, name, task, args.iters, **options)
-        save(samples)
-    if shards:
-        results["ppl"] = perplexity(model, shards, args.iters, **options)
-        save([])
-    print_table(results)
+def save(args, rank: int, results: dict, samples: list[dict]):
+    """Rank 0 replaces the results, and adds the samples to those of earlier tasks."""
+    with together():
+        if args.out and rank == 0:
+            write_json(Path(args.out), results)
+        if args.log_samples and rank == 0:
+            with open(args.log_samples, "a") as file:
+                file.writelines(json.dumps(sample) + "\n" for sample in samples)
 
 
 def main(argv: list[str]):
     rank, world = start_ranks()
-    with together():
+    with together():  # what can be wrong is found here, before anything is computed or written
         args = parse_args(argv)
-    with together():
-        loaded = prepare(args, rank)
-    with together():
-        evaluate(args, rank, world, *loaded)
+        device = choose_device(args.device)
+        model, dtype = load_model(args.ckpt, device), choose_dtype(args.dtype, device)
+        tokenizer, T = tokenizer_of(model), model.config.block_size
+        iters = sorted({model.check_iters(r) for r in parse_list(args.iters, "iters")})
+        data = args.ppl or model.meta.get("data")
+        if args.ppl is not None or set(args.tasks) & set(BUILT_IN):
+            check(
+                isinstance(data, str) and data != "",
+                "this model does not say what it was trained on\n"
+                "name a folder of shards: --ppl FOLDER, with --tasks cloze,lastword to make these of it",
+            )
+        tasks = {name: load_task(name, data, args.data_dir, T, args.limit) for name in args.tasks}
+        if args.ppl is not None:
+            shards, name = Shards(data, "val", T), model.meta["tokenizer"]
+            check(
+                shards.tokenizer == name,
+                f"{data} holds {shards.tokenizer} tokens, but the model reads {name}\n"
+                f"prepare the text again with --tokenizer {name}",
+            )
+        for path in map(Path, filter(None, (args.out, args.log_samples))):
+            writable = os.access(path.parent, os.W_OK) and not path.is_dir()
+            check(writable, f"{path} cannot be written\nname a file in a folder that exists")
+        if rank == 0:
+            print(f"evaluating {model.meta['ckpt']}", file=sys.stderr)
+            if args.log_samples:
+                open(args.log_samples, "w").close()
+
+    def autocast():
+        return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+    options = {"batch_size": args.batch_size, "rank": rank, "world": world}
+    options["autocast"] = autocast
+    results = {"ckpt": model.meta["ckpt"], "trained_iters": model.config.iters}
+    results |= {"dtype": str(dtype).removeprefix("torch."), "tasks": {}}
+    for name, examples in tasks.items():
+        results["tasks"][name], samples = run_task(model, tokenizer, name, examples, iters, **options)
+        save(args, rank, results, samples)
+    if args.ppl is not None:
+        results["ppl"] = perplexity(model, shards, iters, **options)
+        save(args, rank, results, [])
+    print_table(results)
     leave_ranks()
 
 
