@@ -19,8 +19,7 @@ import tiktoken
 import tokenizers
 import torch
 import transformers
-from common import ROOT, make, save, tokens
-from hub import Hub
+from common import ROOT, STRETCH, greedy, make, randomize, refused, save, tokens
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -33,10 +32,6 @@ from model import MAX_ITERS
 
 END = "<|endoftext|>"
 TEXT = f"naïve café 中文 🙂\n\tdef f(x): return x ** 2  # {END} is text here, he'll  thaaaaaaaaa  12\n"
-STRETCH = {
-    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 16,
-}  # fmt: skip
 LLAMA = dict(
     vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=5, num_attention_heads=4,
     num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=True, rms_norm_eps=1e-5,
@@ -59,11 +54,7 @@ def rope(**keys):
 def write_llama(folder, max_shard_size="1GB", dtype=torch.float32, **keys):
     """Have transformers write a random Llama -> what it reads back, in fp32."""
     torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**LLAMA, **keys}))
-    with torch.no_grad():
-        for p in model.parameters():  # of the size that training reaches, so that everything matters
-            noise = torch.randn_like(p)
-            p.copy_(noise / p.shape[-1] ** 0.5 if p.dim() == 2 else 1 + 0.2 * noise)
+    model = randomize(transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**LLAMA, **keys})))
     model.to(dtype).save_pretrained(folder, max_shard_size=max_shard_size)
     return theirs(folder, torch_dtype=torch.float32)
 
@@ -119,14 +110,6 @@ def theirs(folder, **keys):
     return model
 
 
-def greedy(model, prompt, iters):
-    """Our model's greedy continuation of a prompt, 12 ids, without a cache."""
-    ids = torch.tensor([prompt])
-    for _ in range(12):
-        ids = torch.cat((ids, model(ids, iters=iters)[0][:, -1:].argmax(-1)), 1)
-    return ids[0, len(prompt) :].tolist()
-
-
 def generate(model, **keys):
     """transformers' greedy decoding of PROMPTS, padded on the left -> 12 new ids of each row."""
     longest = max(map(len, PROMPTS))
@@ -137,13 +120,6 @@ def generate(model, **keys):
 
 def same(ours, other, tolerance=1e-5):
     return torch.allclose(ours, other, atol=tolerance, rtol=tolerance)
-
-
-def refused(message, function, *args, **keys):
-    with pytest.raises(ValueError, match=message) as caught:
-        function(*args, **keys)
-    assert type(caught.value).__name__ == "UserError"  # an export has its own
-    assert len(str(caught.value).splitlines()) <= 3
 
 
 # -------------------------------------------------------------------- the looped model in transformers
@@ -213,12 +189,12 @@ def test_positions_that_begin_again_separate_documents(llama, exported):
 def test_generate_is_our_decoding_in_padded_batches(exported):
     looped, model = theirs(exported), load_model(f"hf:{exported}")
     for r in (1, 4):  # fewer and more than config.iters
-        expected = [greedy(model, prompt, r) for prompt in PROMPTS]
+        expected = [greedy(model, prompt, 12, r) for prompt in PROMPTS]
         assert generate(looped, iters=r) == expected == generate(looped, iters=r, use_cache=False)
     assert generate(looped, num_beams=3, iters=4) == generate(looped, num_beams=3, iters=4, use_cache=False)
     ids = torch.tensor(PROMPTS[:1])
     found = looped.generate(inputs_embeds=looped.get_input_embeddings()(ids), iters=4, max_new_tokens=12)
-    assert found[0].tolist() == greedy(model, PROMPTS[0], 4)
+    assert found[0].tolist() == greedy(model, PROMPTS[0], 12, 4)
 
 
 def test_generate_ends_where_the_context_does(exported):
@@ -258,18 +234,6 @@ def test_what_is_not_supported_is_refused_by_name(exported):
     refused("leave out cache_implementation", looped.generate, idx, cache_implementation="static")
 
 
-def test_gradient_checkpointing_recomputes_iterations(exported):
-    looped, idx = theirs(exported).train(), tokens(vocab=300)
-    gradients = []
-    for switch in (looped.gradient_checkpointing_disable, looped.gradient_checkpointing_enable):
-        switch()
-        looped.zero_grad()
-        looped(idx, labels=idx, iters=4).loss.backward()
-        gradients.append([p.grad.clone() for p in looped.parameters()])
-    assert looped.model.activation_checkpointing
-    assert all(torch.equal(a, b) for a, b in zip(*gradients))
-
-
 def test_the_trainer_trains_it_as_it_trains_the_llama(llama, exported, tmp_path):
     rows = [{"input_ids": row, "labels": row} for row in tokens(8, vocab=300)]
     args = transformers.TrainingArguments(
@@ -306,7 +270,7 @@ def test_the_vocabulary_is_resized_into_its_padding_first(tmp_path, tied, size, 
     assert torch.equal(theirs(tmp_path / "y")(idx, iters=4).logits, looped(idx, iters=4).logits)
 
 
-@pytest.mark.parametrize("targets", [None, "all-linear", ["qkv", "down"]])
+@pytest.mark.parametrize("targets", [None, "all-linear"])
 def test_lora_trains_merges_and_comes_back_at_every_r(exported, tmp_path, targets):
     config = peft.LoraConfig(r=8, target_modules=targets, task_type="CAUSAL_LM")
     tuned, idx = peft.get_peft_model(theirs(exported), config), tokens(vocab=300)
@@ -317,6 +281,7 @@ def test_lora_trains_merges_and_comes_back_at_every_r(exported, tmp_path, target
         optimizer.zero_grad()
         tuned(idx, labels=idx, iters=3).loss.backward()
         optimizer.step()
+    assert tuned.base_model.model.model.activation_checkpointing  # which test_model.py specifies
     tuned.eval()
     expected = [tuned(idx, iters=r).logits for r in (1, 2, 3, 4)]
     assert not same(expected[3], theirs(exported)(idx, iters=4).logits, 0.1)
@@ -359,7 +324,6 @@ def test_the_command_writes_a_folder_that_explains_itself(tmp_path):
     assert all(path.name in out for path in (tmp_path / "x").iterdir())
     assert (tmp_path / "x/model.py").read_bytes() == (ROOT / "model.py").read_bytes()
     assert "--iters=4`" in (tmp_path / "x/README.md").read_text()
-    refused("is there already, and no empty folder", export.main, flags)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "x", trust_remote_code=False)
     ids = tokenizer("def ", return_tensors="pt")
     assert theirs(tmp_path / "x").generate(**ids, max_new_tokens=3).shape == (1, 7)
@@ -497,27 +461,19 @@ def test_a_damaged_folder_is_refused(damaged):
     refused("not finite", load_model, source)
     path.rename(damaged / "pytorch_model.bin")
     refused("has no model.safetensors\nweights must be .safetensors: no pickles", load_model, source)
-    shutil.rmtree(damaged)
-    refused("there is no such folder", load_model, source)
 
 
-def test_a_repository_is_downloaded_once_without_its_pickles(damaged, tmp_path, monkeypatch):
+def test_a_repository_is_downloaded_once_without_its_pickles(damaged, hub, monkeypatch):
     (damaged / "pytorch_model.bin").write_bytes(b"not to be downloaded")
     files, commit = {path.name: path.read_bytes() for path in damaged.iterdir()}, "c" * 40
     tree = [{"type": "file", "path": n, "oid": n, "size": len(data)} for n, data in files.items()]
     about = {"id": "owner/repo", "sha": commit, "siblings": [{"rfilename": name} for name in files]}
-    hub, api, constants = Hub(), "/api/models/owner/repo", huggingface_hub.constants
+    api, constants = "/api/models/owner/repo", huggingface_hub.constants
     hub.files[f"{api}/revision/main"] = json.dumps(about).encode()
     hub.files[f"{api}/tree/{commit}?recursive=true&expand=false"] = json.dumps(tree).encode()
     hub.files |= {f"/owner/repo/resolve/{commit}/{name}": data for name, data in files.items()}
-    template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     load_model("hf:owner/repo")
-    hub.shutdown()
-    hub.server_close()
     asked = [name for name, _ in hub.log]
     assert "model.safetensors" in asked and "pytorch_model.bin" not in asked
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
