@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from common import refused
 
 from data import Shards, documents, get_tokenizer
-from model import UserError
 
 
 def write_folder(folder: Path, shards: dict[str, list], vocab_size: int = 257) -> Path:
@@ -92,18 +92,16 @@ def test_documents_may_run_across_shards_as_they_do_in_older_data(tmp_path):
 # ---------------------------------------------------------------------------------- missing, damaged, forged
 
 
-@pytest.mark.parametrize(
-    "damage, said",
-    [
-        (lambda folder: os.truncate(folder / "train_00001.bin", 4000), "missing or has not 6014 bytes"),
-        (lambda folder: (folder / "train_00001.bin").unlink(), "missing or has not 6014 bytes"),
-        (lambda folder: (folder / "train_00001.bin").write_bytes(b"\1\2" * 3007), "a token over 256"),
-    ],
-)
+DAMAGE = [
+    (lambda path: os.truncate(path, 4000), "missing or has not 6014 bytes"),
+    (lambda path: path.unlink(), "missing or has not 6014 bytes"),
+    (lambda path: path.write_bytes(b"\1\2" * 3007), "a token over 256"),
+]
+
+
+@pytest.mark.parametrize("damage, said", DAMAGE)
 def test_damage_is_noticed(prepared, damage, said):
-    damage(prepared)
+    damage(prepared / "train_00001.bin")
     message = f"train_00001.bin .*{said}[^\n]*\n.*prepare the data again"
-    with pytest.raises(UserError, match=message):
-        Shards(prepared, "train", 64).batch(range(119))
-    with pytest.raises(UserError, match=message):
-        list(documents(prepared, "train"))
+    refused(message, lambda: Shards(prepared, "train", 64).batch(range(119)))
+    refused(message, list, documents(prepared, "train"))
