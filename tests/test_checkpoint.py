@@ -18,8 +18,6 @@ import sample
 from checkpoint import checkpoints, load_model, newest_run, read_tensors, save_checkpoint
 from model import UserError
 
-# ---------------------------------------------------------------------------------------------------- loading
-
 
 @pytest.mark.parametrize("keys", [dict(), dict(tie_embeddings=False, rule="zero_pt", iters=3)])
 def test_a_checkpoint_comes_back_as_it_was_and_a_model_needs_no_train_pt(tmp_path, keys):
@@ -98,9 +96,6 @@ def test_a_damaged_file_of_weights_is_never_loaded_and_the_older_checkpoint_is(t
         refused("model.pt", load_model, new)
 
 
-# ---------------------------------------------------------------------------------------------------- finding
-
-
 def test_a_copy_under_another_name_is_no_checkpoint_of_the_run(tmp_path):
     old, new = save(tmp_path, 1, make()), save(tmp_path, 2, make(seed=1))
     shutil.copytree(old, tmp_path / "step_best")
@@ -129,9 +124,6 @@ def test_sampling_reads_the_weights_once_and_no_byte_of_the_optimizer(tmp_path, 
     before = read_so_far()
     sample.main(["--prompt=a", "--max_new_tokens=1", "--device=cpu"])
     assert weights <= read_so_far() - before < 1.1 * weights
-
-
-# ----------------------------------------------------------------------------------------------------- saving
 
 
 def save_number(run, number: int):

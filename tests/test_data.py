@@ -39,8 +39,6 @@ def prepared(tmp_path) -> Path:
     return write_folder(tmp_path / "prepared", {"train": TRAIN, "val": [TRAIN[0][:500]]})
 
 
-# ------------------------------------------------------------------------------------------------- tokenizers
-
 ALL = "".join(map(chr, [*range(0xD800), *range(0xE000, 0x11000)]))
 TRICKY = ["", "a", "\r\n \t\n\n", "<|endoftext|>", "\0\x7f\x80\ufeff\U0010ffff", "e\u0301中😀" * 99, ALL]
 
@@ -52,9 +50,6 @@ def test_the_bytes_tokenizer_gives_exactly_the_bytes(text):
     ids = tokenizer.encode_ordinary(text)
     assert ids == list(text.encode())
     assert tokenizer.decode(ids) == text and tokenizer.decode_bytes(ids) == text.encode()
-
-
-# ---------------------------------------------------------------------------------------------------- windows
 
 
 def test_every_window_is_served_once_and_y_is_one_token_ahead(prepared):
@@ -87,9 +82,6 @@ def test_documents_may_run_across_shards_as_they_do_in_older_data(tmp_path):
     shards = [[1, 2, 256, 3], [4, 4], [], [5, 256, 256, 6, 256]]
     folder = write_folder(tmp_path / "old", {"train": shards})
     assert [tokens.tolist() for tokens in documents(folder, "train")] == [[1, 2], [3, 4, 4, 5], [], [6]]
-
-
-# ---------------------------------------------------------------------------------- missing, damaged, forged
 
 
 DAMAGE = [

@@ -34,9 +34,6 @@ def test_the_document_and_the_records_name_one_another():
     assert set(re.findall(r"experiments.speed (\w+)", text)) == set(speed.PARTS)
 
 
-# -------------------------------------------------------------------------------------------------- the study
-
-
 def test_rows_are_flags_of_train_py_the_last_of_which_holds():
     for name, row in study.ROWS.items():
         config = load_config([f"{ROOT}/config/abbie_tiny.py", *study.SHARED.split(), *row.flags.split()])
@@ -100,9 +97,6 @@ def test_a_quarter_of_the_text_is_every_fourth_document(tmp_path, monkeypatch):
         whole, part = ([bytes(d.tolist()) for d in documents(f"data/{name}", split)]
                        for name in ("stdlib", "stdlib_4th"))  # fmt: skip
         assert sorted(part) == sorted(whole[::every]) and len(part) == 3
-
-
-# --------------------------------------------------------------------------------------- the figures, speed
 
 
 def test_every_figure_is_drawn_from_the_records(tmp_path):
