@@ -20,7 +20,7 @@ from model import UserError
 
 
 @pytest.mark.parametrize("keys", [dict(), dict(tie_embeddings=False, rule="zero_pt", iters=3)])
-def test_a_checkpoint_comes_back_as_it_was_and_a_model_needs_no_train_pt(tmp_path, keys):
+def test_a_checkpoint_comes_back_as_it_was(tmp_path, keys):
     model, idx = make(**keys), tokens()
     save(tmp_path / "run", 6, make(seed=1, **keys))
     folder = save(tmp_path / "run", 7, model)
@@ -80,7 +80,7 @@ def test_what_cannot_be_a_model_is_said_and_passed_over(tmp_path, capsys, change
     refused(message, load_model, folder)
 
 
-def test_a_damaged_file_of_weights_is_never_loaded_and_the_older_checkpoint_is(tmp_path, capsys):
+def test_damaged_weights_are_never_loaded(tmp_path, capsys):
     """A bit changed anywhere in a tensor, the second half cut off, or missing."""
     save(tmp_path, 999, make())
     new = save(tmp_path, 1000, make(seed=1))
@@ -103,7 +103,7 @@ def test_a_copy_under_another_name_is_no_checkpoint_of_the_run(tmp_path):
     assert load_model(tmp_path / "step_best").meta["step"] == 1
 
 
-def test_without_a_path_the_run_that_was_written_last_is_found_in_folders_of_runs_too(tmp_path, monkeypatch):
+def test_without_a_path_the_newest_run_is_found(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for age, run in enumerate(("study/b", "c", "a")):
         folder = save(tmp_path / "out" / run, 5 - age, make())
@@ -112,7 +112,7 @@ def test_without_a_path_the_run_that_was_written_last_is_found_in_folders_of_run
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/io"), reason="counts bytes as Linux does")
-def test_sampling_reads_the_weights_once_and_no_byte_of_the_optimizer(tmp_path, monkeypatch):
+def test_sampling_reads_the_weights_once_and_nothing_else(tmp_path, monkeypatch):
     def read_so_far():
         with open("/proc/self/io") as file:
             return int(file.readline().split()[1])
@@ -155,7 +155,7 @@ def full_at_byte(number: int, run):
 
 
 @pytest.mark.parametrize("cut_short, stride", [(die_at_operation, 1), (full_at_byte, 100)])
-def test_a_save_cut_short_anywhere_leaves_the_old_state_or_the_new_one_whole(tmp_path, cut_short, stride):
+def test_a_save_cut_short_leaves_the_old_state_or_the_new(tmp_path, cut_short, stride):
     save_number(tmp_path, 1)
     outcomes, fork = [], multiprocessing.get_context("fork")
     for number in count(1, stride):

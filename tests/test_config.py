@@ -38,7 +38,7 @@ def test_both_spellings_of_a_flag_and_every_type():
     assert (config.iters, config.warmup_steps, config.out_dir) == (4, -1, "out/abbie_tiny")
 
 
-def test_a_config_file_may_compute_with_modules_functions_and_variables_of_its_own(tmp_path, capsys):
+def test_a_config_file_may_compute(tmp_path, capsys):
     file = tmp_path / "mine.py"
     file.write_text("import math\nfrom math import sqrt\n_base = 64\nk = 4\nn_embd = int(sqrt(k)) * _base\n")
     assert load_config([str(file)]).n_embd == 128

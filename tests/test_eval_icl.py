@@ -126,7 +126,7 @@ def harness(model: AbbIE, icl: Path, folder: Path, iters: int) -> dict:
     return lm_eval.simple_evaluate(ByHand(), tasks=tasks, task_manager=manager, bootstrap_iters=0)
 
 
-def test_strings_scores_and_metrics_are_the_harness_s_example_by_example(model, icl, tokenizer, tmp_path):
+def test_every_example_is_scored_as_by_the_harness(model, icl, tokenizer, tmp_path):
     theirs = harness(model, icl, tmp_path, iters=3)
     for name in DOWNLOADED:
         examples = load_task(name, None, icl, 96, None)
@@ -163,7 +163,7 @@ RULES = [("abbie_d", 1), ("abbie_c", 3), ("zero_pt", 32), ("recall", 64)]
 
 
 @pytest.mark.parametrize("rule, batch_size", RULES)
-def test_scores_from_one_sweep_equal_one_request_and_one_r_at_a_time(rule, batch_size, icl, tokenizer):
+def test_scores_of_a_sweep_equal_one_request_at_a_time(rule, batch_size, icl, tokenizer):
     model, iters = make(**SHAPE, rule=rule), [1, 2, 5]
     examples = [example for name in DOWNLOADED for example in load_task(name, None, icl, 96, None)]
     requests = [request for example in examples for request in example.requests]
@@ -187,7 +187,7 @@ def test_a_sweep_costs_the_largest_r_and_unembeds_what_is_scored(tokenizer):
     assert unembed == 4 * [(len(" a bee") + len(" hums"),)]
 
 
-def test_validation_loss_is_the_model_s_whatever_part_of_the_logits_is_held(model, corpus, monkeypatch):
+def test_validation_loss_is_the_models(model, corpus, monkeypatch):
     shards = Shards(corpus, "val", 96)
     windows = np.arange(10) * shards.n_windows // 10  # evenly over the split
     expected = {r: model(*shards.batch(windows), iters=r)[1].item() for r in (1, 4)}
@@ -200,7 +200,8 @@ def test_validation_loss_is_the_model_s_whatever_part_of_the_logits_is_held(mode
 def test_a_model_that_is_not_finite_has_no_perplexity(corpus):
     model = make(**SHAPE)
     model.norm.weight.data[0] = math.nan
-    refused("the model is not finite", eval_icl.perplexity, model, Shards(corpus, "val", 96), [1, 2])
+    shards = Shards(corpus, "val", 96)
+    refused("the model is not finite", eval_icl.perplexity, model, shards, [1, 2])
 
 
 # ---------------------------------------------------------------------------------------------- metrics
@@ -249,7 +250,7 @@ def test_the_table_marks_the_best_r_and_says_what_it_gains(capsys):
 # --------------------------------------------------------------------------------------- built-in tasks
 
 
-def test_built_in_tasks_are_made_of_validation_text_and_begin_alike_with_every_limit(corpus, tokenizer):
+def test_built_in_tasks_are_made_of_validation_text(corpus, tokenizer):
     """300 examples by default, and as many as the text yields with a larger limit."""
     tasks = {}
     for name in BUILT_IN:
@@ -271,7 +272,7 @@ def test_built_in_tasks_are_made_of_validation_text_and_begin_alike_with_every_l
 # ------------------------------------------------------------------------------------------ the command
 
 
-def test_command_writes_the_same_on_any_number_of_processes(ckpt, icl, tmp_path, capsys):
+def test_any_number_of_processes_writes_the_same(ckpt, icl, tmp_path, capsys):
     args = [f"--ckpt={ckpt}", "--iters=2,1,4", "--tasks=arc_easy, lambada_openai ,cloze", "--ppl"]
     args += ["--limit=6", f"--data_dir={icl}", "--batch_size=2"]
     main([*args, f"--out={tmp_path}/1.json", f"--log_samples={tmp_path}/1.jsonl"])
@@ -324,7 +325,7 @@ def test_rows_that_do_not_fit_are_left_out_and_counted(ckpt, tmp_path, capsys):
     assert "2/1838" in (table := capsys.readouterr().out) and "piqa: 2 rows left out" in table
 
 
-def test_what_has_been_scored_is_kept_when_a_later_task_fails(ckpt, icl, tmp_path):
+def test_scores_are_kept_when_a_later_task_fails(ckpt, icl, tmp_path):
     write_rows(tmp_path / "arc_easy/test.jsonl", ROWS["arc_easy"])
     write_rows(tmp_path / "piqa/validation.jsonl", [{**ROWS["piqa"][0], "sol2": "ask " * 30}])
     out, log = tmp_path / "r.json", tmp_path / "s.jsonl"
@@ -334,7 +335,8 @@ def test_what_has_been_scored_is_kept_when_a_later_task_fails(ckpt, icl, tmp_pat
     before = out.read_bytes(), log.read_bytes()
     assert list(json.loads(before[0])["tasks"]) == ["arc_easy"]
     assert len(before[1].splitlines()) == 2 * len(ROWS["arc_easy"])
-    refused("sciq/test.jsonl is missing", main, [*files, "--tasks=sciq", f"--data_dir={tmp_path}"])
+    missing = [*files, "--tasks=sciq", f"--data_dir={tmp_path}"]
+    refused("sciq/test.jsonl is missing", main, missing)
     assert (out.read_bytes(), log.read_bytes()) == before  # a command that is refused touches nothing
 
 

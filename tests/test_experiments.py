@@ -78,7 +78,7 @@ def test_the_table_compares_each_row_with_its_std_seed_by_seed():
     assert gone[0] == "| `gone`" and "7.000" in gone
 
 
-def test_abbie_d_changes_by_a_quarter_of_the_last_change_and_abbie_c_does_not():
+def test_abbie_d_converges_by_a_quarter_and_abbie_c_does_not():
     ours, other = (study.changes(make(rule=rule), tokens(), 8) for rule in ("abbie_d", "abbie_c"))
     assert list(ours) == [str(r) for r in range(2, 9)]
     assert ours["8"]["change"] / ours["7"]["change"] == pytest.approx(0.25, rel=0.05)
@@ -127,7 +127,7 @@ def test_sides_take_turns():
     assert order == ["a", "b"] * 3 and set(seconds) == {"a", "b"}  # once more, to warm up
 
 
-def test_our_side_and_that_of_transformers_have_one_shape_and_are_recorded(tmp_path, monkeypatch):
+def test_both_sides_have_one_shape(tmp_path, monkeypatch):
     original, built = speed.random_model, []
     llama = importlib.import_module("transformers").LlamaForCausalLM
     monkeypatch.setattr(speed, "random_model", lambda name, **_: original("abbie_tiny"))

@@ -20,7 +20,7 @@ from sample import generate
 
 
 @pytest.mark.parametrize("cards, backend", [(True, "cpu:gloo,cuda:nccl"), (False, "gloo")])
-def test_ranks_have_a_backend_for_objects_and_cpu_tensors_whatever_the_machine(monkeypatch, cards, backend):
+def test_ranks_have_a_backend_for_cpu_tensors_too(monkeypatch, cards, backend):
     """A default backend would be NCCL's alone on a machine with cards, and the first collective sends
     objects before a card is chosen."""
     given = []
@@ -66,7 +66,7 @@ def bf16():
     return torch.autocast("cpu", dtype=torch.bfloat16)
 
 
-def test_bf16_is_chosen_where_the_card_has_it_and_not_where_it_is_emulated(monkeypatch):
+def test_bf16_is_chosen_where_it_is_not_emulated(monkeypatch):
     """A T4 or V100 says yes to is_bf16_supported() and then computes it slowly."""
     for native in (True, False):
         supported = lambda including_emulation=True: including_emulation or native  # noqa: E731, B023
@@ -78,7 +78,7 @@ def test_bf16_is_chosen_where_the_card_has_it_and_not_where_it_is_emulated(monke
 
 
 @torch.no_grad()
-def test_attention_is_asked_for_in_a_form_that_flash_attention_takes(monkeypatch):
+def test_flash_attention_can_take_what_is_asked(monkeypatch):
     """Its published conditions: bf16 throughout, no mask, rank 4, channels contiguous, a multiple of 8 and at
     most 256 of them. In training, evaluation, a prompt and the tokens after it, at the configs' widths."""
     asked, attention = [], F.scaled_dot_product_attention

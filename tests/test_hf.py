@@ -54,7 +54,8 @@ def rope(**keys):
 def write_llama(folder, max_shard_size="1GB", dtype=torch.float32, **keys):
     """Have transformers write a random Llama -> what it reads back, in fp32."""
     torch.manual_seed(0)
-    model = randomize(transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**LLAMA, **keys})))
+    config = transformers.LlamaConfig(**{**LLAMA, **keys})
+    model = randomize(transformers.LlamaForCausalLM(config))
     model.to(dtype).save_pretrained(folder, max_shard_size=max_shard_size)
     return theirs(folder, torch_dtype=torch.float32)
 
@@ -329,7 +330,7 @@ def test_the_command_writes_a_folder_that_explains_itself(tmp_path):
     assert theirs(tmp_path / "x").generate(**ids, max_new_tokens=3).shape == (1, 7)
 
 
-def test_on_a_full_disk_nothing_is_left_and_the_folder_is_named(exported, tmp_path):
+def test_a_full_disk_leaves_no_part_of_an_export(exported, tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # no file may be longer
     try:
@@ -355,7 +356,7 @@ def test_a_tokenizer_goes_out_as_a_plain_file(tmp_path, monkeypatch, name):
     assert HFTokenizer(str(tmp_path)).encode_ordinary(TEXT) == ours.encode_ordinary(TEXT)
 
 
-def test_data_a_checkpoint_and_an_export_keep_their_tokenizer_when_the_origin_has_gone(damaged, tmp_path):
+def test_a_tokenizer_is_kept_when_its_origin_has_gone(damaged, tmp_path):
     edit(damaged, eos_token_id=[267, 5])
     edit(damaged, "generation_config.json", eos_token_id=7)
     original, model, data = get_tokenizer(f"hf:{damaged}"), load_model(f"hf:{damaged}"), tmp_path / "data"
@@ -445,7 +446,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize("keys, message", REFUSED)
-def test_what_our_block_does_not_compute_is_refused_by_name(damaged, keys, message):
+def test_what_our_block_does_not_compute_is_refused(damaged, keys, message):
     edit(damaged, **keys)
     refused(message, load_model, f"hf:{damaged}")
 
@@ -463,7 +464,7 @@ def test_a_damaged_folder_is_refused(damaged):
     refused("has no model.safetensors\nweights must be .safetensors: no pickles", load_model, source)
 
 
-def test_a_repository_is_downloaded_once_without_its_pickles(damaged, hub, monkeypatch):
+def test_a_repository_is_downloaded_without_pickles(damaged, hub, monkeypatch):
     (damaged / "pytorch_model.bin").write_bytes(b"not to be downloaded")
     files, commit = {path.name: path.read_bytes() for path in damaged.iterdir()}, "c" * 40
     tree = [{"type": "file", "path": n, "oid": n, "size": len(data)} for n, data in files.items()]

@@ -172,7 +172,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("command", MISTAKES)
-def test_a_mistake_is_named_in_three_lines_and_nothing_is_touched(place, command, capsys, monkeypatch):
+def test_a_mistake_is_named_and_nothing_is_touched(place, command, capsys, monkeypatch):
     before = files()
     with pytest.raises((UserError, OSError)) as error:
         start(command)
@@ -213,7 +213,7 @@ for task, row in TASKS.items():
 
 @pytest.mark.parametrize("path", FORGED)
 @pytest.mark.filterwarnings("ignore")
-def test_a_forged_or_damaged_file_is_one_short_error_or_none(place, path, capsys):
+def test_a_damaged_file_is_one_short_error_or_none(place, path, capsys):
     """A key that is missing, or a value of another type: where it matters it is refused, and never a
     traceback."""
     path, (command, needed) = Path(path), FORGED[path]

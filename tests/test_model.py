@@ -78,7 +78,7 @@ def unrolled(model, copies, idx, backprop_iters=0):
 
 @pytest.mark.parametrize("iters, backprop_iters", [(1, 0), (3, 0), (3, 1)])
 @pytest.mark.parametrize("rule", MAX_ITERS)
-def test_iterations_equal_untied_copies_and_their_gradients_are_summed(rule, iters, backprop_iters):
+def test_iterations_equal_untied_copies(rule, iters, backprop_iters):
     model, idx = make(rule=rule).double(), tokens()
     copies = [copy.deepcopy(torch.nn.ModuleList(model.body)) for _ in range(iters)]
     logits = model(idx, None, iters, backprop_iters)[0]
@@ -134,7 +134,7 @@ def test_the_residual_stream_keeps_its_precision_under_autocast(rule):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rule, most", MAX_ITERS.items())
-def test_every_rule_is_finite_at_all_the_iterations_that_it_allows(rule, most, dtype):
+def test_every_rule_is_finite_at_all_its_iterations(rule, most, dtype):
     model, idx = make(rule=rule).to(dtype), tokens(1, 8)
     with torch.no_grad():
         for logits in model.logits_at(idx, [1, 2, 8, most // 2, most]):
@@ -147,7 +147,7 @@ def test_every_rule_is_finite_at_all_the_iterations_that_it_allows(rule, most, d
 # ------------------------------------------------------------------------------------- sharing and interfaces
 
 
-def test_parameters_do_not_grow_with_the_iterations_and_embeddings_may_be_tied():
+def test_parameters_do_not_grow_with_the_iterations():
     assert len({make(iters=iters).n_params() for iters in (1, 2, 8)}) == 1
     tied, untied = make(), make(tie_embeddings=False)
     assert tied.unembed.weight is tied.embed.weight and untied.unembed.weight is not untied.embed.weight
@@ -254,7 +254,7 @@ def test_activation_checkpointing_changes_nothing(rule):
 
 
 @pytest.mark.parametrize("rule", MAX_ITERS)
-def test_truncated_gradients_reach_every_weight_in_bf16_too(rule):
+def test_truncated_gradients_reach_every_weight_in_bf16(rule):
     """Not so in older PyTorch, if autocast kept what the iterations without gradients made of the weights."""
     model, idx, targets = make(rule=rule), tokens(), tokens(seed=2)
     exact = gradients(model, model(idx, targets, 3, 1)[1])
@@ -287,7 +287,8 @@ def test_bad_calls_are_refused():
     model, idx = make(), tokens()
     assert model.check_iters(np.int64(8)) == 8
     for iters in (0, 2.0, True):
-        refused("rule abbie_d runs at any integer from 1 to 128", next, model.logits_at(idx, [1, iters]))
+        swept = model.logits_at(idx, [1, iters])
+        refused("rule abbie_d runs at any integer from 1 to 128", next, swept)
     for bad in (idx.int(), idx[0], tokens(1, 33), idx[:, :0]):
         refused("token ids must be int64 .* 1 <= T <= 32", model, bad)
     for token in (-1, 97):  # which has a padded row

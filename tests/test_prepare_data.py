@@ -82,7 +82,7 @@ def corpus(tmp_path_factory) -> Path:
 # -------------------------------------------------------------------------------------------------- the split
 
 
-def test_a_document_goes_to_validation_by_its_hash_whatever_is_added_later(tmp_path, corpus):
+def test_a_document_goes_to_validation_by_its_hash(tmp_path, corpus):
     small = prepare(tmp_path / "small", write_jsonl(tmp_path / "b.jsonl", TEXTS[:250]), val_fraction=0.1)
     large = prepare(tmp_path / "large", corpus, val_fraction=0.1)
     tenth = "1999999999999999"  # 0.1 in hexadecimal digits
@@ -128,7 +128,7 @@ def test_a_split_without_documents_names_the_flags(tmp_path):
     refused("for the train split", prepare, tmp_path / "most", two, val_fraction=0.999999)
 
 
-def test_repeated_lines_that_all_go_one_way_are_warned_of(tmp_path, corpus, capsys):
+def test_an_uneven_split_is_warned_of(tmp_path, corpus, capsys):
     goes = next(text for text in map(str, range(99)) if hashlib.sha256(text.encode()).digest()[0] < 12)
     repeated = write_jsonl(tmp_path / "a.jsonl", [goes] * 999 + ["other"])
     prepare(tmp_path / "out", repeated)
@@ -165,7 +165,7 @@ def test_every_format_gives_the_same_documents(tmp_path, corpus):
         assert {**shards, "meta.json": expected["meta.json"]} == expected
 
 
-def test_another_field_a_folder_in_the_order_of_names_and_validation_text_of_its_own(tmp_path, capsys):
+def test_fields_folders_and_validation_text_may_be_named(tmp_path, capsys):
     source = tmp_path / "out" / "own"  # within the folder that is made: it stays there
     source.mkdir(parents=True)
     for name in ("b.jsonl", "a.jsonl"):
@@ -217,7 +217,7 @@ def test_bad_documents_are_an_error_or_a_counted_skip(tmp_path, capfd, name):
     "module, command",
     [("pyarrow.parquet", "fineweb_edu"), ("huggingface_hub", "c4"), ("pyarrow.parquet", "text --input {}")],
 )
-def test_a_missing_package_is_one_clear_line_before_anything_is_done(tmp_path, monkeypatch, module, command):
+def test_a_missing_package_is_named_at_once(tmp_path, monkeypatch, module, command):
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
     monkeypatch.setitem(sys.modules, module, None)
     package, flags = module.split(".")[0], {"out": tmp_path / "out", "tokenizer": "bytes"}
@@ -272,7 +272,7 @@ def kill_at(n: int):
     os.fsync, os.replace = counted(os.fsync), counted(os.replace)
 
 
-def test_killed_at_any_time_it_ends_with_the_same_bytes_with_any_number_of_threads(tmp_path, groups, capfd):
+def test_killed_at_any_operation_it_ends_the_same(tmp_path, groups, capfd):
     inputs, flags = groups
     whole = contents(prepare(tmp_path / "whole", inputs, workers=3, **flags))
     shards = json.loads(whole["meta.json"])["splits"]["train"]["shards"]
@@ -293,7 +293,7 @@ def test_killed_at_any_time_it_ends_with_the_same_bytes_with_any_number_of_threa
     assert capfd.readouterr().out.count("going on after") > 10
 
 
-def test_killed_at_random_moments_again_and_again_it_ends_with_the_same_bytes(tmp_path, groups):
+def test_killed_at_random_moments_it_ends_the_same(tmp_path, groups):
     inputs, flags = groups
     whole, rng = contents(prepare(tmp_path / "whole", inputs, **flags)), random.Random(0)
     for out in (tmp_path / "first", tmp_path / "second"):
@@ -310,7 +310,7 @@ def test_killed_at_random_moments_again_and_again_it_ends_with_the_same_bytes(tm
         assert len(statuses) > 3 and contents(out) == whole
 
 
-def test_a_full_disk_ends_in_a_short_error_and_the_same_command_goes_on(tmp_path, groups):
+def test_after_a_full_disk_the_same_command_goes_on(tmp_path, groups):
     inputs, flags = groups
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # no file may grow beyond
@@ -341,7 +341,7 @@ def fetch(out: Path, command="c4", shards=2) -> Path:
     return run(command, out=out, shards=shards, tokenizer="bytes", val_fraction=0.05)
 
 
-def test_a_download_cut_off_goes_on_by_range_and_disk_is_freed_file_by_file(tmp_path, hub, c4):
+def test_a_download_cut_off_goes_on_by_range(tmp_path, hub, c4):
     out, on_disk = tmp_path / "out", []
     hub.on_get = lambda: on_disk.extend(out.rglob("*.json.gz"))
     hub.faults = [None, "cut"]
@@ -353,7 +353,7 @@ def test_a_download_cut_off_goes_on_by_range_and_disk_is_freed_file_by_file(tmp_
 
 
 @pytest.mark.parametrize("fault, said", [("corrupt", "arrived corrupted"), (503, "503")])
-def test_wrong_bytes_are_never_tokenised_and_the_same_command_goes_on(tmp_path, hub, c4, fault, said):
+def test_wrong_bytes_are_never_tokenised(tmp_path, hub, c4, fault, said):
     hub.faults = [None, fault]
     refused(f"{said}.*\nnothing is lost: .* the same command goes on", fetch, tmp_path / "out")
     assert not list((tmp_path / "out").rglob(SECOND))
@@ -366,7 +366,7 @@ def offer_rows(hub: Hub, task: str, rows: list[dict], folder: Path):
     hub.offer(TASKS[task].repo, TASKS[task].revision, TASKS[task].file, body)
 
 
-def test_evaluation_sets_are_the_rows_of_parquet_files_of_the_hub_or_a_mirror(tmp_path, hub):
+def test_evaluation_sets_are_the_rows_of_the_hub(tmp_path, hub):
     rows, out = [{"stem": f"é {i}?", "choices": {"text": ["a", "b"]}} for i in range(500)], tmp_path / "icl"
     offer_rows(hub, "openbookqa", rows, tmp_path)
     environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home")}
@@ -378,7 +378,7 @@ def test_evaluation_sets_are_the_rows_of_parquet_files_of_the_hub_or_a_mirror(tm
     assert len(hub.log) == 1 and [path.name for path in out.iterdir()] == ["openbookqa"]
 
 
-def test_a_set_of_another_size_is_refused_and_hellaswag_comes_with_its_notice(tmp_path, hub, capsys):
+def test_a_set_of_another_size_is_refused(tmp_path, hub, capsys):
     offer_rows(hub, "hellaswag", [{"ctx": "x"}] * 3241, tmp_path)
     refused("has 3241 rows, not 10042", run, "icl", out=tmp_path / "icl", tasks="hellaswag")
     assert "takedown" in capsys.readouterr().out and not list(tmp_path.rglob("*.jsonl"))
