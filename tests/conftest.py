@@ -31,14 +31,20 @@ def corpus(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
+def out(tmp_path) -> Path:
+    """A folder that is to be made."""
+    return tmp_path / "out"
+
+
+@pytest.fixture
 def hub(monkeypatch, tmp_path):
     """A local server in the place of the Hugging Face Hub."""
-    constants, server = pytest.importorskip("huggingface_hub.constants"), Hub()
+    constants, server = "huggingface_hub.constants", Hub()
     template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    monkeypatch.setattr(constants, "ENDPOINT", server.url)
-    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1 << 14)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(f"{constants}.HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(f"{constants}.ENDPOINT", server.url)
+    monkeypatch.setattr(f"{constants}.DOWNLOAD_CHUNK_SIZE", 1 << 14)
+    monkeypatch.setattr(f"{constants}.HF_HUB_CACHE", str(tmp_path / "cache"))
     yield server
     server.shutdown()
     server.server_close()

@@ -1,4 +1,4 @@
-"""The specification of checkpoint.py: saved whole or not at all, checked where it is read, loaded."""
+"""checkpoint.py: saved whole or not at all, checked where it is read, loaded."""
 
 import json
 import multiprocessing

@@ -1,5 +1,4 @@
-"""The specification of eval_icl.py: strings, scores and metrics are the harness's, example by example; one
-sweep for every r, whatever the batches and ranks; built-in tasks; what a failed run leaves; errors."""
+"""eval_icl.py: scored as by lm-evaluation-harness, in one sweep, on any number of ranks."""
 
 import json
 import math

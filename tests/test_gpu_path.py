@@ -1,5 +1,4 @@
-"""The path that only a GPU takes, as far as a CPU can show it: what is asked of PyTorch, and under which
-conditions. What needs a card is experiments/gpu.py, which the last test runs dry."""
+"""The path that only a GPU takes, as far as a CPU can show it; the rest is experiments/gpu.py."""
 
 import json
 from types import SimpleNamespace

@@ -1,7 +1,6 @@
-"""The specification of hf/: our models in transformers at any r, Llama folders in, tokenizers.
+"""hf/: our models in transformers at any r, Llama folders in, tokenizers.
 
-The control is a random Llama that transformers writes; it is read, cut, exported, and loaded by transformers
-again, so that at r = 1 both compute the same. Nothing needs the network."""
+The control is a random Llama that transformers writes: at r = 1 both compute the same."""
 
 import json
 import resource
@@ -127,18 +126,18 @@ def same(ours, other, tolerance=1e-5):
 
 
 @pytest.mark.parametrize("rule", MAX_ITERS)
-def test_every_rule_gives_our_logits_at_every_r_and_comes_back(tmp_path, rule):
+def test_every_rule_gives_our_logits_at_every_r_and_comes_back(out, rule):
     model, idx = make(vocab_size=257, rule=rule, iters=3, rope_scaling=STRETCH).eval(), tokens(vocab=257)
     model.meta = {"tokenizer": "bytes"}
-    export.export(model, tmp_path / "x")
-    looped = theirs(tmp_path / "x")
+    export.export(model, out)
+    looped = theirs(out)
     for r in (1, 2, np.int64(4), 8):
         assert same(looped(idx, iters=r).logits, model(idx, iters=r)[0])
     assert torch.equal(looped(idx).logits, looped(idx, iters=3).logits)
-    assert torch.equal(theirs(tmp_path / "x", iters=4)(idx).logits, looped(idx, iters=4).logits)
-    half = theirs(tmp_path / "x", torch_dtype=torch.bfloat16)(idx).logits
+    assert torch.equal(theirs(out, iters=4)(idx).logits, looped(idx, iters=4).logits)
+    half = theirs(out, torch_dtype=torch.bfloat16)(idx).logits
     assert half.dtype == torch.bfloat16 and same(half.float(), looped(idx).logits, 0.3)
-    again = load_model(f"hf:{tmp_path / 'x'}")
+    again = load_model(f"hf:{out}")
     assert again.config == model.config and again.meta["tokenizer"] == "bytes"
     assert torch.equal(again(idx)[0], model(idx)[0])
 
@@ -179,7 +178,7 @@ def test_positions_that_begin_again_separate_documents(llama, exported):
     for mask in (None, torch.ones(2, 24)):
         assert same(looped(idx, mask, positions, iters=4).logits, alone)
     padded = torch.ones(2, 24)
-    padded[:, 21:] = 0  # the last document is padding
+    padded[:, 21:] = 0
     assert same(looped(idx, padded, positions, iters=4).logits[:, :21], alone[:, :21])
     refused("say use_cache=False", looped, idx, position_ids=positions, use_cache=True)
     cache = transformers.DynamicCache()
@@ -250,12 +249,12 @@ def test_the_trainer_trains_it_as_it_trains_the_llama(llama, exported, tmp_path)
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("size, rows", [(304, 320), (321, 384), (200, 256)])
-def test_the_vocabulary_is_resized_into_its_padding_first(tmp_path, tied, size, rows):
+def test_the_vocabulary_is_resized_into_its_padding_first(tmp_path, out, tied, size, rows):
     plain = write_llama(tmp_path / "llama", tie_word_embeddings=tied)
     model = load_model(f"hf:{tmp_path / 'llama'}", iters=2)
     model.meta["tokenizer"] = "bytes"
-    export.export(model, tmp_path / "x")
-    looped, idx, kept = theirs(tmp_path / "x"), tokens(vocab=200), min(size, 300)
+    export.export(model, out)
+    looped, idx, kept = theirs(out), tokens(vocab=200), min(size, 300)
     looped.resize_token_embeddings(size)
     assert looped.get_input_embeddings().weight.shape == (rows, 32) and looped.config.vocab_size == size
     plain.resize_token_embeddings(size)
@@ -330,12 +329,12 @@ def test_the_command_writes_a_folder_that_explains_itself(tmp_path):
     assert theirs(tmp_path / "x").generate(**ids, max_new_tokens=3).shape == (1, 7)
 
 
-def test_a_full_disk_leaves_no_part_of_an_export(exported, tmp_path):
+def test_a_full_disk_leaves_no_part_of_an_export(exported, tmp_path, out):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # no file may be longer
     try:
-        message = f"{tmp_path}/x could not be written .File too large"
-        refused(message, export.export, load_model(f"hf:{exported}"), tmp_path / "x")
+        message = f"{out} could not be written .File too large"
+        refused(message, export.export, load_model(f"hf:{exported}"), out)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert list(tmp_path.iterdir()) == []
@@ -356,7 +355,7 @@ def test_a_tokenizer_goes_out_as_a_plain_file(tmp_path, monkeypatch, name):
     assert HFTokenizer(str(tmp_path)).encode_ordinary(TEXT) == ours.encode_ordinary(TEXT)
 
 
-def test_a_tokenizer_is_kept_when_its_origin_has_gone(damaged, tmp_path):
+def test_a_tokenizer_is_kept_when_its_origin_has_gone(damaged, tmp_path, out):
     edit(damaged, eos_token_id=[267, 5])
     edit(damaged, "generation_config.json", eos_token_id=7)
     original, model, data = get_tokenizer(f"hf:{damaged}"), load_model(f"hf:{damaged}"), tmp_path / "data"
@@ -368,16 +367,16 @@ def test_a_tokenizer_is_kept_when_its_origin_has_gone(damaged, tmp_path):
     [ids] = documents(data, "val")
     assert original.decode(ids) == TEXT.replace(END, "val")
     checkpoint = save(tmp_path / "run", 1, model, tokenizer=f"hf:{damaged}", data=str(data))
-    export.export(load_model(checkpoint), tmp_path / "x")
-    for folder in (checkpoint, tmp_path / "x"):
+    export.export(load_model(checkpoint), out)
+    for folder in (checkpoint, out):
         tokenizer = get_tokenizer(f"hf:{folder}")
         assert tokenizer.encode_ordinary(TEXT) == original.encode_ordinary(TEXT)
         assert tokenizer.n_vocab == 300 and tokenizer.bos_tokens == [267]
         assert (tokenizer.eot_token, tokenizer.eot_tokens) == (267, {267, 5, 7})
-    inputs = json.loads((tmp_path / "x/tokenizer_config.json").read_text())["model_input_names"]
+    inputs = json.loads((out / "tokenizer_config.json").read_text())["model_input_names"]
     assert inputs == ["input_ids", "attention_mask"]
-    assert str(damaged) not in (tmp_path / "x/config.json").read_text()
-    assert load_model(f"hf:{tmp_path / 'x'}").meta["tokenizer"] == f"hf:{tmp_path / 'x'}"
+    assert str(damaged) not in (out / "config.json").read_text()
+    assert load_model(f"hf:{out}").meta["tokenizer"] == f"hf:{out}"
 
 
 # ---------------------------------------------------------------------------------- Llama's folders in
@@ -494,7 +493,7 @@ def test_the_tokenizer_reads_and_spells_exactly(llama):
     assert tokenizer.decode(ids) == TEXT
     assert b"".join(tokenizer.decode_bytes([i]) for i in ids) == TEXT.encode()
     assert tokenizer.decode(tokenizer.encode_ordinary("🙂")[:1]) == "\ufffd"  # a part of a character
-    assert tokenizer.decode_bytes(tokenizer.encode_ordinary("two words")) == b"two words"  # one added token
+    assert tokenizer.decode_bytes(tokenizer.encode_ordinary("two words")) == b"two words"
     assert tokenizer.decode([267]) == END and tokenizer.decode([299]) == ""  # an id without a token
 
 

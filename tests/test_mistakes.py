@@ -1,4 +1,4 @@
-"""What users get wrong, and files that are not what they should be: every script says in at most three lines
+"""What users get wrong, and files that are not what they should be: every script says in three lines
 what is wrong, ends with status 2, and leaves everything as it was."""
 
 import importlib

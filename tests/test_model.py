@@ -1,5 +1,4 @@
-"""The specification of model.py. What sample.py adds, a cache above all, is specified in test_sample.py; that
-logits and gradients at r = 1 are those of transformers' Llama, in test_hf.py."""
+"""model.py. At r = 1, test_hf.py compares it with transformers; its cache, test_sample.py."""
 
 import ast
 import copy

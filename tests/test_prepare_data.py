@@ -1,5 +1,4 @@
-"""prepare_data.py: what it promises about text, shards, kills and downloads, on real files, processes and a
-real server (tests/hub.py)."""
+"""prepare_data.py: text, shards, kills and downloads, on real files, processes and a server."""
 
 import gzip
 import hashlib
@@ -15,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 
+import pyarrow.parquet
 import pytest
 import tiktoken
 from common import ROOT, refused
@@ -43,8 +43,7 @@ def write_jsonl(path: Path, texts) -> Path:
 
 
 def write_parquet(path: Path, rows: list[dict]) -> Path:
-    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-    parquet.write_table(pyarrow.Table.from_pylist(rows), path, 100)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path, 100)
     return path
 
 
@@ -121,17 +120,17 @@ def test_lines_of_endoftext_separate_documents(tmp_path, name, newline):
     assert sorted(both(out)) == sorted(story.replace("\n", newline) for story in stories)
 
 
-def test_a_split_without_documents_names_the_flags(tmp_path):
+def test_a_split_without_documents_names_the_flags(tmp_path, out):
     two = write_jsonl(tmp_path / "a.jsonl", ["one", "two"])
     message = "for the val split\n.*--val_fraction than 1e-09.*--val_input"
-    refused(message, prepare, tmp_path / "out", two, val_fraction=1e-9)
+    refused(message, prepare, out, two, val_fraction=1e-9)
     refused("for the train split", prepare, tmp_path / "most", two, val_fraction=0.999999)
 
 
-def test_an_uneven_split_is_warned_of(tmp_path, corpus, capsys):
+def test_an_uneven_split_is_warned_of(tmp_path, out, corpus, capsys):
     goes = next(text for text in map(str, range(99)) if hashlib.sha256(text.encode()).digest()[0] < 12)
     repeated = write_jsonl(tmp_path / "a.jsonl", [goes] * 999 + ["other"])
-    prepare(tmp_path / "out", repeated)
+    prepare(out, repeated)
     assert re.search(r"warning: 99.\d% of the text went to validation, not 5.0%", capsys.readouterr().err)
     prepare(tmp_path / "fine", corpus)
     assert capsys.readouterr().err == ""
@@ -200,8 +199,6 @@ BAD = {  # file name: its content, what is said of it, documents that are left w
 @pytest.mark.parametrize("name", BAD)
 def test_bad_documents_are_an_error_or_a_counted_skip(tmp_path, capfd, name):
     content, said, n_kept = BAD[name]
-    if name.endswith(".parquet"):
-        pytest.importorskip("pyarrow")
     (tmp_path / name).write_bytes(content)
     for good in ("good.md", "val.md"):
         (tmp_path / good).write_text("good")
@@ -213,16 +210,20 @@ def test_bad_documents_are_an_error_or_a_counted_skip(tmp_path, capfd, name):
     assert len(texts(out, "train")) == 1 + n_kept and name in capfd.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "module, command",
-    [("pyarrow.parquet", "fineweb_edu"), ("huggingface_hub", "c4"), ("pyarrow.parquet", "text --input {}")],
-)
-def test_a_missing_package_is_named_at_once(tmp_path, monkeypatch, module, command):
+MISSING = [
+    ("pyarrow.parquet", "fineweb_edu"),
+    ("pyarrow.parquet", "text --input {}"),
+    ("huggingface_hub", "c4"),
+]
+
+
+@pytest.mark.parametrize("module, command", MISSING)
+def test_a_missing_package_is_named_at_once(tmp_path, out, monkeypatch, module, command):
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
     monkeypatch.setitem(sys.modules, module, None)
-    package, flags = module.split(".")[0], {"out": tmp_path / "out", "tokenizer": "bytes"}
+    package, flags = module.split(".")[0], {"out": out, "tokenizer": "bytes"}
     refused(f"pip install {package}", run, command.format(tmp_path), **flags)
-    assert not (tmp_path / "out").exists()
+    assert not out.exists()
 
 
 def test_a_folder_with_other_data_is_refused_and_left_alone(tmp_path, corpus):
@@ -310,18 +311,18 @@ def test_killed_at_random_moments_it_ends_the_same(tmp_path, groups):
         assert len(statuses) > 3 and contents(out) == whole
 
 
-def test_after_a_full_disk_the_same_command_goes_on(tmp_path, groups):
+def test_after_a_full_disk_the_same_command_goes_on(tmp_path, out, groups):
     inputs, flags = groups
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # no file may grow beyond
     try:
-        message = f"{tmp_path}/out: File too large\n.* the same command goes on"
-        refused(message, prepare, tmp_path / "out", inputs, **flags)
+        message = f"{out}: File too large\n.* the same command goes on"
+        refused(message, prepare, out, inputs, **flags)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert list(contents(tmp_path / "out")) == ["unfinished.json"]
+    assert list(contents(out)) == ["unfinished.json"]
     whole = contents(prepare(tmp_path / "whole", inputs, **flags))
-    assert contents(prepare(tmp_path / "out", inputs, **flags)) == whole
+    assert contents(prepare(out, inputs, **flags)) == whole
 
 
 # -------------------------------------------------------------------------------------------------- downloads
@@ -353,11 +354,11 @@ def test_a_download_cut_off_goes_on_by_range(tmp_path, hub, c4):
 
 
 @pytest.mark.parametrize("fault, said", [("corrupt", "arrived corrupted"), (503, "503")])
-def test_wrong_bytes_are_never_tokenised(tmp_path, hub, c4, fault, said):
+def test_wrong_bytes_are_never_tokenised(out, hub, c4, fault, said):
     hub.faults = [None, fault]
-    refused(f"{said}.*\nnothing is lost: .* the same command goes on", fetch, tmp_path / "out")
-    assert not list((tmp_path / "out").rglob(SECOND))
-    assert sorted(both(fetch(tmp_path / "out"))) == sorted(TEXTS)
+    refused(f"{said}.*\nnothing is lost: .* the same command goes on", fetch, out)
+    assert not list(out.rglob(SECOND))
+    assert sorted(both(fetch(out))) == sorted(TEXTS)
     assert [name for name, _ in hub.log] == [FIRST, SECOND, SECOND]  # what is in shards is not fetched again
 
 
@@ -378,9 +379,9 @@ def test_evaluation_sets_are_the_rows_of_the_hub(tmp_path, hub):
     assert len(hub.log) == 1 and [path.name for path in out.iterdir()] == ["openbookqa"]
 
 
-def test_a_set_of_another_size_is_refused(tmp_path, hub, capsys):
+def test_a_set_of_another_size_is_refused(tmp_path, out, hub, capsys):
     offer_rows(hub, "hellaswag", [{"ctx": "x"}] * 3241, tmp_path)
-    refused("has 3241 rows, not 10042", run, "icl", out=tmp_path / "icl", tasks="hellaswag")
+    refused("has 3241 rows, not 10042", run, "icl", out=out, tasks="hellaswag")
     assert "takedown" in capsys.readouterr().out and not list(tmp_path.rglob("*.jsonl"))
 
 

@@ -1,5 +1,4 @@
-"""The specification of sample.py: decoding, of which the reference is whole sequences without a cache; text
-as soon as it is certain; the lens; the command line."""
+"""sample.py: decoding, against whole sequences without a cache; streamed text; the lens; flags."""
 
 import os
 import pty
