@@ -72,7 +72,8 @@ def test_a_checkpoint_cannot_run_code(tmp_path):
 def test_what_cannot_be_a_model_is_said_and_passed_over(tmp_path, capsys, change, message):
     save(tmp_path, 1, make())
     folder = save(tmp_path, 2, make())
-    meta, weights = json.loads((folder / "config.json").read_text()), torch.load(folder / "model.pt")
+    meta = json.loads((folder / "config.json").read_text())
+    weights = torch.load(folder / "model.pt")
     change(meta, weights)
     save_checkpoint(tmp_path, 2, weights, {}, meta)
     assert load_model(tmp_path).meta["step"] == 1

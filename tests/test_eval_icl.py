@@ -121,7 +121,8 @@ def harness(model: AbbIE, icl: Path, folder: Path, iters: int) -> dict:
         task = {"task": name, "dataset_path": "json", "dataset_name": None, "dataset_kwargs": rows, **splits}
         path = f"{Path(lm_eval.__file__).parent}/tasks/{paths.get(name, f'{name}/{name}')}.yaml"
         (folder / f"{name}.yaml").write_text(json.dumps({"include": path, **task}))  # JSON is YAML
-    tasks, manager = [f"{folder}/{name}.yaml" for name in DOWNLOADED], TaskManager(include_defaults=False)
+    tasks = [f"{folder}/{name}.yaml" for name in DOWNLOADED]
+    manager = TaskManager(include_defaults=False)
     return lm_eval.simple_evaluate(ByHand(), tasks=tasks, task_manager=manager, bootstrap_iters=0)
 
 
@@ -146,7 +147,8 @@ def test_every_example_is_scored_as_by_the_harness(model, icl, tokenizer, tmp_pa
             assert entry[metric] == pytest.approx(theirs["results"][name][f"{metric},none"], rel=1e-4)
             if metric != "perplexity" and len(samples) > 1:
                 values = [sample[metric] for sample in samples]
-                assert entry[f"{metric}_stderr"] == pytest.approx(np.std(values, ddof=1) / len(values) ** 0.5)
+                stderr = np.std(values, ddof=1) / len(values) ** 0.5
+                assert entry[f"{metric}_stderr"] == pytest.approx(stderr)
 
 
 # ----------------------------------------------------------------------------------------------- scores
@@ -181,7 +183,8 @@ def test_scores_of_a_sweep_equal_one_request_at_a_time(rule, batch_size, icl, to
 def test_a_sweep_costs_the_largest_r_and_unembeds_what_is_scored(tokenizer):
     model = make(**SHAPE)
     body, tail, unembed = calls_of(model.body[0]), calls_of(model.tail[0]), calls_of(model.unembed)
-    score(model, encode_requests(tokenizer, [("The ox saw", " a bee"), ("It", " hums")]), [1, 2, 4, 8])
+    requests = [("The ox saw", " a bee"), ("It", " hums")]
+    score(model, encode_requests(tokenizer, requests), [1, 2, 4, 8])
     assert (len(body), len(tail)) == (8, 4)
     assert unembed == 4 * [(len(" a bee") + len(" hums"),)]
 
@@ -293,7 +296,8 @@ def test_any_number_of_processes_writes_the_same(ckpt, icl, tmp_path, capsys):
     loss, val = results["ppl"]["iters"]["2"], Shards(results["ppl"]["data"], "val", 96)
     assert loss["perplexity"] == pytest.approx(math.exp(loss["loss"]))
     assert loss["perplexity_stderr"] == pytest.approx(loss["perplexity"] * loss["loss_stderr"])
-    assert loss["bits_per_byte"] == pytest.approx(loss["loss"] / math.log(2) * val.n_tokens / val.n_bytes)
+    bits = loss["loss"] * val.n_tokens / math.log(2)
+    assert loss["bits_per_byte"] == pytest.approx(bits / val.n_bytes)
     assert results["ppl"]["n"] + results["ppl"]["left_out"] == val.n_tokens
 
 
@@ -324,7 +328,7 @@ def test_rows_that_do_not_fit_are_left_out_and_counted(ckpt, tmp_path, capsys):
     assert "2/1838" in (table := capsys.readouterr().out) and "piqa: 2 rows left out" in table
 
 
-def test_scores_are_kept_when_a_later_task_fails(ckpt, icl, tmp_path):
+def test_scores_are_kept_when_a_later_task_fails(ckpt, tmp_path):
     write_rows(tmp_path / "arc_easy/test.jsonl", ROWS["arc_easy"])
     write_rows(tmp_path / "piqa/validation.jsonl", [{**ROWS["piqa"][0], "sol2": "ask " * 30}])
     out, log = tmp_path / "r.json", tmp_path / "s.jsonl"
@@ -342,7 +346,8 @@ def test_scores_are_kept_when_a_later_task_fails(ckpt, icl, tmp_path):
 def test_bfloat16_is_a_flag_and_near(ckpt, corpus, tmp_path):
     results = {}
     for dtype in ("float32", "bfloat16"):
-        main([f"--ckpt={ckpt}", "--iters=2", "--ppl", f"--dtype={dtype}", f"--out={tmp_path}/r.json"])
+        flags = [f"--dtype={dtype}", f"--out={tmp_path}/r.json"]
+        main([f"--ckpt={ckpt}", "--iters=2", "--ppl", *flags])
         results[dtype] = json.loads((tmp_path / "r.json").read_text())
         assert results[dtype]["dtype"] == dtype
     exact, rough = (results[dtype]["ppl"]["iters"]["2"]["loss"] for dtype in results)

@@ -67,7 +67,8 @@ def record(row: str, seed: int, flops: float, **losses) -> dict:
 
 def test_the_table_compares_each_row_with_its_std_seed_by_seed():
     records = [record("std", 1, 2.0, r1=1.0), record("std", 2, 2.0, r1=2.0)]
-    records += [record("abbie_d", 2, 3.0, r1=5.0, r2=1.8), record("abbie_d", 1, 3.0, r1=5.0, r2=0.9)]
+    records.append(record("abbie_d", 2, 3.0, r1=5.0, r2=1.8))
+    records.append(record("abbie_d", 1, 3.0, r1=5.0, r2=0.9))
     records += [record("gone", 1, 3.0, r1=7.0)]
     header, _, std, ours, gone = [line.split(" | ") for line in study.table(records)]
     of_ours = dict(zip(header, ours))
@@ -134,7 +135,8 @@ def test_both_sides_have_one_shape(tmp_path, monkeypatch):
     speed.main(["hugging_face", "--rounds", "1", "--new_tokens", "2", "--results", str(tmp_path)])
     (run,) = read("speed", tmp_path)
     assert sum(p.numel() for p in built[0].parameters()) == run["n_params"]
-    assert set(run["tokens_per_s"]) == {"ours", "hugging_face"} and run["ours_over_hugging_face"] > 0
+    assert set(run["tokens_per_s"]) == {"ours", "hugging_face"}
+    assert run["ours_over_hugging_face"] > 0
 
 
 def test_drafting_is_measured_on_validation_text(corpus, tmp_path, monkeypatch):

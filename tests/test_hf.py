@@ -127,7 +127,8 @@ def same(ours, other, tolerance=1e-5):
 
 @pytest.mark.parametrize("rule", MAX_ITERS)
 def test_every_rule_gives_our_logits_at_every_r_and_comes_back(out, rule):
-    model, idx = make(vocab_size=257, rule=rule, iters=3, rope_scaling=STRETCH).eval(), tokens(vocab=257)
+    model = make(vocab_size=257, rule=rule, iters=3, rope_scaling=STRETCH).eval()
+    idx = tokens(vocab=257)
     model.meta = {"tokenizer": "bytes"}
     export.export(model, out)
     looped = theirs(out)
@@ -167,7 +168,8 @@ def test_the_hidden_states_are_those_of_every_iteration(exported):
 
 
 def test_positions_that_begin_again_separate_documents(llama, exported):
-    looped, plain, model = theirs(exported).train(), theirs(llama).train(), load_model(f"hf:{exported}")
+    looped, plain = theirs(exported).train(), theirs(llama).train()
+    model = load_model(f"hf:{exported}")
     idx, lengths = tokens(vocab=300), (9, 12, 3)
     positions = torch.cat([torch.arange(n) for n in lengths])[None].expand(2, -1)
     packed = plain(idx, position_ids=positions, use_cache=False).logits
@@ -191,9 +193,11 @@ def test_generate_is_our_decoding_in_padded_batches(exported):
     for r in (1, 4):  # fewer and more than config.iters
         expected = [greedy(model, prompt, 12, r) for prompt in PROMPTS]
         assert generate(looped, iters=r) == expected == generate(looped, iters=r, use_cache=False)
-    assert generate(looped, num_beams=3, iters=4) == generate(looped, num_beams=3, iters=4, use_cache=False)
+    beams = {"num_beams": 3, "iters": 4}
+    assert generate(looped, **beams) == generate(looped, **beams, use_cache=False)
     ids = torch.tensor(PROMPTS[:1])
-    found = looped.generate(inputs_embeds=looped.get_input_embeddings()(ids), iters=4, max_new_tokens=12)
+    x = looped.get_input_embeddings()(ids)
+    found = looped.generate(inputs_embeds=x, iters=4, max_new_tokens=12)
     assert found[0].tolist() == greedy(model, PROMPTS[0], 12, 4)
 
 
@@ -256,7 +260,8 @@ def test_the_vocabulary_is_resized_into_its_padding_first(tmp_path, out, tied, s
     export.export(model, out)
     looped, idx, kept = theirs(out), tokens(vocab=200), min(size, 300)
     looped.resize_token_embeddings(size)
-    assert looped.get_input_embeddings().weight.shape == (rows, 32) and looped.config.vocab_size == size
+    assert looped.get_input_embeddings().weight.shape == (rows, 32)
+    assert looped.config.vocab_size == size
     plain.resize_token_embeddings(size)
     logits = looped(idx, iters=1).logits
     assert logits.shape[-1] == size and same(logits[..., :kept], plain(idx).logits[..., :kept])
@@ -305,7 +310,8 @@ def test_the_harness_scores_as_our_model_does(exported):
     pairs = [("the cat", " sat"), ("the cat", " sat on the mat"), ("naïve", " café")]
     requests = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
     options = {"trust_remote_code": True, "iters": 4, "device": "cpu", "batch_size": 2}
-    for (context, text), (score, _) in zip(pairs, HFLM(str(exported), **options).loglikelihood(requests)):
+    scores = HFLM(str(exported), **options).loglikelihood(requests)
+    for (context, text), (score, _) in zip(pairs, scores):
         n = len(tokenizer.encode_ordinary(text))
         ids = torch.tensor([tokenizer.bos_tokens + tokenizer.encode_ordinary(context + text)])
         nll = F.cross_entropy(model(ids, iters=4)[0][0, -n - 1 : -1], ids[0, -n:], reduction="sum")
@@ -344,7 +350,8 @@ def test_a_full_disk_leaves_no_part_of_an_export(exported, tmp_path, out):
 def test_a_tokenizer_goes_out_as_a_plain_file(tmp_path, monkeypatch, name):
     monkeypatch.setattr(export, "get_tokenizer", lambda name: BPE if name == "gpt2" else get_tokenizer(name))
     export.write_tokenizer({"tokenizer": name}, tmp_path)
-    ours, other = export.get_tokenizer(name), AutoTokenizer.from_pretrained(tmp_path, trust_remote_code=False)
+    ours = export.get_tokenizer(name)
+    other = AutoTokenizer.from_pretrained(tmp_path, trust_remote_code=False)
     settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
     assert settings["model_input_names"] == list(other(TEXT)) == ["input_ids", "attention_mask"]
     for text in (TEXT.replace(END, ""), "".join(map(chr, range(1, 300)))):
@@ -358,7 +365,8 @@ def test_a_tokenizer_goes_out_as_a_plain_file(tmp_path, monkeypatch, name):
 def test_a_tokenizer_is_kept_when_its_origin_has_gone(damaged, tmp_path, out):
     edit(damaged, eos_token_id=[267, 5])
     edit(damaged, "generation_config.json", eos_token_id=7)
-    original, model, data = get_tokenizer(f"hf:{damaged}"), load_model(f"hf:{damaged}"), tmp_path / "data"
+    original, model = get_tokenizer(f"hf:{damaged}"), load_model(f"hf:{damaged}")
+    data = tmp_path / "data"
     for name in ("text", "val"):
         (tmp_path / f"{name}.txt").write_text(TEXT.replace(END, name))
     inputs = ["--input", f"{tmp_path}/text.txt", "--val_input", f"{tmp_path}/val.txt"]
@@ -425,7 +433,8 @@ CUTS = [
 @pytest.mark.parametrize("changes, blocks", CUTS)
 def test_a_llama_is_cut_as_asked(llama, monkeypatch, changes, blocks):
     monkeypatch.setenv("HOME", str(llama.parent))
-    model, idx = load_model(f"hf:~/{llama.name}", rule="recall", iters=3, **changes), tokens(vocab=300)
+    model = load_model(f"hf:~/{llama.name}", rule="recall", iters=3, **changes)
+    idx = tokens(vocab=300)
     assert [len(part) for part in (model.head, model.body, model.tail)] == blocks
     assert (model.config.rule, model.config.iters) == ("recall", 3)
     assert model.meta["tokenizer"] == model.meta["ckpt"] == f"hf:~/{llama.name}"
@@ -522,7 +531,8 @@ def test_the_tokens_that_begin_and_end_a_text(damaged, config, generation, ends)
     edit(damaged, eos_token_id=config)
     edit(damaged, "generation_config.json", eos_token_id=generation)
     tokenizer = get_tokenizer(f"hf:{damaged}")
-    assert (tokenizer.eot_token, tokenizer.eot_tokens, tokenizer.bos_tokens) == (ends[0], set(ends), [267])
+    assert (tokenizer.eot_token, tokenizer.eot_tokens) == (ends[0], set(ends))
+    assert tokenizer.bos_tokens == [267]
     begun = AutoTokenizer.from_pretrained(damaged)("the cat", truncation=False).input_ids
     assert begun == tokenizer.bos_tokens + tokenizer.encode_ordinary("the cat")
 

@@ -149,7 +149,8 @@ def test_every_rule_is_finite_at_all_its_iterations(rule, most, dtype):
 def test_parameters_do_not_grow_with_the_iterations():
     assert len({make(iters=iters).n_params() for iters in (1, 2, 8)}) == 1
     tied, untied = make(), make(tie_embeddings=False)
-    assert tied.unembed.weight is tied.embed.weight and untied.unembed.weight is not untied.embed.weight
+    assert tied.unembed.weight is tied.embed.weight
+    assert untied.unembed.weight is not untied.embed.weight
 
 
 @pytest.mark.parametrize("rule", MAX_ITERS)

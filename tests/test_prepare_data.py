@@ -82,7 +82,8 @@ def corpus(tmp_path_factory) -> Path:
 
 
 def test_a_document_goes_to_validation_by_its_hash(tmp_path, corpus):
-    small = prepare(tmp_path / "small", write_jsonl(tmp_path / "b.jsonl", TEXTS[:250]), val_fraction=0.1)
+    part = write_jsonl(tmp_path / "b.jsonl", TEXTS[:250])
+    small = prepare(tmp_path / "small", part, val_fraction=0.1)
     large = prepare(tmp_path / "large", corpus, val_fraction=0.1)
     tenth = "1999999999999999"  # 0.1 in hexadecimal digits
     val = [text for text in TEXTS if hashlib.sha256(text.encode()).hexdigest() < tenth]
@@ -149,7 +150,8 @@ def test_stdlib_is_the_library_by_whole_files(tmp_path, capsys):
     assert Path(tiktoken.__file__).read_text() not in found
     assert not any("class TestBasicOps" in text for text in found)
     run("stdlib", out=tmp_path)
-    assert contents(tmp_path) == before and f"{tmp_path} is complete\n{source}" in capsys.readouterr().out
+    assert contents(tmp_path) == before
+    assert f"{tmp_path} is complete\n{source}" in capsys.readouterr().out
 
 
 def test_every_format_gives_the_same_documents(tmp_path, corpus):
@@ -368,7 +370,8 @@ def offer_rows(hub: Hub, task: str, rows: list[dict], folder: Path):
 
 
 def test_evaluation_sets_are_the_rows_of_the_hub(tmp_path, hub):
-    rows, out = [{"stem": f"é {i}?", "choices": {"text": ["a", "b"]}} for i in range(500)], tmp_path / "icl"
+    rows = [{"stem": f"é {i}?", "choices": {"text": ["a", "b"]}} for i in range(500)]
+    out = tmp_path / "icl"
     offer_rows(hub, "openbookqa", rows, tmp_path)
     environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home")}
     command = [sys.executable, "prepare_data.py", "icl", "--tasks=openbookqa", "--out", str(out)]

@@ -149,7 +149,8 @@ def test_one_slot_holds_what_the_last_iteration_wrote(rule):
     cache, reference = KVCache(model, 1, 4, mode="last"), Appending()
     for start, end in CHUNKS:
         positions = torch.arange(start, end)[None]
-        [z] = model.sweep(model.embed(idx[:, start:end]), [4], model.cos_sin(idx, positions), reference)
+        x, cos_sin = model.embed(idx[:, start:end]), model.cos_sin(idx, positions)
+        [z] = model.sweep(x, [4], cos_sin, reference)
         reference.keep()
         assert_close(step(model, idx[:, start:end], cache), model.logits(z)[:, -1])
 
@@ -335,7 +336,8 @@ def test_only_generated_text_is_on_stdout(cli):
     assert drafted.out == out and "drafted tokens accepted" in drafted.err
     older = cli("--prompt", "def ", *flags, "--ckpt=out/old").out
     assert older == best(load_model("out/old"), 20, 3) + "\n" != out
-    assert cli(*flags).out == best(load_model("out/study/new"), 20, 3, b"") + "\n", "begins with end-of-text"
+    unprompted = best(load_model("out/study/new"), 20, 3, b"")  # begins with end-of-text
+    assert cli(*flags).out == unprompted + "\n"
 
 
 def test_samples_and_several_iters_follow_one_another(cli):
@@ -343,7 +345,8 @@ def test_samples_and_several_iters_follow_one_another(cli):
     assert cli("--prompt", "def ", "--num_samples=2", "--seed=5").out == f"{five}---\n{six}"
     one, four = (cli("--prompt", "def ", f"--iters={r}").out for r in (1, 4))
     both = cli("--prompt", "def ", "--iters=1,4")
-    assert both.out == f"{one}---\n{four}" and "iters 1: def " in both.err and "iters 4: def " in both.err
+    assert both.out == f"{one}---\n{four}"
+    assert "iters 1: def " in both.err and "iters 4: def " in both.err
 
 
 def test_early_exit_reports_its_iterations(cli):
