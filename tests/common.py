@@ -1,8 +1,12 @@
-"""What several test files need: a tiny model, tokens, a checkpoint of it."""
+"""What several test files need."""
 
+import os
+import subprocess
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
+import pytest
 import torch
 
 from checkpoint import save_checkpoint
@@ -15,19 +19,45 @@ TINY = dict(
 )  # fmt: skip
 
 
+STRETCH = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}  # fmt: skip
+
+
+@torch.no_grad()
+def randomize(model: torch.nn.Module) -> torch.nn.Module:
+    """Weights of the size that training reaches, so that every sublayer matters."""
+    for p in model.parameters():
+        noise = torch.randn_like(p)
+        p.copy_(noise / p.shape[-1] ** 0.5 if p.dim() == 2 else 1 + 0.2 * noise)
+    return model
+
+
 def make(seed=0, **keys) -> AbbIE:
-    """A tiny model with weights of the size that training reaches, so that every sublayer matters."""
+    """A tiny model."""
     torch.manual_seed(seed)
     model = AbbIE(AbbIEConfig(**{**TINY, **keys}))
-    with torch.no_grad():
-        for p in model.parameters():
-            noise = torch.randn_like(p)
-            p.copy_(noise / p.shape[-1] ** 0.5 if p.dim() == 2 else 1 + 0.2 * noise)
-    return model
+    return randomize(model)
 
 
 def tokens(batch=2, length=24, seed=1, vocab=97):
     return torch.randint(vocab, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def greedy(model, prompt: list[int], n: int, iters: int) -> list[int]:
+    """The n best next tokens, one after the other, without a cache."""
+    ids = torch.tensor([prompt])
+    for _ in range(n):
+        ids = torch.cat((ids, model(ids, iters=iters)[0][:, -1:].argmax(-1)), 1)
+    return ids[0, len(prompt) :].tolist()
+
+
+def calls_of(part: torch.nn.Module) -> list[tuple]:
+    """(B, T) of every call from now on."""
+    shapes = []
+    part.register_forward_pre_hook(lambda _, args: shapes.append(tuple(args[0].shape[:-1])))
+    return shapes
 
 
 def save(run: Path, step: int, model: AbbIE, **meta) -> Path:
@@ -35,3 +65,18 @@ def save(run: Path, step: int, model: AbbIE, **meta) -> Path:
     config = {**asdict(model.config), "tokenizer": "bytes", "step": step, **meta}
     moments = {name: [p.detach() + 1, p.detach() ** 2] for name, p in model.named_parameters()}
     return save_checkpoint(run, step, model.state_dict(), {"optimizer": moments, "step": step}, config)
+
+
+def refused(message: str, function, *args, **keys):
+    """The call ends in a UserError (an export has its own) of at most three lines, with this message."""
+    with pytest.raises(ValueError, match=message) as error:
+        function(*args, **keys)
+    assert type(error.value).__name__ == "UserError"
+    assert len(str(error.value).splitlines()) <= 3
+
+
+def start_python(command: list, cwd=ROOT, env=None, **pipes) -> subprocess.Popen:
+    """Python with these arguments, in a process of its own."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **pipes}
+    return subprocess.Popen([sys.executable, *command], cwd=cwd, env=env, **pipes)

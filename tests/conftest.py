@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hub import Hub
 
 import prepare_data
 
@@ -27,3 +28,23 @@ def corpus(tmp_path_factory) -> Path:
     text = ["--input", str(folder / "text.txt"), "--val_input", str(folder / "val.txt")]
     prepare_data.main(["text", *text, "--out", str(folder / "shards")])
     return folder / "shards"
+
+
+@pytest.fixture
+def out(tmp_path) -> Path:
+    """A folder that is to be made."""
+    return tmp_path / "out"
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A local server in the place of the Hugging Face Hub."""
+    constants, server = "huggingface_hub.constants", Hub()
+    template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(f"{constants}.HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(f"{constants}.ENDPOINT", server.url)
+    monkeypatch.setattr(f"{constants}.DOWNLOAD_CHUNK_SIZE", 1 << 14)
+    monkeypatch.setattr(f"{constants}.HF_HUB_CACHE", str(tmp_path / "cache"))
+    yield server
+    server.shutdown()
+    server.server_close()

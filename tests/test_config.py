@@ -1,24 +1,16 @@
 """The configuration: dataclass default < Python file < flag, typed, and what is wrong is named."""
 
-import subprocess
 import sys
 from dataclasses import replace
 
 import pytest
 import torch
-from common import ROOT
+from common import ROOT, refused
 
 from config import Config, cli, load_config, mean_iters, parse_iters, parse_list
-from model import AbbIE, UserError
+from model import AbbIE
 
 TINY = str(ROOT / "config" / "abbie_tiny.py")
-
-
-def refused(*argv) -> str:
-    with pytest.raises(UserError) as error:
-        load_config(list(argv))
-    assert len(str(error.value).splitlines()) <= 3
-    return str(error.value)
 
 
 def named(name: str) -> Config:
@@ -32,9 +24,7 @@ def test_a_flag_beats_the_file_which_beats_the_default(tmp_path):
     assert (config.seed, load_config([str(file), "--seed=8"]).seed) == (7, 8)
     assert config.grad_clip == Config.grad_clip
     assert config.n_embd == load_config([TINY]).n_embd
-    assert isinstance(config.lr, float) and config.eval_iters == "4", (
-        "an integer may stand for a float or text"
-    )
+    assert isinstance(config.lr, float) and config.eval_iters == "4"  # written as integers
     assert config.out_dir == "out/mine"
 
 
@@ -48,26 +38,27 @@ def test_both_spellings_of_a_flag_and_every_type():
     assert (config.iters, config.warmup_steps, config.out_dir) == (4, -1, "out/abbie_tiny")
 
 
-def test_a_config_file_may_compute_with_modules_functions_and_variables_of_its_own(tmp_path, capsys):
+def test_a_config_file_may_compute(tmp_path, capsys):
     file = tmp_path / "mine.py"
     file.write_text("import math\nfrom math import sqrt\n_base = 64\nk = 4\nn_embd = int(sqrt(k)) * _base\n")
     assert load_config([str(file)]).n_embd == 128
     assert capsys.readouterr().err.startswith(f"{file}: k is no key")
 
 
-def test_the_help_lists_every_key_with_its_default():
-    command = [sys.executable, ROOT / "train.py", "--help"]
-    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+def test_the_help_lists_every_key_with_its_default(capsys):
+    with pytest.raises(SystemExit):
+        load_config(["--help"])
+    shown = capsys.readouterr().out
     for name, field in Config.__dataclass_fields__.items():
         entry = shown.partition(f"  --{name} ")[2].split("\n  --")[0]
         assert f"default {field.default!r}" in " ".join(entry.split()), name
     assert "1 %" in shown, "what argparse would format"
 
 
-@pytest.mark.parametrize(
-    "name, parameters",
-    [("abbie_350m", 359_842_816), ("abbie_200m", 201_077_632), ("abbie_124m", 123_587_328)],
-)
+SIZES = [("abbie_350m", 359_842_816), ("abbie_200m", 201_077_632), ("abbie_124m", 123_587_328)]
+
+
+@pytest.mark.parametrize("name, parameters", SIZES)
 def test_the_sizes_that_the_configs_promise(name, parameters):
     config = named(name)
     with torch.device("meta"):
@@ -85,8 +76,6 @@ def test_recall_differs_from_abbie_in_what_it_is_named_for(size):
 def test_the_vocabulary_follows_the_data_unless_set():
     assert load_config([TINY]).model_config(257).vocab_size == 257
     assert load_config([TINY, "--vocab_size=300"]).model_config(257).vocab_size == 300
-    with pytest.raises(UserError, match="vocab_size=256 is less than the 257 of the data"):
-        load_config([TINY, "--vocab_size=256"]).model_config(257)
 
 
 def test_out_of_memory_is_an_error_of_every_script(monkeypatch, capsys):
@@ -101,8 +90,7 @@ def test_out_of_memory_is_an_error_of_every_script(monkeypatch, capsys):
 def test_lists_of_iters():
     assert parse_list("1,2,8", "iters") == [1, 2, 8]
     for text in ("", "1,,2", "0", "1,129"):
-        with pytest.raises(UserError, match="iters"):
-            parse_list(text, "iters")
+        refused("iters", parse_list, text, "iters")
 
 
 def test_iteration_schedules():
@@ -111,5 +99,4 @@ def test_iteration_schedules():
     assert parse_iters("poisson:4") == ("poisson", 4.0, 128)
     assert [mean_iters(spec) for spec in (3, "1-4", "poisson:2.4")] == [3, 3, 2]
     for wrong in (0, 129, 2.0, "", "3-1", "0-2", "1-129", "1-2-3", "poisson:1", "poisson:nan"):
-        with pytest.raises(UserError, match="give an integer from 1 to 128"):
-            parse_iters(wrong)
+        refused("give an integer from 1 to 128", parse_iters, wrong)

@@ -1,23 +1,19 @@
-"""The specification of eval_icl.py: strings, scores and metrics are the harness's, example by example; one
-sweep for every r, whatever the batches and ranks; built-in tasks; what a failed run leaves; errors."""
+"""eval_icl.py: scored as by lm-evaluation-harness, in one sweep, on any number of ranks."""
 
 import json
 import math
-import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from common import ROOT, make, save
+from common import calls_of, greedy, make, refused, save, start_python
 
 import eval_icl
 from data import Shards, documents, get_tokenizer
 from eval_icl import BUILT_IN, DOWNLOADED, TASKS, Example, encode_requests, load_task, main, run_task, score
-from model import AbbIE, UserError
+from model import AbbIE
 
 SHAPE = {"vocab_size": 257, "block_size": 96}
 
@@ -93,27 +89,6 @@ def by_hand(model, context: list[int], continuation: list[int], iters: int) -> t
     return nats, bool((logits.argmax(-1) == target).all())
 
 
-def greedy_text(model, ids: list[int], n: int, iters: int) -> list[int]:
-    """The n best next tokens, one after the other, without a cache."""
-    new = list(ids)
-    for _ in range(n):
-        new.append(model(torch.tensor([new]), iters=iters)[0][0, -1].argmax().item())
-    return new[len(ids) :]
-
-
-def calls_of(part) -> list[int]:
-    """The tokens of every call from now on."""
-    calls = []
-    part.register_forward_pre_hook(lambda _, args: calls.append(args[0].shape[:-1].numel()))
-    return calls
-
-
-def refused(args: list[str], match: str):
-    with pytest.raises(UserError, match=match) as error:
-        main(args)
-    assert len(str(error.value).splitlines()) <= 3
-
-
 # ------------------------------------------------------------------------------------------ the harness
 
 
@@ -146,11 +121,12 @@ def harness(model: AbbIE, icl: Path, folder: Path, iters: int) -> dict:
         task = {"task": name, "dataset_path": "json", "dataset_name": None, "dataset_kwargs": rows, **splits}
         path = f"{Path(lm_eval.__file__).parent}/tasks/{paths.get(name, f'{name}/{name}')}.yaml"
         (folder / f"{name}.yaml").write_text(json.dumps({"include": path, **task}))  # JSON is YAML
-    tasks, manager = [f"{folder}/{name}.yaml" for name in DOWNLOADED], TaskManager(include_defaults=False)
+    tasks = [f"{folder}/{name}.yaml" for name in DOWNLOADED]
+    manager = TaskManager(include_defaults=False)
     return lm_eval.simple_evaluate(ByHand(), tasks=tasks, task_manager=manager, bootstrap_iters=0)
 
 
-def test_strings_scores_and_metrics_are_the_harness_s_example_by_example(model, icl, tokenizer, tmp_path):
+def test_every_example_is_scored_as_by_the_harness(model, icl, tokenizer, tmp_path):
     theirs = harness(model, icl, tmp_path, iters=3)
     for name in DOWNLOADED:
         examples = load_task(name, None, icl, 96, None)
@@ -171,7 +147,8 @@ def test_strings_scores_and_metrics_are_the_harness_s_example_by_example(model, 
             assert entry[metric] == pytest.approx(theirs["results"][name][f"{metric},none"], rel=1e-4)
             if metric != "perplexity" and len(samples) > 1:
                 values = [sample[metric] for sample in samples]
-                assert entry[f"{metric}_stderr"] == pytest.approx(np.std(values, ddof=1) / len(values) ** 0.5)
+                stderr = np.std(values, ddof=1) / len(values) ** 0.5
+                assert entry[f"{metric}_stderr"] == pytest.approx(stderr)
 
 
 # ----------------------------------------------------------------------------------------------- scores
@@ -183,51 +160,50 @@ def test_whitespace_and_empty_contexts(tokenizer):
         assert [part.tolist() for part in pair] == [list(part) for part in expected]
 
 
-@pytest.mark.parametrize(
-    "rule, batch_size", [("abbie_d", 1), ("abbie_c", 3), ("zero_pt", 32), ("recall", 64)]
-)
-def test_scores_from_one_sweep_equal_one_request_and_one_r_at_a_time(rule, batch_size, icl, tokenizer):
+RULES = [("abbie_d", 1), ("abbie_c", 3), ("zero_pt", 32), ("recall", 64)]
+
+
+@pytest.mark.parametrize("rule, batch_size", RULES)
+def test_scores_of_a_sweep_equal_one_request_at_a_time(rule, batch_size, icl, tokenizer):
     model, iters = make(**SHAPE, rule=rule), [1, 2, 5]
     examples = [example for name in DOWNLOADED for example in load_task(name, None, icl, 96, None)]
     requests = [request for example in examples for request in example.requests]
     pairs = encode_requests(tokenizer, [*requests, ("x" * 150, " long"), ("", "none")])
     context = list(b"The bee")
-    pairs.append((torch.tensor(context), torch.tensor(greedy_text(model, context, 4, iters=2))))
-    scores, greedy = score(model, pairs, iters, batch_size)
-    for row, hits, (context, tokens) in zip(scores, greedy, pairs):
+    pairs.append((torch.tensor(context), torch.tensor(greedy(model, context, 4, iters=2))))
+    scores, is_greedy = score(model, pairs, iters, batch_size)
+    for row, hits, (context, tokens) in zip(scores, is_greedy, pairs):
         alone = [by_hand(model, context.tolist(), tokens.tolist(), r) for r in iters]
         assert row == pytest.approx([nats for nats, _ in alone], abs=1e-4)
         assert list(hits) == [hit for _, hit in alone]
-    assert greedy[-1, 1] and not greedy.all()
+    assert is_greedy[-1, 1] and not is_greedy.all()
     assert np.abs(scores[:, 0] - scores[:, 2]).max() > 0.1  # r matters here
 
 
 def test_a_sweep_costs_the_largest_r_and_unembeds_what_is_scored(tokenizer):
     model = make(**SHAPE)
     body, tail, unembed = calls_of(model.body[0]), calls_of(model.tail[0]), calls_of(model.unembed)
-    score(model, encode_requests(tokenizer, [("The ox saw", " a bee"), ("It", " hums")]), [1, 2, 4, 8])
+    requests = [("The ox saw", " a bee"), ("It", " hums")]
+    score(model, encode_requests(tokenizer, requests), [1, 2, 4, 8])
     assert (len(body), len(tail)) == (8, 4)
-    assert unembed == 4 * [len(" a bee") + len(" hums")]
+    assert unembed == 4 * [(len(" a bee") + len(" hums"),)]
 
 
-def test_validation_loss_is_the_model_s_whatever_part_of_the_logits_is_held(model, corpus, monkeypatch):
+def test_validation_loss_is_the_models(model, corpus, monkeypatch):
     shards = Shards(corpus, "val", 96)
     windows = np.arange(10) * shards.n_windows // 10  # evenly over the split
     expected = {r: model(*shards.batch(windows), iters=r)[1].item() for r in (1, 4)}
-    assert eval_icl.evaluate_loss(model, shards, [4, 1], 10, batch_size=3) == pytest.approx(
-        expected, abs=1e-5
-    )
-    monkeypatch.setattr(eval_icl, "LOGITS_AT_A_TIME", 257 * 10)
-    assert eval_icl.evaluate_loss(model, shards, [1, 4], 10) == pytest.approx(expected, abs=1e-5)
+    for held, batch_size in ((eval_icl.LOGITS_AT_A_TIME, 3), (257 * 10, 32)):
+        monkeypatch.setattr(eval_icl, "LOGITS_AT_A_TIME", held)
+        loss = eval_icl.evaluate_loss(model, shards, [4, 1], 10, batch_size=batch_size)
+        assert loss == pytest.approx(expected, abs=1e-5)
 
 
-def test_a_model_that_is_not_finite_is_said_to_be(corpus, icl, tokenizer):
-    model = make(**SHAPE, rule="abbie_c")
+def test_a_model_that_is_not_finite_has_no_perplexity(corpus):
+    model = make(**SHAPE)
     model.norm.weight.data[0] = math.nan
-    with pytest.raises(UserError, match=r"the model is not finite: at iters \[1, 2\]"):
-        eval_icl.run_tasks(model, tokenizer, ["cloze", "arc_easy"], [1, 2], corpus, icl)
-    with pytest.raises(UserError, match="the model is not finite"):
-        eval_icl.perplexity(model, Shards(corpus, "val", 96), [1, 2])
+    shards = Shards(corpus, "val", 96)
+    refused("the model is not finite", eval_icl.perplexity, model, shards, [1, 2])
 
 
 # ---------------------------------------------------------------------------------------------- metrics
@@ -276,7 +252,7 @@ def test_the_table_marks_the_best_r_and_says_what_it_gains(capsys):
 # --------------------------------------------------------------------------------------- built-in tasks
 
 
-def test_built_in_tasks_are_made_of_validation_text_and_begin_alike_with_every_limit(corpus, tokenizer):
+def test_built_in_tasks_are_made_of_validation_text(corpus, tokenizer):
     """300 examples by default, and as many as the text yields with a larger limit."""
     tasks = {}
     for name in BUILT_IN:
@@ -298,19 +274,14 @@ def test_built_in_tasks_are_made_of_validation_text_and_begin_alike_with_every_l
 # ------------------------------------------------------------------------------------------ the command
 
 
-def start(command: list[str], **env) -> subprocess.Popen:
-    env = {**os.environ, "OMP_NUM_THREADS": "1", **env}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([sys.executable, *command], cwd=ROOT, env=env, **pipes)
-
-
-def test_command_writes_the_same_on_any_number_of_processes(ckpt, icl, tmp_path, capsys):
+def test_any_number_of_processes_writes_the_same(ckpt, icl, tmp_path, capsys):
     args = [f"--ckpt={ckpt}", "--iters=2,1,4", "--tasks=arc_easy, lambada_openai ,cloze", "--ppl"]
     args += ["--limit=6", f"--data_dir={icl}", "--batch_size=2"]
     main([*args, f"--out={tmp_path}/1.json", f"--log_samples={tmp_path}/1.jsonl"])
     table, log = capsys.readouterr()
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "eval_icl.py"]
-    two = start([*torchrun, *args, f"--out={tmp_path}/2.json", f"--log_samples={tmp_path}/2.jsonl"])
+    files = [f"--out={tmp_path}/2.json", f"--log_samples={tmp_path}/2.jsonl"]
+    two = start_python([*torchrun, *args, *files], text=True)
     out, err = two.communicate(timeout=120)
     assert two.returncode == 0, err
     assert out == table and f"evaluating {ckpt}" in log and err.count("evaluating") == 1
@@ -325,7 +296,8 @@ def test_command_writes_the_same_on_any_number_of_processes(ckpt, icl, tmp_path,
     loss, val = results["ppl"]["iters"]["2"], Shards(results["ppl"]["data"], "val", 96)
     assert loss["perplexity"] == pytest.approx(math.exp(loss["loss"]))
     assert loss["perplexity_stderr"] == pytest.approx(loss["perplexity"] * loss["loss_stderr"])
-    assert loss["bits_per_byte"] == pytest.approx(loss["loss"] / math.log(2) * val.n_tokens / val.n_bytes)
+    bits = loss["loss"] * val.n_tokens / math.log(2)
+    assert loss["bits_per_byte"] == pytest.approx(bits / val.n_bytes)
     assert results["ppl"]["n"] + results["ppl"]["left_out"] == val.n_tokens
 
 
@@ -336,7 +308,8 @@ def test_three_ranks_end_with_one_error_and_status_2(ckpt, icl, tmp_path):
     env, ranks = {"WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}, []
     for rank, data_dir in enumerate([tmp_path, tmp_path, icl]):
         command = ["eval_icl.py", f"--ckpt={ckpt}", "--tasks=arc_easy", f"--data_dir={data_dir}"]
-        ranks.append(start(command, RANK=str(rank), LOCAL_RANK=str(rank), **env))
+        env = {**env, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        ranks.append(start_python(command, env=env, text=True))
     (out, err), *others = [rank.communicate(timeout=60) for rank in ranks]
     assert [rank.returncode for rank in ranks] == [2, 2, 2]
     assert out == "" and others == [("", ""), ("", "")]
@@ -355,23 +328,26 @@ def test_rows_that_do_not_fit_are_left_out_and_counted(ckpt, tmp_path, capsys):
     assert "2/1838" in (table := capsys.readouterr().out) and "piqa: 2 rows left out" in table
 
 
-def test_what_has_been_scored_is_kept_when_a_later_task_fails(ckpt, icl, tmp_path):
+def test_scores_are_kept_when_a_later_task_fails(ckpt, tmp_path):
     write_rows(tmp_path / "arc_easy/test.jsonl", ROWS["arc_easy"])
     write_rows(tmp_path / "piqa/validation.jsonl", [{**ROWS["piqa"][0], "sol2": "ask " * 30}])
     out, log = tmp_path / "r.json", tmp_path / "s.jsonl"
     files = [f"--ckpt={ckpt}", "--iters=1,2", f"--out={out}", f"--log_samples={log}"]
-    refused([*files, "--tasks=arc_easy,piqa", f"--data_dir={tmp_path}"], "piqa: no row's continuations fit")
+    unfit = [*files, "--tasks=arc_easy,piqa", f"--data_dir={tmp_path}"]
+    refused("piqa: no row's continuations fit", main, unfit)
     before = out.read_bytes(), log.read_bytes()
     assert list(json.loads(before[0])["tasks"]) == ["arc_easy"]
     assert len(before[1].splitlines()) == 2 * len(ROWS["arc_easy"])
-    refused([*files, "--tasks=sciq", f"--data_dir={tmp_path}"], "sciq/test.jsonl is missing")
+    missing = [*files, "--tasks=sciq", f"--data_dir={tmp_path}"]
+    refused("sciq/test.jsonl is missing", main, missing)
     assert (out.read_bytes(), log.read_bytes()) == before  # a command that is refused touches nothing
 
 
 def test_bfloat16_is_a_flag_and_near(ckpt, corpus, tmp_path):
     results = {}
     for dtype in ("float32", "bfloat16"):
-        main([f"--ckpt={ckpt}", "--iters=2", "--ppl", f"--dtype={dtype}", f"--out={tmp_path}/r.json"])
+        flags = [f"--dtype={dtype}", f"--out={tmp_path}/r.json"]
+        main([f"--ckpt={ckpt}", "--iters=2", "--ppl", *flags])
         results[dtype] = json.loads((tmp_path / "r.json").read_text())
         assert results[dtype]["dtype"] == dtype
     exact, rough = (results[dtype]["ppl"]["iters"]["2"]["loss"] for dtype in results)
@@ -381,7 +357,7 @@ def test_bfloat16_is_a_flag_and_near(ckpt, corpus, tmp_path):
 def test_data_that_has_moved_is_named_by_a_flag(corpus, tmp_path, capsys):
     moved = save(tmp_path / "run", 1, make(**SHAPE), data=str(tmp_path / "gone"))
     flags = [f"--ckpt={moved}", "--iters=1", "--limit=3"]
-    refused(flags, "gone holds no prepared data(.*\n)+.*--ppl")
+    refused("gone holds no prepared data(.*\n)+.*--ppl", main, flags)
     main([*flags, "--tasks=cloze", f"--ppl={corpus}"])
     assert "cloze" in capsys.readouterr().out
 
@@ -396,7 +372,7 @@ def test_unusable_rows_are_named(ckpt, model, tmp_path):
         ([sound, {**sound, "sol1": ""}], "line 2 is no row of piqa .*an empty choice"),
     ]:
         write_rows(path, rows)
-        refused([f"--ckpt={ckpt}", "--tasks=piqa", f"--data_dir={tmp_path}"], match)
+        refused(match, main, [f"--ckpt={ckpt}", "--tasks=piqa", f"--data_dir={tmp_path}"])
 
 
 def test_a_continuation_without_tokens_is_named(model):
@@ -405,5 +381,5 @@ def test_a_continuation_without_tokens_is_named(model):
             return list(text.encode("ascii", "ignore").rstrip())
 
     examples = [Example([("A", " b")], 0), Example([("A", " é")], 0)]
-    with pytest.raises(UserError, match="lastword, row 2: ' é' adds no token to its context"):
-        run_task(model, Deaf(), "lastword", examples, [1])
+    message = "lastword, row 2: ' é' adds no token to its context"
+    refused(message, run_task, model, Deaf(), "lastword", examples, [1])

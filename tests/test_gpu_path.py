@@ -1,15 +1,12 @@
-"""The path that only a GPU takes, as far as a CPU can show it: what is asked of PyTorch, and under which
-conditions. What needs a card is experiments/gpu.py, which the last test runs dry."""
+"""The path that only a GPU takes, as far as a CPU can show it; the rest is experiments/gpu.py."""
 
 import json
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
-from common import ROOT
+from common import ROOT, start_python
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
@@ -22,7 +19,7 @@ from sample import generate
 
 
 @pytest.mark.parametrize("cards, backend", [(True, "cpu:gloo,cuda:nccl"), (False, "gloo")])
-def test_ranks_have_a_backend_for_objects_and_cpu_tensors_whatever_the_machine(monkeypatch, cards, backend):
+def test_ranks_have_a_backend_for_cpu_tensors_too(monkeypatch, cards, backend):
     """A default backend would be NCCL's alone on a machine with cards, and the first collective sends
     objects before a card is chosen."""
     given = []
@@ -56,9 +53,8 @@ def test_compiled_blocks_train_under_ddp_after_an_evaluation(one_rank):
     assert train.compile_blocks(model, "on", torch.device("cpu"), backend="aot_eager")
     net = DistributedDataParallel(model, gradient_as_bucket_view=True)
     x, y = torch.randint(257, (2, 3, 32))
-    shards = SimpleNamespace(
-        n_windows=5, block_size=32, batch=lambda chosen: (x[: len(chosen)], y[: len(chosen)])
-    )
+    shards = SimpleNamespace(n_windows=5, block_size=32)
+    shards.batch = lambda chosen: (x[: len(chosen)], y[: len(chosen)])
     evaluate_loss(model, shards, [1, 2, 4], batch_size=3)  # batches of 3 and 2
     optimizer = train.adamw(model, config)
     losses = [train.train_step(net, optimizer, [(x, y)], 2, config, bf16)[0] for _ in range(3)]
@@ -69,7 +65,7 @@ def bf16():
     return torch.autocast("cpu", dtype=torch.bfloat16)
 
 
-def test_bf16_is_chosen_where_the_card_has_it_and_not_where_it_is_emulated(monkeypatch):
+def test_bf16_is_chosen_where_it_is_not_emulated(monkeypatch):
     """A T4 or V100 says yes to is_bf16_supported() and then computes it slowly."""
     for native in (True, False):
         supported = lambda including_emulation=True: including_emulation or native  # noqa: E731, B023
@@ -81,7 +77,7 @@ def test_bf16_is_chosen_where_the_card_has_it_and_not_where_it_is_emulated(monke
 
 
 @torch.no_grad()
-def test_attention_is_asked_for_in_a_form_that_flash_attention_takes(monkeypatch):
+def test_flash_attention_can_take_what_is_asked(monkeypatch):
     """Its published conditions: bf16 throughout, no mask, rank 4, channels contiguous, a multiple of 8 and at
     most 256 of them. In training, evaluation, a prompt and the tokens after it, at the configs' widths."""
     asked, attention = [], F.scaled_dot_product_attention
@@ -92,14 +88,8 @@ def test_attention_is_asked_for_in_a_form_that_flash_attention_takes(monkeypatch
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", watch)
     for name in ("abbie_350m", "abbie_200m", "abbie_124m"):
-        small = [
-            "--block_size=64",
-            "--n_body_blocks=1",
-            "--n_head_blocks=1",
-            "--n_tail_blocks=0",
-            "--ffn_dim=64",
-        ]
-        config = load_config([f"{ROOT}/config/{name}.py", *small])
+        small = "--block_size=64 --n_head_blocks=1 --n_body_blocks=1 --n_tail_blocks=0 --ffn_dim=64"
+        config = load_config([f"{ROOT}/config/{name}.py", *small.split()])
         model, idx = AbbIE(config.model_config(257)), torch.randint(257, (2, 16))
         with torch.enable_grad(), bf16():
             model(idx, idx)[1].backward()
@@ -123,11 +113,9 @@ def test_the_loss_hands_out_logits_without_a_gradient():
 def test_the_checks_that_need_a_card_run_dry(tmp_path):
     """`python -m experiments.gpu` from its first part to its last, on the CPU at a tiny shape."""
     flags = ["--tiny", "--device=cpu", "--dtype=float32", f"--results={tmp_path}"]
-    done = subprocess.run(
-        [sys.executable, "-m", "experiments.gpu", *flags], cwd=ROOT, capture_output=True, text=True
-    )
-    records = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"part"')]
-    assert {record["part"] for record in records} == set(gpu.PARTS), done.stderr
+    out, err = start_python(["-m", "experiments.gpu", *flags], text=True).communicate()
+    records = [json.loads(line) for line in out.splitlines() if line.startswith('{"part"')]
+    assert {record["part"] for record in records} == set(gpu.PARTS), err
     assert not [record for record in records if "error" in record or record.get("status", 0)]
     assert all(r["loss"][1] < r["loss"][0] for r in records if "loss" in r), "it learns the batch"
     assert len(read("gpu", tmp_path)) == len(records)

@@ -1,4 +1,4 @@
-"""What users get wrong, and files that are not what they should be: every script says in at most three lines
+"""What users get wrong, and files that are not what they should be: every script says in three lines
 what is wrong, ends with status 2, and leaves everything as it was."""
 
 import importlib
@@ -53,12 +53,8 @@ def place(tmp_path_factory):
     for name, row in TASKS.items():
         (folder / f"icl/{name}.jsonl").parent.mkdir(parents=True)
         (folder / f"icl/{name}.jsonl").write_text(json.dumps(row) + "\n")
-    files = {
-        "small.py": SMALL,
-        "misspelt.py": "n_embed = 3",
-        "typed.py": "seed = 1.0",
-        "cut.py": "n_embd = = 3",
-    }
+    files = {"small.py": SMALL, "misspelt.py": "n_embed = 3"}
+    files |= {"typed.py": "seed = 1.0", "cut.py": "n_embd = = 3"}
     files |= {"my.txt": "some text\n", "my.csv": "a,b\n", "bad.jsonl": '{"text": 3}\n', "empty.txt": ""}
     for name, text in files.items():
         (folder / name).write_text(text)
@@ -83,12 +79,10 @@ MISTAKES = {
     # config files and flags of train.py
     "train": "CONFIG.py",
     "train abbie_tiny": "did you mean config/abbie_tiny.py",
-    "train config/abie_tiny.py": "did you mean config/abbie_tiny.py",
     "train misspelt.py": "misspelt.py: unknown key n_embed (did you mean n_embd?)",
     "train typed.py": "typed.py: seed=1.0 is not int",
     "train cut.py": "cut.py: SyntaxError",
     "train small.py --itrs=2": "did you mean --iters",
-    "train small.py --max_steps": "--max_steps: expected one argument",
     "train small.py --max_steps=1.5": "--max_steps=1.5 is not int",
     "train small.py --tie_embeddings=maybe": "--tie_embeddings=maybe is not bool",
     "train small.py --rule=abie_d": "rule='abie_d' is none of abbie_d",
@@ -134,10 +128,8 @@ MISTAKES = {
     "sample --exit=kl:0": "give kl:1e-3",
     "sample --temperature=nan": "temperature=nan",
     "sample --top_p=0": "top_p=0",
-    "sample --num_samples=0": "num_samples=0",
     "sample --max_new_tokens=0": "max_new_tokens=0",
     "sample --cache=half": "neither full nor last",
-    "sample --iters=1,x": "iters='1,x'",
     "sample --iters=129": "iters='129'",
     "sample --device=banana": "device=banana cannot be used",
     # eval_icl.py
@@ -164,7 +156,6 @@ MISTAKES = {
     "prepare_data icl --out new --tasks=hellaswag,hellswag": "hellswag",
     # the rest
     "hf.export": "--out",
-    "hf.export --out=new --ckpt=nowhere": "nowhere is no checkpoint",
     "hf.export --out=new --iters=200": "from 1 to 128",
     "hf.export --out=shards": "shards is there already",
     "hf.export --out=my.txt/new": "my.txt/new could not be written",
@@ -181,9 +172,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("command", MISTAKES)
-def test_a_mistake_is_named_in_three_lines_with_status_2_and_nothing_is_touched(
-    place, command, capsys, monkeypatch
-):
+def test_a_mistake_is_named_and_nothing_is_touched(place, command, capsys, monkeypatch):
     before = files()
     with pytest.raises((UserError, OSError)) as error:
         start(command)
@@ -207,17 +196,15 @@ def variants(value, keys=()):
         yield keys, wrong
 
 
-EVAL = "eval_icl --iters=1 --tasks="
+RUN, EVAL = "out/run/step_00000001", "eval_icl --iters=1 --tasks="
+SAMPLE = "sample --max_new_tokens=1 --ckpt=hf:"
 FORGED = {  # file: a command that reads it, keys without which it is refused
-    "out/run/step_00000001/config.json": (
-        f"{EVAL}lastword --limit=2",
-        {"n_embd", "rule", "tokenizer", "data"},
-    ),
+    f"{RUN}/config.json": (f"{EVAL}lastword --limit=2", {"n_embd", "rule", "tokenizer", "data"}),
     "shards/meta.json": (f"{EVAL}lastword --limit=2 --ppl", {"tokenizer", "splits"}),
-    "export/config.json": ("sample --ckpt=hf:export --max_new_tokens=1", {"block_size", "iters"}),
-    "llama/config.json": ("sample --ckpt=hf:llama --max_new_tokens=1", {"hidden_size"}),
-    "llama/generation_config.json": ("sample --ckpt=hf:llama --max_new_tokens=1", set()),
-    "llama/tokenizer_config.json": ("sample --ckpt=hf:llama --max_new_tokens=1", set()),
+    "export/config.json": (f"{SAMPLE}export", {"block_size", "iters"}),
+    "llama/config.json": (f"{SAMPLE}llama", {"hidden_size"}),
+    "llama/generation_config.json": (f"{SAMPLE}llama", set()),
+    "llama/tokenizer_config.json": (f"{SAMPLE}llama", set()),
 }
 for task, row in TASKS.items():
     name = task.partition("/")[0]
@@ -226,7 +213,7 @@ for task, row in TASKS.items():
 
 @pytest.mark.parametrize("path", FORGED)
 @pytest.mark.filterwarnings("ignore")
-def test_a_forged_or_damaged_file_is_one_short_error_or_none(place, path, capsys):
+def test_a_damaged_file_is_one_short_error_or_none(place, path, capsys):
     """A key that is missing, or a value of another type: where it matters it is refused, and never a
     traceback."""
     path, (command, needed) = Path(path), FORGED[path]

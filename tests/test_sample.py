@@ -1,27 +1,27 @@
-"""The specification of sample.py: decoding, of which the reference is whole sequences without a cache; text
-as soon as it is certain; the lens; the command line."""
+"""sample.py: decoding, against whole sequences without a cache; streamed text; the lens; flags."""
 
 import os
 import pty
 import random
 import signal
 import subprocess
-import sys
 from functools import partial
 
 import pytest
 import torch
-from common import ROOT, make, save, tokens
+from common import ROOT, calls_of, make, refused, save, start_python, tokens
 from torch.nn import functional as F
 
 import sample
 from checkpoint import load_model
 from data import get_tokenizer
-from model import MAX_ITERS, UserError
+from model import MAX_ITERS
 from sample import Chunk, KVCache, Stats, distribution, draw, generate, settle, step
 
 S = 16  # context of most models here
 assert_close = partial(torch.testing.assert_close, atol=1e-4, rtol=1e-4)
+DRAWN = {"temperature": 1.0, "top_k": 20, "top_p": 0.9}
+OPTIONS = [DRAWN, {"cache_mode": "last", **DRAWN}, {"early_exit": "kl:1e-3"}]
 PROMPTS = [[5, 6, 7], list(range(20, 30)), [3] * S, [4]]  # ragged; one fills its context
 
 
@@ -44,17 +44,11 @@ def assert_best(logits, new, margin=1e-4):
     assert (logits.max(-1).values - chosen).max() < margin
 
 
-def count_body_calls(model) -> list[tuple]:
-    shapes = []
-    model.body[0].register_forward_hook(lambda block, args, out: shapes.append(tuple(args[0].shape[:2])))
-    return shapes
-
-
 # -------------------------------------------------------------------------------------------- plain decoding
 
 
 @pytest.mark.parametrize("rule", MAX_ITERS)
-def test_cached_decoding_equals_uncached_in_a_ragged_batch_past_the_context(rule):
+def test_cached_decoding_equals_uncached_past_the_context(rule):
     model = make(rule=rule, block_size=S)
     for iters in (1, 2, 3, 8):
         for prompt, new in zip(PROMPTS, generate(model, PROMPTS, S + 6, iters)):
@@ -62,15 +56,7 @@ def test_cached_decoding_equals_uncached_in_a_ragged_batch_past_the_context(rule
             assert_best(uncached_logits(model, prompt, new, iters), new)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"temperature": 1.0, "top_k": 20, "top_p": 0.9},
-        {"cache_mode": "last", "temperature": 1.0},
-        {"early_exit": "kl:1e-3"},
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_a_batch_equals_its_rows_alone(options):
     model, stats, batch_stats, alone = calm("recall", block_size=S), Stats(), Stats(), []
     batch = generate(model, PROMPTS, 20, 8, seed=7, stats=batch_stats, **options)
@@ -82,7 +68,7 @@ def test_a_batch_equals_its_rows_alone(options):
     assert again == batch and (other == batch) == ("early_exit" in options)
 
 
-def test_a_row_ends_with_any_of_the_stop_tokens_and_the_others_do_not_notice():
+def test_a_row_ends_with_any_stop_token_and_the_others_go_on():
     model = make(block_size=S)
     alone = generate(model, PROMPTS, 20, 2)
     stops = frozenset({alone[1][5], alone[3][9]})
@@ -99,24 +85,18 @@ def test_bf16_chooses_as_float32_does_within_its_own_precision(options):
         assert_best(uncached_logits(exact, prompt, new, 3), new, margin=0.1)  # of logits up to 8
 
 
-def test_a_cache_has_a_slot_per_block_and_iteration_or_one_per_block_and_the_length_that_is_needed():
-    model, shapes = make(), []
+def test_a_cache_is_as_large_as_needed(monkeypatch):
+    model, lengths = make(), []
     assert KVCache(model, 3, 8).keys.shape == (4 + 7 * 2, 3, 2, 33, 8)  # slots, rows, heads, places, channels
     assert KVCache(model, 3, 8, mode="last").keys.shape == (4, 3, 2, 33, 8)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            sample, "KVCache", lambda *args, length, **keys: shapes.append(length) or KVCache(*args, **keys)
-        )
-        generate(model, [[1, 2], [3]], 5, 2)
-    assert shapes == [2 + 5]
 
+    def watched(*args, length, **keys):
+        lengths.append(length)
+        return KVCache(*args, length=length, **keys)
 
-def test_laying_out_for_decoding_changes_no_value():
-    model, other = make(), make()
-    sample.lay_out_for_decoding(other)
-    assert other.embed.weight is other.unembed.weight and not other.unembed.weight.is_contiguous()
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters()))
-    assert generate(model, PROMPTS[:1], 12, 3) == generate(other, PROMPTS[:1], 12, 3)
+    monkeypatch.setattr(sample, "KVCache", watched)
+    generate(model, [[1, 2], [3]], 5, 2)
+    assert lengths == [2 + 5]
 
 
 # -------------------------------------------------------------------------------- one slot, and early exit
@@ -165,15 +145,12 @@ def calm(rule, **keys):
 @pytest.mark.parametrize("rule", MAX_ITERS)
 @torch.no_grad()
 def test_one_slot_holds_what_the_last_iteration_wrote(rule):
-    model, idx, cache, reference = (
-        make(rule=rule),
-        tokens(1, 24),
-        KVCache(make(), 1, 4, mode="last"),
-        Appending(),
-    )
+    model, idx = make(rule=rule), tokens(1, 24)
+    cache, reference = KVCache(model, 1, 4, mode="last"), Appending()
     for start, end in CHUNKS:
         positions = torch.arange(start, end)[None]
-        [z] = model.sweep(model.embed(idx[:, start:end]), [4], model.cos_sin(idx, positions), reference)
+        x, cos_sin = model.embed(idx[:, start:end]), model.cos_sin(idx, positions)
+        [z] = model.sweep(x, [4], cos_sin, reference)
         reference.keep()
         assert_close(step(model, idx[:, start:end], cache), model.logits(z)[:, -1])
 
@@ -211,9 +188,9 @@ def test_early_exit_equals_the_uncached_rule_with_masks(rule):
     assert len(set(depths)) > 1 and max(depths) <= iters
 
 
-def test_a_settled_token_costs_no_more_iterations_and_an_unreachable_threshold_is_plain_decoding():
+def test_a_settled_token_costs_no_more_iterations():
     model, stats = calm("recall"), Stats()
-    calls = count_body_calls(model)
+    calls = calls_of(model.body[0])
     generate(model, [[5]], 20, 8, early_exit="kl:1e-3", stats=stats)
     assert len(calls) == sum(k * n for k, n in stats.iters.items()) < 8 * 20
     plain = generate(model, PROMPTS, 10, 4, cache_mode="last")
@@ -236,7 +213,7 @@ def test_drafting_changes_no_token_past_the_context(rule):
 
 def test_the_drafts_iterations_are_not_repeated():
     model, stats = make(), Stats()
-    calls = count_body_calls(model)
+    calls = calls_of(model.body[0])
     generate(model, [[1, 2, 3]], 1 + 10, 8, draft_iters=3, draft_tokens=4, stats=stats)
     assert stats.accepted == stats.drafted == 8  # in two rounds
     # Each takes 5 tokens through 3 iterations one by one, and through the other 5 together.
@@ -278,8 +255,7 @@ def test_distribution():
         assert (p > 0).tolist() == kept
         assert_close(p.sum(-1), torch.ones(2).double())
     assert distribution(logits, 1e-300, 0, 1.0)[0].tolist() == [1, 0, 0, 0]
-    with pytest.raises(UserError, match="not finite"):
-        distribution(logits / 0, 1.0, 0, 1.0)
+    refused("not finite", distribution, logits / 0, 1.0, 0, 1.0)
 
 
 def test_draws_follow_the_distribution_and_never_hit_a_zero():
@@ -308,18 +284,15 @@ def test_the_lens_shows_the_best_token_of_every_position_and_iteration():
     title, *rows, kl = sample.lens(model, tokenizer, ids, iters, last=3).splitlines()
     assert title.split() == ["after", "r=1", "r=2", "r=4"]
     assert [row.split()[0] for row in rows] == ["\\n", "b", "c"], "the last three tokens"
-    logits = torch.stack(
-        [logits[0, 1:] for logits in model.logits_at(torch.tensor([ids]), iters)]
-    )  # (R, T, V)
+    logits = torch.cat(list(model.logits_at(torch.tensor([ids]), iters)))[:, 1:]  # (R, T, V)
     p, best = logits.softmax(-1).max(-1)
     for t, row in enumerate(rows):
         for r in range(3):
             assert f"{p[r, t]:.0%}" in row
         assert row.count("*") == sum(best[r, t] != best[r - 1, t] for r in (1, 2))
     p, q = logits[0].log_softmax(-1), logits[1].log_softmax(-1)
-    assert float(kl.split()[1]) == pytest.approx(
-        F.kl_div(q, p, log_target=True, reduction="batchmean").item(), rel=0.2
-    )
+    expected = F.kl_div(q, p, log_target=True, reduction="batchmean").item()
+    assert float(kl.split()[1]) == pytest.approx(expected, rel=0.2)
 
 
 # --------------------------------------------------------------------------------------------- command line
@@ -332,7 +305,6 @@ def folder(tmp_path_factory):
     for name, seed in (("old", 1), ("study/new", 2)):
         save(folder / "out" / name, 1, make(seed, vocab_size=257, block_size=64))
     (folder / "prompt.txt").write_text("def \n")
-    (folder / "latin.txt").write_bytes(b"\xff\xfe")
     return folder
 
 
@@ -353,14 +325,7 @@ def best(model, n: int, iters: int, prompt=b"def ") -> str:
     return get_tokenizer("bytes").decode(ids)
 
 
-def start(folder, *flags, **pipes) -> subprocess.Popen:
-    """sample.py in a process of its own."""
-    command = [sys.executable, str(ROOT / "sample.py"), *flags]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1", "PYTHONUNBUFFERED": ""}
-    return subprocess.Popen(command, cwd=folder, env=env, **{"stdout": subprocess.PIPE, **pipes})
-
-
-def test_only_generated_text_is_on_stdout_from_the_newest_checkpoint(cli):
+def test_only_generated_text_is_on_stdout(cli):
     flags = ["--iters=3", "--temperature=0"]
     out, err = cli("--prompt", "def ", *flags)
     assert out == best(load_model("out/study/new"), 20, 3) + "\n"
@@ -371,24 +336,26 @@ def test_only_generated_text_is_on_stdout_from_the_newest_checkpoint(cli):
     assert drafted.out == out and "drafted tokens accepted" in drafted.err
     older = cli("--prompt", "def ", *flags, "--ckpt=out/old").out
     assert older == best(load_model("out/old"), 20, 3) + "\n" != out
-    assert cli(*flags).out == best(load_model("out/study/new"), 20, 3, b"") + "\n", "begins with end-of-text"
+    unprompted = best(load_model("out/study/new"), 20, 3, b"")  # begins with end-of-text
+    assert cli(*flags).out == unprompted + "\n"
 
 
-def test_samples_are_numbered_from_the_seed_and_several_iters_follow_one_another(cli):
+def test_samples_and_several_iters_follow_one_another(cli):
     five, six = (cli("--prompt", "def ", f"--seed={seed}").out for seed in (5, 6))
     assert cli("--prompt", "def ", "--num_samples=2", "--seed=5").out == f"{five}---\n{six}"
     one, four = (cli("--prompt", "def ", f"--iters={r}").out for r in (1, 4))
     both = cli("--prompt", "def ", "--iters=1,4")
-    assert both.out == f"{one}---\n{four}" and "iters 1: def " in both.err and "iters 4: def " in both.err
+    assert both.out == f"{one}---\n{four}"
+    assert "iters 1: def " in both.err and "iters 4: def " in both.err
 
 
-def test_early_exit_reports_its_iterations_and_a_long_prompt_is_cut(cli):
+def test_early_exit_reports_its_iterations(cli):
     err = cli("--prompt", "x" * 70, "--iters=8", "--exit", "kl:1e-2").err
     assert "the prompt has 70 tokens, of which the model's context takes the last 64" in err
     assert "iterations per token, the prompt's included (" in err
 
 
-def test_a_sample_comes_without_a_prompt_on_a_terminal_in_a_pipe_and_without_any_input(folder):
+def test_a_sample_needs_no_prompt_nor_any_input(folder):
     ours, theirs = pty.openpty()
     flags, printed = ["--iters=8", "--max_new_tokens=20", "--top_k=0", "--temperature=3"], []
     for pipes in (
@@ -396,7 +363,7 @@ def test_a_sample_comes_without_a_prompt_on_a_terminal_in_a_pipe_and_without_any
         {"stdin": subprocess.PIPE},
         {"preexec_fn": lambda: os.close(0)},
     ):
-        with start(folder, *flags, stderr=subprocess.PIPE, **pipes) as process:
+        with start_python([ROOT / "sample.py", *flags], folder, **pipes) as process:
             out, err = process.communicate(timeout=300)
         assert process.returncode == 0, err
         printed.append(out)
@@ -411,7 +378,7 @@ def test_text_comes_while_it_is_generated(folder):
     """Killed at its first bytes, the process has written the beginning of its text and not the end."""
     whole = best(load_model(folder / "out" / "study/new"), 150, 8).encode()
     flags = ["--prompt=def ", "--iters=8", "--temperature=0", "--max_new_tokens=2000"]  # for seconds
-    with start(folder, *flags, stderr=subprocess.PIPE) as process:
+    with start_python([ROOT / "sample.py", *flags], folder, {"PYTHONUNBUFFERED": ""}) as process:
         first = os.read(process.stdout.fileno(), 1)
         alive = process.poll() is None
         process.kill()
@@ -420,16 +387,14 @@ def test_text_comes_while_it_is_generated(folder):
     assert len(first + out) < len(whole) and whole.startswith(first + out)
 
 
-def test_before_any_training_the_error_names_the_shipped_models_and_the_main_job(tmp_path):
-    with start(tmp_path, "--iters=8", stderr=subprocess.PIPE) as process:
-        _, err = process.communicate(timeout=300)
-    assert process.returncode == 2 and err.count(b"\n") == 3
-    assert b"--ckpt models/chains_abbie_d" in err and b"train.py config/abbie_tiny.py" in err
+def test_before_any_training_the_error_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    message = "--ckpt models/chains_abbie_d\n.*train.py config/abbie_tiny.py"
+    refused(message, sample.main, ["--iters=8"])
 
 
-@pytest.mark.parametrize(
-    "prompts, message", [([[1], []], "no tokens"), ([[1] * 33], "longer than"), ([[1], [97]], "of 97")]
-)
-def test_bad_prompts_are_refused(prompts, message):
-    with pytest.raises(UserError, match=message):
-        generate(make(), prompts, 5)
+def test_bad_prompts_are_refused():
+    model = make()
+    refused("no tokens", generate, model, [[1], []], 5)
+    refused("longer than", generate, model, [[1] * 33], 5)
+    refused("of 97", generate, model, [[1], [97]], 5)
