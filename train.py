@@ -435,10 +435,8 @@ def run(config: Config, rank: int, world: int, command: str) -> int:
             prepare_data.main(["stdlib"])  # the embedded corpus makes itself, every other one is made by hand
     with together():
         shards, val_shards = (Shards(config.data, split, T) for split in ("train", "val"))
-        if shards.tokenizer.startswith("hf:"):
-            tokenizer_in(
-                config.data, shards.tokenizer
-            )  # which every checkpoint keeps: refused here, if at all
+        if shards.tokenizer.startswith("hf:"):  # every checkpoint keeps it: refused here, if at all
+            tokenizer_in(config.data, shards.tokenizer)
         model, state = begin(config, shards)
     with together():
         mine = (state["step"], shards.digest())
