@@ -1,5 +1,6 @@
 """What several test files need."""
 
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -80,3 +81,12 @@ def start_python(command: list, cwd=ROOT, env=None, **pipes) -> subprocess.Popen
     env = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **pipes}
     return subprocess.Popen([sys.executable, *command], cwd=cwd, env=env, **pipes)
+
+
+def fork_server():
+    """A context whose processes are forked from one that has imported what they need and done no more: a fork
+    of this process, which has had threads, may find a lock held for ever."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["faulty_train", "prepare_data"])
+    os.environ["PYTHONPATH"] = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"  # where that process finds them
+    return context

@@ -1,7 +1,6 @@
 """checkpoint.py: saved whole or not at all, checked where it is read, loaded."""
 
 import json
-import multiprocessing
 import os
 import pickle
 import random
@@ -12,7 +11,7 @@ from itertools import count
 
 import pytest
 import torch
-from common import make, refused, save, tokens
+from common import fork_server, make, refused, save, tokens
 
 import sample
 from checkpoint import checkpoints, load_model, newest_run, read_tensors, save_checkpoint
@@ -158,7 +157,7 @@ def full_at_byte(number: int, run):
 @pytest.mark.parametrize("cut_short, stride", [(die_at_operation, 1), (full_at_byte, 100)])
 def test_a_save_cut_short_leaves_the_old_state_or_the_new(tmp_path, cut_short, stride):
     save_number(tmp_path, 1)
-    outcomes, fork = [], multiprocessing.get_context("fork")
+    outcomes, fork = [], fork_server()
     for number in count(1, stride):
         process = fork.Process(target=cut_short, args=(number, tmp_path))
         process.start()

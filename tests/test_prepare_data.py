@@ -17,7 +17,7 @@ from pathlib import Path
 import pyarrow.parquet
 import pytest
 import tiktoken
-from common import ROOT, refused
+from common import ROOT, fork_server, refused
 from hub import Hub
 
 import prepare_data
@@ -275,18 +275,25 @@ def kill_at(n: int):
     os.fsync, os.replace = counted(os.fsync), counted(os.replace)
 
 
+def job(out: Path, inputs: Path, flags: dict, killed_at: int = 0):
+    """What the processes of these tests do."""
+    prepare_data.CHUNK = 1 << 14
+    if killed_at:
+        kill_at(killed_at)
+    prepare(out, inputs, **flags)
+
+
 def test_killed_at_any_operation_it_ends_the_same(tmp_path, groups, capfd):
     inputs, flags = groups
     whole = contents(prepare(tmp_path / "whole", inputs, workers=3, **flags))
     shards = json.loads(whole["meta.json"])["splits"]["train"]["shards"]
     assert [shard["file"] for shard in shards] == [f"train_{number:05d}.bin" for number in range(3)]
     for n in itertools.count(1):
-        out, child = tmp_path / str(n), os.fork()
-        if child == 0:
-            kill_at(n)
-            prepare(out, inputs, workers=1, **flags)
-            os._exit(0)
-        if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != -signal.SIGKILL:
+        out = tmp_path / str(n)
+        process = fork_server().Process(target=job, args=(out, inputs, {**flags, "workers": 1}, n))
+        process.start()
+        process.join()
+        if process.exitcode != -signal.SIGKILL:
             break
         for path in out.glob("*.bin"):  # what has its final name is whole
             assert path.read_bytes() == whole[path.name]
@@ -302,13 +309,12 @@ def test_killed_at_random_moments_it_ends_the_same(tmp_path, groups):
     for out in (tmp_path / "first", tmp_path / "second"):
         patience, statuses = 0.01, []
         while 0 not in statuses:
-            child = os.fork()
-            if child == 0:
-                prepare(out, inputs, **flags)
-                os._exit(0)
+            process = fork_server().Process(target=job, args=(out, inputs, flags))
+            process.start()
             time.sleep(rng.uniform(0, patience))
-            os.kill(child, signal.SIGKILL)
-            statuses.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+            process.kill()
+            process.join()
+            statuses.append(process.exitcode)
             patience *= 1.2
         assert len(statuses) > 3 and contents(out) == whole
 

@@ -10,7 +10,6 @@ import functools
 import hashlib
 import json
 import math
-import multiprocessing
 import os
 import pty
 import signal
@@ -27,7 +26,7 @@ import faulty_train
 import numpy as np
 import pytest
 import torch
-from common import ROOT, make
+from common import ROOT, fork_server, make
 
 import eval_icl
 import prepare_data
@@ -125,9 +124,7 @@ def faulty(small: str, out: Path, fault="none", step=0, rank=0, flags=()) -> lis
 def ranks(world: int, small: str, out: Path, *fault, **flags) -> SimpleNamespace:
     """Run tests/faulty_train.py as `world` gloo ranks, as torchrun would start them -> their exit statuses
     and what each has printed. They are forked from a process that has imported PyTorch and done no more."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["faulty_train"])
-    os.environ["PYTHONPATH"] = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"  # where that process finds it
+    context = fork_server()
     port, folder, started = free_port(), out.parent, []
     try:
         for rank in range(world):
