@@ -46,7 +46,8 @@ def check(condition: bool, message: str):
 def check_range(config, low: float, high: float, *names: str):
     """Raises UserError for a value of config outside low ... high, or one that is not finite."""
     for name in names:
-        value, bounds = getattr(config, name), f"at least {low}" if high == math.inf else f"{low} to {high}"
+        value = getattr(config, name)
+        bounds = f"at least {low}" if high == math.inf else f"from {low} to {high}"
         check(low <= value <= high and value < math.inf, f"{name}={value} must be {bounds}")
 
 
