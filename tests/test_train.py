@@ -6,19 +6,19 @@ import contextlib
 import copy
 import dataclasses
 import fcntl
-import functools
 import hashlib
 import json
 import math
 import os
 import pty
+import shutil
 import signal
 import socket
 import subprocess
-import sys
 import termios
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,18 +26,15 @@ import faulty_train
 import numpy as np
 import pytest
 import torch
-from common import ROOT, fork_server, make
+from common import ROOT, fork_server, make, refused, start_python
 
-import eval_icl
 import prepare_data
-import sample
 import train
 from checkpoint import checkpoints, load_model, locked, read_tensors
 from config import choose_device, load_config
-from model import AbbIE, UserError
+from model import AbbIE
 
-ENV = {**os.environ, "OMP_NUM_THREADS": "1"}  # of every process started here: the same number of threads
-T = 32
+T, SHOW_OFF = 32, train.show_off
 
 
 # ------------------------------------------------------------------------------------------------- the ground
@@ -58,23 +55,47 @@ device, dtype = "cpu", "float32"
     return str(file)
 
 
+@pytest.fixture(scope="module")
+def start(small):
+    """start(folder, *flags): train in this process, without the tasks and the sample at the end, which the
+    main job shows -> folder."""
+
+    def start(folder: Path, *flags: str) -> Path:
+        train.main([small, f"--out_dir={folder}", *flags])
+        torch.backends.cuda.enable_flash_sdp(True)  # a run in bf16 has done without
+        return folder
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "show_off", lambda *args: None)
+        yield start
+
+
+ALL_SAVED = ["--save_every=1", "--keep_last=9"]
+
+
+@pytest.fixture(scope="module")
+def whole(start, tmp_path_factory) -> Path:
+    """The run that nothing interrupts. Tests read it, and change a copy."""
+    return start(tmp_path_factory.mktemp("whole") / "run", *ALL_SAVED)
+
+
 @pytest.fixture
-def here(small, tmp_path, monkeypatch):
-    """run(out, *flags): train.main on the small config, in this process -> the run's folder. The tasks and
-    the sample at the end are left out: the main job shows them."""
-    monkeypatch.setattr(train, "show_off", lambda *args, **options: None)
+def run(whole, tmp_path) -> Path:
+    """A copy of it."""
+    return shutil.copytree(whole, tmp_path / "run")
 
-    def run(out="run", *flags):
-        train.main([small, f"--out_dir={tmp_path / out}", *flags])
-        return tmp_path / out
 
-    yield run
-    torch.backends.cuda.enable_flash_sdp(True)  # a run in bf16 has done without: train.choose_attention
+@pytest.fixture(scope="module")
+def whole_of_2(small, tmp_path_factory) -> Path:
+    """The same run as two ranks."""
+    out = tmp_path_factory.mktemp("whole_of_2") / "run"
+    assert ranks(2, small, out, flags=ALL_SAVED).statuses == [0, 0]
+    return out
 
 
 def digest(run: Path) -> str:
-    """SHA-256 over the sorted (name, dtype, shape, raw bytes) of the weights and the optimizer's state."""
-    folder = newest(run)
+    """The newest checkpoint: its name, and the SHA-256 of its weights and optimizer's state."""
+    folder = checkpoints(run)[-1]
     tensors = read_tensors(folder / "model.pt")
     for number, moments in read_tensors(folder / "train.pt")["optimizer"]["state"].items():
         tensors |= {f"{number}.{name}": tensor for name, tensor in moments.items()}
@@ -84,29 +105,17 @@ def digest(run: Path) -> str:
     return f"{folder.name} {sha.hexdigest()}"
 
 
-def newest(run: Path) -> Path:
-    return checkpoints(run)[-1]
+def log(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
 
 
-def log(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines() if line]
+def steps(run: Path, key: str = "loss") -> dict:
+    """{step: value}, of which the last line counts."""
+    return {r["step"]: r[key] for r in log(run) if "loss" in r}
 
 
-def losses(folder: Path) -> dict[int, float]:
-    """By step, of which the last line counts."""
-    return {r["step"]: r["loss"] for r in log(folder) if "loss" in r}
-
-
-def validation(folder: Path) -> dict:
-    return {(r["step"], len(r["val_loss"])): r for r in log(folder) if "val_loss" in r}
-
-
-def weights(folder: Path, step: int) -> dict:
-    return read_tensors(folder / f"step_{step:08d}" / "model.pt")
-
-
-def equal(a: dict, b: dict) -> bool:
-    return all(torch.equal(a[name], b[name]) for name in a)
+def validation(run: Path) -> dict:
+    return {(r["step"], len(r["val_loss"])): r for r in log(run) if "val_loss" in r}
 
 
 def free_port() -> int:
@@ -123,13 +132,12 @@ def faulty(small: str, out: Path, fault="none", step=0, rank=0, flags=()) -> lis
 
 def ranks(world: int, small: str, out: Path, *fault, **flags) -> SimpleNamespace:
     """Run tests/faulty_train.py as `world` gloo ranks, as torchrun would start them -> their exit statuses
-    and what each has printed. They are forked from a process that has imported PyTorch and done no more."""
-    context = fork_server()
+    and what each has printed."""
     port, folder, started = free_port(), out.parent, []
     try:
         for rank in range(world):
             where = (rank, world, port, faulty(small, out, *fault, **flags), folder)
-            started.append(context.Process(target=faulty_train.as_rank, args=where))
+            started.append(fork_server().Process(target=faulty_train.as_rank, args=where))
             started[-1].start()
         for process in started:
             process.join(timeout=120)
@@ -141,31 +149,12 @@ def ranks(world: int, small: str, out: Path, *fault, **flags) -> SimpleNamespace
     return SimpleNamespace(statuses=statuses, **printed)
 
 
-def torchrun(flags: list[str], argv: list[str], folder: Path):
-    command = [sys.executable, "-m", "torch.distributed.run", *flags, str(ROOT / "tests/faulty_train.py")]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen([*command, *argv], cwd=folder, env=ENV, **pipes)
-
-
-@pytest.fixture(scope="module")
-def undisturbed(small, tmp_path_factory):
-    """The run that nothing interrupts, as one process and as two: its folder for each."""
-    out = tmp_path_factory.mktemp("undisturbed")
-    for world in (1, 2):
-        done = ranks(world, small, out / str(world), "grads")
-        assert done.statuses == [0] * world, done.err
-    return {world: out / str(world) for world in (1, 2)}
+def torchrun(flags: list[str], argv: list[str], folder: Path) -> subprocess.Popen:
+    command = ["-m", "torch.distributed.run", *flags, str(ROOT / "tests/faulty_train.py"), *argv]
+    return start_python(command, cwd=folder, stderr=subprocess.STDOUT, text=True)
 
 
 # ---------------------------------------------------------------------- what a step is: (seed, step), no more
-
-
-@pytest.mark.parametrize("world, micro_batch", [(1, 8), (2, 2), (4, 1)])
-def test_every_window_of_a_step_is_seen_once_on_one_of_the_ranks(world, micro_batch):
-    windows = np.random.default_rng(1).permutation(50)[:8]
-    shares = [train.share_of(windows, rank, world, micro_batch) for rank in range(world)]
-    assert all(share.shape == (8 // world // micro_batch, micro_batch) for share in shares)
-    assert sorted(np.concatenate(shares).ravel()) == sorted(windows)
 
 
 def test_iteration_schedules_are_pure_functions_with_the_stated_distributions():
@@ -179,9 +168,9 @@ def test_iteration_schedules_are_pure_functions_with_the_stated_distributions():
     assert [train.draw_iters("poisson:4", 2, s) for s in range(20)] != drawn[:20].tolist()
 
 
-def test_warmup_stable_decay():
+def test_warmup_stable_decay(small):
     schedule = ["--lr=1", "--min_lr=0.1", "--warmup_steps=10", "--decay_frac=0.2", "--max_steps=100"]
-    config = load_config([str(ROOT / "config" / "abbie_tiny.py"), *schedule])
+    config = load_config([small, *schedule])
     lr = [train.lr_at(step, config) for step in range(101)]
     assert lr[0] == 0.1 and lr[9] == 1 and lr[10:81] == [1] * 71
     assert lr[100] == pytest.approx(0.1) and np.allclose(np.diff(lr[80:]), -0.045)
@@ -192,75 +181,86 @@ def test_warmup_stable_decay():
     assert max(train.lr_at(step, overlapping) for step in range(12)) < 0.6
 
 
+def test_the_run_length_is_twenty_tokens_per_parameter_unless_set(start, out):
+    start(out, "--max_steps=0", "--tokens_per_param=0.02", "--eval_every=0", "--save_every=0")
+    header = log(out)[0]
+    n_steps = round(0.02 * header["made_by"]["n_params"] / (8 * T))
+    assert header["run"]["max_steps"] == n_steps == len(steps(out))
+
+
 def test_the_peak_of_a_device_is_that_of_its_name_and_of_no_other():
     names = ("NVIDIA A100-SXM4-80GB", "NVIDIA H100 PCIe", "NVIDIA L40S", "NVIDIA RTX A1000", "NVIDIA L40")
     assert [train.peak_flops(name) for name in names] == [312e12, 756e12, 362e12, None, None]
 
 
-def test_the_run_length_is_twenty_tokens_per_parameter_unless_set(here):
-    folder = here("run", "--max_steps=0", "--tokens_per_param=0.02", "--eval_every=0", "--save_every=0")
-    header = log(folder)[0]["made_by"]
-    assert header["max_steps"] == round(0.02 * header["n_params"] / (8 * T)) == len(losses(folder))
-
-
 # ------------------------------------------------------------------------------------ any number of processes
 
 
-def test_the_same_step_for_1_2_and_4_ranks_and_for_two_nodes(small, undisturbed, tmp_path):
-    """Accumulation x ranks 4 x 1, 2 x 2, 1 x 4: gradients per tensor within 1e-6, and the reported loss, norm
-    and validation loss. Gradients are averaged over ranks once a step, not with every micro-batch."""
-    one_step = ["--max_steps=1", "--eval_every=1"]
+def test_the_same_step_for_1_2_and_4_ranks_and_for_two_nodes(small, whole, whole_of_2, tmp_path):
+    """Accumulation x ranks 4 x 1, 2 x 2, 1 x 4: loss, norm and validation loss within 1e-6, and the gradient
+    of each tensor, of which the first moment is a tenth."""
     four, nodes = tmp_path / "4", tmp_path / "nodes"
-    assert ranks(4, small, four, "grads", flags=one_step).statuses == [0] * 4
-    argv = faulty(small, nodes, "grads", flags=one_step)
+    assert ranks(4, small, four, flags=["--max_steps=1"]).statuses == [0] * 4
+    argv = faulty(small, nodes, flags=["--max_steps=1"])
     flags = ["--nnodes=2", "--nproc_per_node=1", "--master_addr=127.0.0.1", f"--master_port={free_port()}"]
     for node in [torchrun([*flags, f"--node_rank={n}"], argv, tmp_path) for n in range(2)]:
-        out, _ = node.communicate(timeout=120)
-        assert node.returncode == 0, out
+        printed, _ = node.communicate(timeout=120)
+        assert node.returncode == 0, printed
 
-    def first_step(folder):
-        evaluation, step = log(folder)[1:3]
+    def first_step(run):
+        evaluation, step = log(run)[1:3]
+        state = read_tensors(run / "step_00000001/train.pt")["optimizer"]["state"]
         figures = [step["loss"], step["grad_norm"], *evaluation["val_loss"].values()]
-        return figures, torch.load(folder.with_name(f"{folder.name}.grads0"))
+        return figures, [state[number]["exp_avg"] for number in sorted(state)]
 
-    figures, seen = first_step(undisturbed[1])
-    assert len(seen["grads"]) > 10
-    for folder in (undisturbed[2], four, nodes):
-        other_figures, others = first_step(folder)
+    figures, moments = first_step(whole)
+    assert len(moments) > 10
+    for run in (whole_of_2, four, nodes):
+        other_figures, others = first_step(run)
         assert other_figures == pytest.approx(figures, rel=1e-6)
-        for g, h in zip(seen["grads"], others["grads"], strict=True):
-            assert (g - h).norm() <= 1e-6 * g.norm()
-        assert others["reductions"] == 1, "one bucket, reduced once whatever the micro-batches"
+        for one, other in zip(moments, others, strict=True):
+            assert (one - other).norm() <= 1e-6 * one.norm()
+
+
+def test_nodes_that_see_other_checkpoints_are_refused(start, out, monkeypatch):
+    monkeypatch.setattr(train, "from_rank_0", lambda value: (3, *value[1:]))
+    refused("do not see the same out_dir and data", start, out)
+
+
+@pytest.mark.parametrize("flag, part", [("--data=data/c4", "prepare_data.py c4"), ("--itrs=2", "--iters")])
+def test_a_mistake_is_one_error_of_all_ranks_in_seconds(small, tmp_path, flag, part):
+    began = time.perf_counter()
+    done = ranks(2, small, tmp_path / "run", flags=[flag])
+    assert done.statuses == [2, 2] and time.perf_counter() - began < 30
+    printed = "".join(done.err)
+    assert printed.startswith("error: ") and part in printed and len(printed.splitlines()) <= 3
 
 
 # ------------------------------------------------------------------------------------------- any interruption
 
 
-def test_killed_again_and_again_it_ends_bit_for_bit_the_same(small, undisturbed, tmp_path):
+def test_killed_again_and_again_it_ends_bit_for_bit_the_same(small, whole, tmp_path):
     """SIGKILL between steps and in the middle of a save, then a rerun of the same command to the end."""
     out = tmp_path / "run"
     for fault, step, status in (("kill", 1, -9), ("kill_in_save", 3, -9), ("kill", 5, -9), ("none", 0, 0)):
         assert ranks(1, small, out, fault, step).statuses == [status]
-    assert digest(out) == digest(undisturbed[1])
-    assert losses(out) == losses(undisturbed[1]) and len(losses(out)) == 8
-    assert validation(out) == validation(undisturbed[1])
+    assert digest(out) == digest(whole)
+    assert steps(out) == steps(whole) and len(steps(out)) == 8
+    assert validation(out) == validation(whole)
 
 
-def test_two_ranks_signalled_then_crashed_and_restarted_by_torchrun_end_the_same(
-    small, undisturbed, tmp_path
-):
+def test_two_ranks_signalled_then_crashed_and_restarted_by_torchrun_end_the_same(small, whole_of_2, tmp_path):
     """A signal to one rank saves and ends all. The same command goes on; torchrun restarts it when it
     crashes."""
     out = tmp_path / "run"
     done = ranks(2, small, out, "term", 2, rank=1)
     assert done.statuses == [143, 143] and not any("Traceback" in err for err in done.err)
     assert "SIGTERM: step_00000003 is saved" in done.out[0]
-    assert newest(out).name == "step_00000003"
     flags = ["--nproc_per_node=2", "--max-restarts=1", f"--master_port={free_port()}"]
     process = torchrun(flags, faulty(small, out, "crash", 5, rank=1), tmp_path)
     printed, _ = process.communicate(timeout=120)
     assert process.returncode == 0 and "injected" in printed, printed
-    assert digest(out) == digest(undisturbed[2]) and losses(out) == losses(undisturbed[2])
+    assert digest(out) == digest(whole_of_2) and steps(out) == steps(whole_of_2)
 
 
 @pytest.mark.parametrize(
@@ -272,184 +272,139 @@ def test_a_signal_during_a_save_waits_for_it(small, tmp_path, fault, step, statu
     it is done; SIGINT between steps at once."""
     out = tmp_path / "run"
     done = ranks(1, small, out, fault, step, flags=["--keep_last=9"])
-    assert done.statuses == [status] and newest(out).name == f"step_{saved:08d}"
-    assert all(load_model(path) for path in out.glob("step_*"))
+    assert done.statuses == [status] and checkpoints(out)[-1].name == f"step_{saved:08d}"
+    assert all(load_model(path) for path in checkpoints(out))
     assert "heard: it ends after the step at hand" in done.err[0]
 
 
-def test_a_lost_terminal_saves_the_run(small, tmp_path):
-    """The kernel sends SIGHUP when the terminal goes, and nothing can be printed from then on."""
-    ours, theirs = pty.openpty()
-    flags = ["--max_steps=1000000", "--eval_every=0", "--save_every=0", f"--out_dir={tmp_path}/run"]
-    process = subprocess.Popen(
-        [sys.executable, ROOT / "train.py", small, *flags], stdin=theirs, stdout=theirs, stderr=theirs,
-        start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0), env=ENV,
-    )  # fmt: skip
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_terminal_or_a_reader_that_has_gone_costs_no_save(small, out, terminal):
+    """The kernel sends SIGHUP when the terminal goes; either way nothing can be printed from then on."""
+    ours, theirs = pty.openpty() if terminal else os.pipe()
+    options = {"start_new_session": True, "stdin": theirs if terminal else None}
+    if terminal:
+        options["preexec_fn"] = partial(fcntl.ioctl, 0, termios.TIOCSCTTY, 0)
+    flags = ["--max_steps=1000000", "--eval_every=1", "--save_every=0", f"--out_dir={out}"]
+    process = start_python([ROOT / "train.py", small, *flags], stdout=theirs, stderr=theirs, **options)
     os.close(theirs)
     shown = b""
     while b"step      0 | loss" not in shown:
         shown += os.read(ours, 1000)
     os.close(ours)
-    assert process.wait(timeout=60) == 128 + signal.SIGHUP
-    assert load_model(tmp_path / "run").meta["step"] > 0
+    if not terminal:
+        time.sleep(0.1)  # it goes on, unheard
+        process.terminate()
+    assert process.wait(timeout=60) == 128 + (signal.SIGHUP if terminal else signal.SIGTERM)
+    assert load_model(out).meta["step"] > 0
 
 
-def test_every_signal_is_acknowledged_and_the_third_would_end_it(capfd):
+def test_every_signal_is_acknowledged_the_third_would_end_it_and_nohup_holds(capfd, monkeypatch):
+    default = signal.getsignal(signal.SIGINT)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     with train.noticed_signals(0) as asked:
-        for _ in range(2):
-            os.kill(os.getpid(), signal.SIGINT)
+        for number in (signal.SIGHUP, signal.SIGINT, signal.SIGINT):
+            os.kill(os.getpid(), number)
         assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
-    assert asked == [signal.SIGINT] * 2 and signal.getsignal(signal.SIGINT) == signal.default_int_handler
+    assert asked == [signal.SIGINT] * 2 and signal.getsignal(signal.SIGINT) == default
+    assert signal.signal(signal.SIGHUP, before) == signal.SIG_IGN
     first, second = capfd.readouterr().err.split("SIGINT heard: ")[1:]
     assert "ends after the step at hand" in first and "once more ends it now, unsaved" in second
 
 
-def test_continued_under_a_drawn_schedule_with_truncated_gradients_in_another_folder(here):
+def test_it_continues_in_another_folder_under_a_drawn_schedule_in_bf16(start, tmp_path):
     schedule = ["--iters=poisson:4", "--backprop_iters=2", "--keep_last=9", "--dtype=bfloat16"]
-    whole = here("whole", *schedule)
+    whole = start(tmp_path / "whole", *schedule)
+    assert len(set(steps(whole, "iters").values())) > 2, "it was drawn"
     before = digest(whole)
-    other = here("other", *schedule, f"--resume={whole / 'step_00000004'}")
-    assert digest(other) == digest(whole) == before and min(losses(other)) == 4
-    assert len({r["iters"] for r in log(whole) if "loss" in r}) > 2  # it was drawn
-    assert digest(here("end", *schedule, f"--resume={whole / 'step_00000008'}")) == digest(whole)
+    other = start(tmp_path / "other", *schedule, f"--resume={whole}/step_00000004")
+    assert digest(other) == digest(whole) == before and min(steps(other)) == 4
+    assert digest(start(tmp_path / "end", *schedule, f"--resume={whole}/step_00000008")) == before
 
 
 # ----------------------------------------------------------------------------------- resuming, or refusing to
 
 
-def test_the_last_few_checkpoints_are_kept_and_a_damaged_one_costs_only_its_steps(here, undisturbed, capsys):
-    folder = here("run", "--save_every=1", "--keep_last=1")
-    names = sorted(path.name for path in folder.glob("*step_*"))
+def test_the_last_few_checkpoints_are_kept_and_a_damaged_one_costs_only_its_steps(start, run, whole, capsys):
+    shutil.rmtree(run / "step_00000008")
+    start(run, "--keep_last=1")
+    names = [path.name for path in checkpoints(run)]
     assert names == ["step_00000006", "step_00000008"], "6: where the decay begins"
-    assert set(weights(folder, 8)) == set(load_model(folder).state_dict()), "the raw module's names"
-    os.truncate(folder / "step_00000008" / "train.pt", 1000)
-    here("run", "--save_every=1", "--keep_last=2")
+    os.truncate(run / "step_00000008" / "train.pt", 1000)
+    start(run)
     assert "passed over: " in capsys.readouterr().err
-    assert digest(folder) == digest(undisturbed[1]) and losses(folder) == losses(undisturbed[1])
+    assert digest(run) == digest(whole) and steps(run) == steps(whole)
 
 
-def test_a_finished_run_prints_its_evaluation_again(here, capsys):
-    folder = here("run")
-    before, first = digest(folder), capsys.readouterr().out
-    here("run")
-    again = capsys.readouterr().out
-    assert digest(folder) == before
-    last = log(folder)[-1]  # on all of the validation split, at the model's own iters
-    assert last["tokens"] % T == 0
+def test_a_finished_run_prints_its_evaluation_again(start, run, whole, capsys):
+    start(run)
+    printed, last = capsys.readouterr().out, log(whole)[-1]  # last: at the model's own iters
+    assert digest(run) == digest(whole) and log(run)[-1] == last and last["tokens"] > 2 * T
     line = f"validation loss, {last['tokens']:,} tokens (nats/token)  r=2 {last['val_loss']['2']:.4f}"
-    for printed in (first, again):
-        assert printed.count("step      8 | validation loss") == 2 and printed.count(line) == 1
+    assert printed.count("step      8 | validation loss") == 2 and printed.count(line) == 1
 
 
-def test_a_run_made_longer_goes_on_from_before_its_decay_and_keeps_the_decayed_end(here):
-    folder = here("run", "--decay_frac=0.5")
-    decayed = digest(folder)
-    longer = digest(here("run", "--decay_frac=0.5", "--max_steps=16"))
-    straight = here("straight", "--decay_frac=0.5", "--max_steps=16")
-    assert longer == digest(straight) and losses(folder) == losses(straight)
-    rates = {r["step"]: r["lr"] for r in log(folder) if "loss" in r}
-    assert all(rates[step] == 1e-2 for step in range(1, 9))
-    (folder / "again").mkdir()
-    os.rename(folder / "passed_over_00000008", folder / "again" / "step_00000008")
-    assert digest(folder / "again") == decayed
+def test_a_run_made_longer_goes_on_from_before_its_decay_and_keeps_the_decayed_end(start, tmp_path):
+    run, straight = tmp_path / "run", tmp_path / "straight"
+    decayed = digest(start(run, "--decay_frac=0.5"))
+    for folder in (run, straight):
+        start(folder, "--decay_frac=0.5", "--max_steps=16")
+    assert digest(run) == digest(straight) and steps(run) == steps(straight)
+    assert set(steps(run, "lr").values()) >= {1e-2} and steps(run, "lr")[8] == 1e-2
+    os.renames(run / "passed_over_00000008", tmp_path / "again" / "step_00000008")
+    assert digest(tmp_path / "again") == decayed
 
 
-@pytest.mark.parametrize(
-    "flags, part",
-    [
-        (["--seed=2"], "seed is 1 there, 2 here"),
-        (["--n_body_blocks=2"], "n_body_blocks is 1 there, 2 here"),
-        (["--rule=recall"], "rule is 'abbie_d' there, 'recall' here"),
-        (["--init_from=/nope"], "init_from is '' there, '/nope' here"),
-        (["--lr=1"], "ended its run, and lr is 0.01 there, 1.0 here\nnothing was trained"),
-        (["--iters=1-3"], "ended its run, and iters is 2 there, '1-3' here\nnothing was trained"),
-        (["--max_steps=4"], "is beyond max_steps=4\nnothing was trained"),
-        (["--data=OTHER"], "was trained on other data than"),
-        (["--resume=never"], "holds a run, which would lose checkpoints"),
-        (["--resume=RUN/step_00000006"], "holds a run, which would lose checkpoints"),
-        (["--resume=ELSEWHERE"], "holds a run, which would lose checkpoints"),
-    ],
-)
-def test_a_finished_run_refuses_what_would_change_it_and_stays_as_it_is(finished, flags, part, capsys):
+REFUSED = {
+    "--seed=2": "cannot be continued: seed is 1 there, 2 here\nnothing was trained",
+    "--n_body_blocks=2": "n_body_blocks is 1 there, 2 here",
+    "--rule=recall": "rule is 'abbie_d' there, 'recall' here",
+    "--init_from=/nope": "init_from is '' there, '/nope' here",
+    "--lr=1": "lr is 0.01 there, 1.0 here\nnothing was trained",
+    "--iters=1-3": "iters is 2 there, '1-3' here\nnothing was trained",
+    "--max_steps=4": "max_steps is 8 there, 4 here\nnothing was trained",
+    "--data=OTHER": "was trained on other data than",
+    "--resume=never": "holds a run, which would lose checkpoints",
+    "--resume=RUN/step_00000006": "holds a run, which would lose checkpoints",
+    "--resume=ELSEWHERE": "holds a run, which would lose checkpoints",
+}
+
+
+@pytest.mark.parametrize("flag", REFUSED)
+def test_a_finished_run_refuses_what_would_change_it_and_stays_as_it_is(start, whole, corpus, flag):
     """What decides the result of a run may not change, and no checkpoint is lost."""
-    run, start, places = finished
-    before = sorted((path, path.stat().st_mtime_ns) for path in run.rglob("*"))
-    flags = [functools.reduce(lambda text, place: text.replace(*place), places, flag) for flag in flags]
-    with pytest.raises(UserError) as error:
-        start(*flags)
-    assert part in str(error.value) and len(str(error.value).splitlines()) <= 3
-    assert sorted((path, path.stat().st_mtime_ns) for path in run.rglob("*")) == before
+    before = sorted((path, path.stat().st_mtime_ns) for path in whole.rglob("*"))
+    other = whole.parent / "other"
+    if "OTHER" in flag:
+        text = ["--input", str(corpus.parent / "text.txt"), "--val_fraction=0.3"]
+        prepare_data.main(["text", *text, "--out", str(other)])
+    refused(REFUSED[flag], start, whole, flag.replace("RUN", str(whole)).replace("OTHER", str(other)))
+    assert sorted((path, path.stat().st_mtime_ns) for path in whole.rglob("*")) == before
 
 
-@pytest.fixture(scope="module")
-def finished(small, corpus, tmp_path_factory):
-    """A finished run, a way to start it again, and what stands for other places in flags."""
-    folder, text = tmp_path_factory.mktemp("finished"), str(corpus.parent / "text.txt")
-    prepare_data.main(["text", "--input", text, "--val_fraction=0.3", "--out", str(folder / "other")])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "show_off", lambda *args, **options: None)
-        train.main([small, f"--out_dir={folder}/run"])
-        train.main([small, f"--out_dir={folder}/elsewhere", "--max_steps=1"])
-    places = [("OTHER", f"{folder}/other"), ("RUN", f"{folder}/run"), ("ELSEWHERE", f"{folder}/elsewhere")]
-    return folder / "run", lambda *flags: train.main([small, f"--out_dir={folder}/run", *flags]), places
+def test_in_mid_run_the_rate_and_the_schedule_of_iterations_may_change(start, out):
+    start(out, "--max_steps=2", "--decay_frac=0")
+    start(out, "--max_steps=4", "--decay_frac=0", "--lr=2e-2", "--iters=1", "--micro_batch=4")
+    assert list(steps(out, "lr").values()) == [1e-2] * 2 + [2e-2] * 2
+    assert list(steps(out, "iters").values()) == [2, 2, 1, 1]
 
 
-def test_in_mid_run_the_rate_and_the_schedule_of_iterations_may_change(here):
-    folder = here("run", "--max_steps=2", "--decay_frac=0")
-    here(
-        "run",
-        "--max_steps=4",
-        "--decay_frac=0",
-        "--lr=2e-2",
-        "--iters=1",
-        "--eval_every=1",
-        "--micro_batch=4",
-    )
-    assert [(r["lr"], r["iters"]) for r in log(folder) if "loss" in r] == [(1e-2, 2)] * 2 + [(2e-2, 1)] * 2
+def test_two_processes_do_not_train_in_one_folder(start, out):
+    with locked(out):
+        refused("another process is training here", start, out)
+    assert not checkpoints(out)
 
 
-def test_two_processes_do_not_train_in_one_folder(small, tmp_path, here):
-    (tmp_path / "run").mkdir()
-    with locked(tmp_path / "run"), pytest.raises(UserError, match="another process is training here"):
-        here("run")
-    assert not checkpoints(tmp_path / "run")
-    here("run", "--max_steps=1")
-
-
-def test_the_log_is_json_whatever_a_loss_is_and_goes_on_after_a_torn_line(tmp_path):
-    (tmp_path / "log.jsonl").write_text('{"step": 0}\n{"st')
-    write = train.open_log(tmp_path / "log.jsonl")
-    write({"val_loss": {"1": math.nan, "2": 1.5}, "loss": math.inf})
-    first, torn, last = (tmp_path / "log.jsonl").read_text().splitlines()
-    assert json.loads(last) == {"val_loss": {"1": None, "2": 1.5}, "loss": None} and torn == '{"st'
-
-
-def test_what_cannot_be_shown_at_the_end_is_no_error(small, capsys):
-    config, model = load_config([small]), make(vocab_size=257)
-    train.show_off(model, config, SimpleNamespace(tokenizer="hf:/nowhere"), 20)
-    assert capsys.readouterr().out.count("not shown: hf:/nowhere") == 1
-
-
-# -------------------------------------------------------------------------------- starting from other weights
-
-
-def test_a_standard_model_can_be_iterated_and_trained_on(here):
-    std = here("std", "--iters=1", "--max_steps=2")
-    flags = [f"--init_from={std}", "--iters=2", "--max_steps=3"]
-    folder = here("iterated", *flags)
-    assert [r["iters"] for r in log(folder) if "loss" in r] == [2, 2, 2]
+def test_a_standard_model_can_be_iterated_trained_on_and_cut_anew_but_has_its_shape(start, tmp_path):
+    std = start(tmp_path / "std", "--iters=1", "--max_steps=2")
+    flags = [f"--init_from={std}", "--max_steps=2"]
+    folder = start(tmp_path / "iterated", *flags)
+    assert set(steps(folder, "iters").values()) == {2}
     assert validation(folder)[0, 3]["val_loss"]["1"] == validation(std)[2, 3]["val_loss"]["1"]
     before = digest(folder)
-    assert digest(here("iterated", *flags)) == before, "the same command goes on with the run"
-
-
-def test_init_from_another_shape_is_refused_and_another_cut_is_not(here):
-    std = here("std", "--iters=1", "--max_steps=1")
-    start = [f"--init_from={std}", "--max_steps=1", "--eval_every=0"]
-    with pytest.raises(UserError, match="n_embd is 32 there, 64 here"):
-        here("wide", *start, "--n_embd=64")
-    here("recut", *start, "--n_head_blocks=0", "--n_body_blocks=3", "--n_tail_blocks=0")
-    here("zero", *start, "--rule=zero_pt")
+    assert digest(start(folder, *flags)) == before, "the same command goes on with the run"
+    start(tmp_path / "cut", *flags, "--n_head_blocks=0", "--n_body_blocks=3", "--n_tail_blocks=0")
+    start(tmp_path / "zero", *flags, "--rule=zero_pt")
+    refused("n_embd is 32 there, 64 here", start, tmp_path / "wide", *flags, "--n_embd=64")
 
 
 # ------------------------------------------------------------------------------- bad steps, too little memory
@@ -457,12 +412,11 @@ def test_init_from_another_shape_is_refused_and_another_cut_is_not(here):
 
 def test_a_step_that_is_not_finite_on_one_rank_is_skipped_by_all(small, tmp_path):
     out = tmp_path / "run"
-    flags = ["--max_steps=4", "--save_every=1", "--keep_last=9"]
-    assert ranks(2, small, out, "nan", 2, 1, flags).statuses == [0, 0]
-    records = [r for r in log(out) if "skipped" in r]
-    assert [r["skipped"] for r in records] == [False, False, True, False] and records[2]["loss"] is None
+    assert ranks(2, small, out, "nan", 2, 1, ["--max_steps=4", *ALL_SAVED]).statuses == [0, 0]
+    assert list(steps(out, "skipped").values()) == [False, False, True, False]
+    assert steps(out)[2] is None, "JSON has no NaN"
     assert [path.name[-1] for path in checkpoints(out)] == ["1", "2", "4"], "none of a skipped step"
-    assert all(weights(out, 4)["norm.weight"].isfinite())
+    assert load_model(out)
 
 
 def test_a_step_whose_gradient_is_not_finite_leaves_the_weights(small):
@@ -470,56 +424,51 @@ def test_a_step_whose_gradient_is_not_finite_leaves_the_weights(small):
     before, optimizer = copy.deepcopy(model.state_dict()), train.adamw(model, config)
     model.norm.weight.register_hook(lambda grad: grad * math.inf)
     loss, norm, _ = train.train_step(model, optimizer, [(batch, batch)], 2, config, contextlib.nullcontext)
-    assert math.isfinite(loss) and not math.isfinite(norm) and equal(before, model.state_dict())
+    assert math.isfinite(loss) and not math.isfinite(norm)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
-def test_a_run_that_diverges_saves_nothing_of_it_and_its_advice_works(here, monkeypatch, tmp_path):
-    """At this rate the weights blow up after some steps. What was saved before is what the advice names."""
+def test_a_run_that_diverges_saves_nothing_of_it_and_its_advice_works(start, tmp_path, monkeypatch):
+    train_step = train.train_step
+
+    def diverging_step(net, optimizer, batches, iters, config, *rest):
+        loss, *others = train_step(net, optimizer, batches, iters, config, *rest)
+        return math.nan if config.lr == 1 else loss, *others
+
+    monkeypatch.setattr(train, "train_step", diverging_step)
     monkeypatch.setattr(train, "MAX_SKIPS", 3)
-    forward = AbbIE.forward
-
-    def bad(self, idx, targets=None, iters=None, backprop_iters=0):
-        logits, loss = forward(self, idx, targets, iters, backprop_iters)
-        return logits, loss * (math.nan if torch.is_grad_enabled() and broken[0] > 3e-2 else 1)
-
-    lr_at, broken = train.lr_at, [0.0]
-    monkeypatch.setattr(AbbIE, "forward", bad)
-    monkeypatch.setattr(train, "lr_at", lambda *args: broken.insert(0, lr_at(*args)) or broken[0])
-    folder, flags = here("run", "--max_steps=2"), ["--max_steps=9", "--save_every=1", "--keep_last=9"]
-    before = digest(folder)
+    run, longer = start(tmp_path / "run", "--max_steps=2"), ["--max_steps=9", *ALL_SAVED]
+    before = digest(run)
     for _ in range(2):  # asked again, it says the same
-        with pytest.raises(UserError) as error:
-            here("run", *flags, "--lr=1")
-        assert str(error.value) == (
-            "3 steps in a row had no finite loss and gradient\n"
-            "step_00000002 is saved: run again with a lower --lr, and it goes on from there"
-        )
-        assert digest(folder) == before and len(checkpoints(folder)) == 1
-    here("run", *flags, "--lr=1e-2")
-    assert newest(folder).name == "step_00000009" and load_model(folder)
-    with pytest.raises(UserError, match="nothing is saved: run again with a lower --lr"):
-        here("fresh", "--lr=1")
+        advice = "step_00000002 is saved: run again with a lower --lr"
+        refused(f"step 5: .* not finite any more\n{advice}", start, run, *longer, "--lr=1")
+        assert digest(run) == before and len(checkpoints(run)) == 1
+    assert digest(start(run, *longer)).startswith("step_00000009")
+    refused("nothing is saved: run again with a lower --lr", start, tmp_path / "fresh", "--lr=1")
 
 
-def test_weights_that_are_not_finite_are_never_saved(here, monkeypatch, tmp_path):
-    monkeypatch.setattr(
-        torch.optim.AdamW, "step", lambda self: self.param_groups[0]["params"][0].data.fill_(math.inf)
-    )
-    with pytest.raises(UserError, match="the weights are not finite any more\nnothing is saved"):
-        here("run", "--save_every=1", "--eval_every=0")
-    assert not checkpoints(tmp_path / "run")
+def test_weights_that_are_not_finite_are_never_saved(start, out, monkeypatch):
+    spoil = lambda self: self.param_groups[0]["params"][0].data.fill_(math.inf)  # noqa: E731
+    monkeypatch.setattr(torch.optim.AdamW, "step", spoil)
+    refused("not finite any more\nnothing is saved", start, out, "--save_every=1", "--eval_every=0")
+    assert not checkpoints(out)
 
 
-def test_out_of_memory_names_micro_batch(small, tmp_path):
-    limited = (
-        "import resource; resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30)); "
-        "import train; from config import cli; cli(train.main)"
-    )
+def test_out_of_memory_names_micro_batch(small, out):
+    limited = "import resource; resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30)); "
+    limited += "import train; from config import cli; cli(train.main)"
     size = [f"--tokens_per_step={2**12 * T}", "--micro_batch=4096", "--ffn_dim=32768", "--eval_every=0"]
-    command = [sys.executable, "-c", limited, small, f"--out_dir={tmp_path}", *size]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=ENV)
-    assert done.returncode == 2 and len(done.stderr.splitlines()) <= 3
-    assert "out of memory\ntry a smaller --micro_batch" in done.stderr
+    process = start_python(["-c", limited, small, f"--out_dir={out}", *size], text=True)
+    _, printed = process.communicate()
+    assert process.returncode == 2 and len(printed.splitlines()) <= 3
+    assert "out of memory\ntry a smaller --micro_batch" in printed
+
+
+def test_a_full_disk_is_said_with_the_name_of_the_log():
+    if os.path.exists("/dev/full"):
+        with pytest.raises(OSError) as error:
+            train.append(Path("/dev/full"), {"loss": 1})
+        assert error.value.filename == "/dev/full"
 
 
 # ------------------------------------------------------------------------------------------------- compiling
@@ -538,77 +487,11 @@ def test_changing_iters_never_recompiles(small):
     assert graphs[0] == graphs[-1] <= 3, "of the trial, the blocks, and the loss"
 
 
-def test_without_a_compiler_it_runs_eagerly_and_says_so(here, capsys, monkeypatch):
-    def no_compiler(*args, **how):
-        raise RuntimeError("no compiler")
-
-    monkeypatch.setattr(torch, "compile", no_compiler)
-    folder = here("run", "--compile=on", "--max_steps=1")
+def test_without_a_compiler_it_runs_eagerly_and_says_so(start, out, capsys, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda *args, **options: 1 / 0)
+    start(out, "--compile=on", "--max_steps=1")
     assert capsys.readouterr().err.count("running without") == 1
-    assert log(folder)[0]["made_by"]["compiled"] is False
-
-
-# ----------------------------------------------------------------------------------------------- the main job
-
-
-def test_the_main_job_end_to_end(tmp_path):
-    """`python train.py config/abbie_tiny.py` from nothing, cut to a few steps: it makes the embedded corpus,
-    trains, prints validation losses, the built-in tasks and a sample, and leaves a checkpoint and a log."""
-    small = ["--max_steps=3", "--eval_tokens=1024", "--n_embd=32", "--ffn_dim=64"]
-    command = [sys.executable, ROOT / "train.py", ROOT / "config/abbie_tiny.py", *small]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=ENV)
-    assert done.returncode == 0, done.stderr
-    for part in (
-        "Python ",
-        "n_params=",
-        "validation loss",
-        "r=1 ",
-        "r=32 ",
-        "cloze",
-        "lastword",
-        "a sample",
-        "--lens",
-    ):
-        assert part in done.stdout, part
-    out = tmp_path / "out" / "abbie_tiny"
-    header, *records = log(out)
-    assert {"torch", "device", "commit", "command"} <= set(header["made_by"])
-    step = next(r for r in records if "loss" in r)
-    assert {"step", "iters", "loss", "lr", "grad_norm", "tokens_per_s", "mfu", "flops", "eta_s"} <= set(step)
-    first = validation(out)[0, 4]["val_loss"]
-    assert set(first) == {"1", "2", "4", "32"}
-    assert abs(first["2"] - math.log(257)) < 0.5, "at initialisation the loss is near ln V"
-    assert load_model(out).meta["made_by"]["command"].startswith("train.py ") and newest(out).name[-1] == "3"
-
-
-# --------------------------------------------------------------------------------------------------- mistakes
-
-
-@pytest.mark.parametrize(
-    "flags, part",
-    [
-        (["--data=data/c4"], "prepare_data.py c4"),
-        (["--itrs=2"], "did you mean --iters"),
-        (["--resume=nowhere"], "nowhere"),
-        (["--init_from=nowhere"], "nowhere"),
-        (["--out_dir=/dev/null/run"], "Not a directory"),
-        (["--micro_batch=3"], "micro_batch"),
-    ],
-)
-def test_a_mistake_is_one_error_of_all_ranks_in_seconds(small, tmp_path, flags, part):
-    began = time.perf_counter()
-    done = ranks(2, small, tmp_path / "run", flags=flags)
-    assert done.statuses == [2, 2] and time.perf_counter() - began < 30
-    printed = "".join(done.err)
-    assert printed.startswith("error: ") and part in printed and len(printed.splitlines()) <= 3
-    assert "Traceback" not in printed
-
-
-@pytest.mark.parametrize("script", [train, sample, eval_icl], ids=lambda script: script.__name__)
-def test_every_script_says_the_same_of_a_device_that_cannot_be_used(small, here, tmp_path, script):
-    argv = {train: [small, f"--out_dir={tmp_path}"]}
-    with pytest.raises(UserError, match="^device=mps cannot be used: .*\ntry --device=cpu$"):
-        script.main([*argv.get(script, []), "--device=mps"])
+    assert log(out)[0]["made_by"]["compiled"] is False
 
 
 def test_auto_is_the_machines_accelerator_or_else_the_cpu(monkeypatch):
@@ -617,3 +500,30 @@ def test_auto_is_the_machines_accelerator_or_else_the_cpu(monkeypatch):
     assert choose_device("auto") == choose_device() == torch.device("meta")
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     assert choose_device("auto") == torch.device("cpu")
+
+
+# ----------------------------------------------------------------------------------------------- the main job
+
+
+def test_the_main_job_end_to_end(tmp_path):
+    """`python train.py config/abbie_tiny.py` from nothing, cut to a few steps: it makes the embedded corpus,
+    trains, prints validation losses, the built-in tasks and a sample, and leaves a checkpoint and a log."""
+    size = ["--max_steps=3", "--eval_tokens=1024", "--n_embd=32", "--ffn_dim=64"]
+    process = start_python([ROOT / "train.py", ROOT / "config/abbie_tiny.py", *size], tmp_path, text=True)
+    printed, errors = process.communicate()
+    assert process.returncode == 0, errors
+    parts = ("Python ", "n_params=", "validation loss", "r=1 ", "r=32 ", "cloze", "lastword", "a sample")
+    assert [part for part in (*parts, "--lens") if part not in printed] == []
+    out = tmp_path / "out" / "abbie_tiny"
+    header, evaluation, step, *_ = log(out)
+    assert {"torch", "device", "commit", "command", "dtype"} <= set(header["made_by"])
+    assert {"step", "iters", "loss", "lr", "grad_norm", "tokens_per_s", "mfu", "flops", "eta_s"} <= set(step)
+    assert set(evaluation["val_loss"]) == {"1", "2", "4", "32"}
+    assert abs(evaluation["val_loss"]["2"] - math.log(257)) < 0.5, "at initialisation the loss is near ln V"
+    meta = load_model(out).meta
+    assert meta["made_by"]["command"].startswith("train.py ") and meta["step"] == 3
+
+
+def test_what_cannot_be_shown_at_the_end_is_no_error(small, capsys):
+    SHOW_OFF(make(vocab_size=257), load_config([small]), SimpleNamespace(tokenizer="hf:/nowhere"))
+    assert capsys.readouterr().out.count("not shown: hf:/nowhere") == 1
