@@ -2,7 +2,6 @@
 
 FAULT happens at the beginning of STEP on RANK, once: MARKER is a file that is made when it has.
   none                   nothing happens
-  crash                  it raises
   kill, term, int, hup   it is sent SIGKILL, ...; kill_in_save, ...: in the next save
   nan                    its loss is not a number
 """
@@ -41,8 +40,6 @@ def inject(fault: str, fault_step: str, fault_rank: str, marker: str):
         nonlocal now
         now = step
         send_signal()
-        if due("crash"):
-            raise RuntimeError("injected")
         return draw_iters(spec, seed, step)
 
     def in_a_save(old, new):
