@@ -28,7 +28,6 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -173,8 +172,8 @@ def compile_blocks(model: AbbIE, setting: str, device: torch.device, **options) 
     earn the compilation back."""
     if setting == "off" or (setting == "auto" and device.type != "cuda"):
         return False
-    # dynamic=False: an evaluation's smaller last batch leaves the graphs of training as they are. DDP would cut
-    # those of wide blocks, and breaks the ones that take a number (pytorch #196227).
+    # dynamic=False: the smaller last batch of an evaluation leaves training's graphs alone. DDP would cut the
+    # graphs of wide blocks, and breaks those that take a number (pytorch #196227).
     options = {"dynamic": False, **options}
     torch._dynamo.config.optimize_ddp = False
     try:
@@ -269,7 +268,6 @@ def begin(config: Config, shards: Shards) -> tuple[Config, AbbIE, dict]:
     if source == "never":
         model = new_model(config, shards)
         return with_length(config, model), model, {"step": 0, "flops": 0.0}
-
     model, state = load_newest(source, functools.partial(load_run, config=config))
     config, meta = with_length(config, model), model.meta
     here, goes_on = vars(config), config.max_steps > state["step"]
@@ -306,13 +304,12 @@ def describe(record: dict) -> str:
     return (
         f"step {record['step']:>6d} | loss {record['loss']:.4f} | lr {record['lr']:.2e} | "
         f"norm {record['grad_norm']:.3f} | iters {record['iters']} | {record['tokens_per_s']:,.0f} tok/s | "
-        f"mfu {mfu} | {record['flops']:.2e} flops | eta {timedelta(seconds=round(record['eta_s']))}"
+        f"mfu {mfu} | {record['flops']:.2e} flops | eta {record['eta_s'] / 60:.1f} min"
     )
 
 
 def versions(device: torch.device) -> dict:
-    """Where a run took place; of a CPU also the instruction set, on which the fastest way to compute
-    depends."""
+    """Where a run took place; of a CPU its instruction set, on which the fastest way to compute depends."""
     name = f"{platform.processor() or platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)

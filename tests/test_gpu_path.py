@@ -51,18 +51,23 @@ def test_compiled_blocks_train_under_ddp_after_an_evaluation_at_any_iters(one_ra
     model = AbbIE(config.model_config(257))
     assert train.compile_blocks(model, "on", torch.device("cpu"), backend="aot_eager")
     net, last = DistributedDataParallel(model, gradient_as_bucket_view=True), []
-    net.register_comm_hook(
-        None, lambda _, bucket: last.append(bucket.is_last()) or allreduce_hook(None, bucket)
-    )
+
+    def reduce(group, bucket):
+        last.append(bucket.is_last())
+        return allreduce_hook(group, bucket)
+
+    net.register_comm_hook(None, reduce)
     x, y = torch.randint(257, (2, 3, 32))
     shards = SimpleNamespace(n_windows=5, block_size=32)
     shards.batch = lambda chosen: (x[: len(chosen)], y[: len(chosen)])
     evaluate_loss(model, shards, [1, 2, 4], batch_size=3)  # batches of 3 and 2
     optimizer, losses, graphs = train.adamw(model, config), [], []
-    for iters in (2, 1, 3, 2):
+    for iters in (2, 1, 2):
         losses += [train.train_step(net, optimizer, 2 * [(x, y)], iters, config, bf16)[0]]
         graphs += [torch._dynamo.utils.counters["stats"]["unique_graphs"]]
-    assert losses[3] < losses[0] and graphs[3] == graphs[0] and sum(last) == 4
+    with bf16():
+        assert not model(x, y)[0].requires_grad, "a gradient of zeros would be as large as the logits"
+    assert losses[2] < losses[0] and graphs[2] == graphs[0] and sum(last) == 3
 
 
 def bf16():
@@ -91,9 +96,9 @@ def test_flash_attention_can_take_what_is_asked(monkeypatch):
         return attention(q, keys, values, mask, **options)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", watch)
+    small = "--block_size=64 --n_head_blocks=1 --n_body_blocks=1 --n_tail_blocks=0 --ffn_dim=64".split()
     for name in ("abbie_350m", "abbie_200m", "abbie_124m"):
-        small = "--block_size=64 --n_head_blocks=1 --n_body_blocks=1 --n_tail_blocks=0 --ffn_dim=64"
-        config = load_config([f"{ROOT}/config/{name}.py", *small.split()])
+        config = load_config([f"{ROOT}/config/{name}.py", *small])
         model, idx = AbbIE(config.model_config(257)), torch.randint(257, (2, 16))
         with torch.enable_grad(), bf16():
             model(idx, idx)[1].backward()
@@ -104,14 +109,6 @@ def test_flash_attention_can_take_what_is_asked(monkeypatch):
     for q, keys, values, mask in asked:
         assert mask is None and {t.dtype for t in (q, keys, values)} == {torch.bfloat16}
         assert all(t.dim() == 4 and t.stride(-1) == 1 and t.shape[-1] == 64 for t in (q, keys, values))
-
-
-def test_the_loss_hands_out_logits_without_a_gradient():
-    """DDP and autograd would fill a gradient of zeros as large as the logits, 1.65 GB at abbie_350m."""
-    config = load_config([f"{ROOT}/config/abbie_tiny.py"])
-    idx = torch.randint(257, (1, 16))
-    logits, loss = AbbIE(config.model_config(257))(idx, idx)
-    assert loss.requires_grad and not logits.requires_grad
 
 
 def test_the_checks_that_need_a_card_run_dry(tmp_path):
