@@ -26,6 +26,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -402,7 +403,8 @@ def run(config: Config, device: torch.device, rank: int, world: int, command: st
         "data_sha256": shards.digest(), "run": vars(config), "made_by": facts,
     }  # fmt: skip
     run_tokens = config.max_steps * config.tokens_per_step
-    print(*(f"{name}={value}" for name, value in {**vars(config), **facts}.items()), sep="  ")
+    settings = "  ".join(f"{name}={value}" for name, value in {**vars(config), **facts}.items())
+    print(textwrap.fill(settings, 110))
     print(f"{run_tokens:,} tokens, {run_tokens / T / shards.n_windows:.2f} epochs")
     if step:
         finished = ": it is finished, and its evaluation follows again" if step == config.max_steps else ""
