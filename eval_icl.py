@@ -23,7 +23,8 @@ right continuation has the highest score, `acc_norm` whether it has the highest 
 counting the space): -23.8 / 5 against -17.2 / 4, wrong both times. A LAMBADA row is one request, for the last
 word of a text: `acc` asks whether each of its tokens is the most probable one, `perplexity` is exp(-mean
 score), per word. All this is as in EleutherAI's lm-evaluation-harness 0.4.13, example by example. Two tasks
-need no download: `cloze` and `lastword` are made of the validation text of a model's training data.
+need no download: `cloze` and `lastword` are made of the validation text of a model's training data, or of
+the folder that --ppl names.
 
 Shapes: B rows, T tokens, D n_embd, V vocab_size, M scored tokens, N requests (windows), R entries of iters.
 """
@@ -69,8 +70,10 @@ from model import AbbIE, UserError, check
 
 
 class Example(NamedTuple):
-    requests: list[tuple[str, str]]  # (context, continuation), one for each choice
-    gold: int  # number of the right one
+    """A (context, continuation) for each choice, and the number of the right one."""
+
+    requests: list[tuple[str, str]]
+    gold: int
 
 
 def choose(context: str, choices: list[str], gold: int) -> Example:
@@ -114,10 +117,10 @@ def render(name: str, row: dict) -> Example:
             context = f"{row['support'].lstrip()}\nQuestion: {row['question']}\nAnswer:"
             wrong = [row[f"distractor{i}"] for i in (1, 2, 3)]
             return choose(context, [*wrong, row["correct_answer"]], 3)
-        case "winogrande":  # two contexts: which option makes the rest of the sentence likelier?
+        case "winogrande":  # which option makes the rest of the sentence likelier?
             before, after = row["sentence"].split("_", 1)
-            options = [row["option1"], row["option2"]]
-            requests = [(before + option, " " + after.strip()) for option in options]
+            contexts = [before + row["option1"], before + row["option2"]]
+            requests = [(context, " " + after.strip()) for context in contexts]
             return Example(requests, int(row["answer"]) - 1)
 
 
@@ -145,10 +148,13 @@ def make_cloze(texts: list[str], n: int, before: int) -> list[Example]:
 
 
 def make_last_word(texts: list[str], n: int, before: int) -> list[Example]:
-    """LAMBADA's form: the last word of a line of four words or more."""
-    lines = re.compile(r"(?m)^.*\S [^\W\d_]{1,20}[.,:;]?$")  # the word: letters, and a point at most
-    matches = [(text, match) for text in texts for match in lines.finditer(text)]
-    spots = [(text, match.end()) for text, match in matches if len(match.group().split()) >= 4]
+    """LAMBADA's form: the last word, letters and a point at most, of a line of four words or more."""
+    lines = re.compile(r"(?m)^.*\S [^\W\d_]{1,20}[.,:;]?$")
+    spots = []
+    for text in texts:
+        for match in lines.finditer(text):
+            if len(match.group().split()) >= 4:
+                spots.append((text, match.end()))
     return [last_word(text[max(0, end - before) : end]) for text, end in draw(spots, n)]
 
 
@@ -157,7 +163,7 @@ def make_last_word(texts: list[str], n: int, before: int) -> list[Example]:
 
 class Task(NamedTuple):
     """Its metrics, and a file of a dataset on the Hugging Face Hub, which keeps what it has converted under
-    CONFIG/SPLIT/0000.parquet in a branch. A built-in task has none."""
+    CONFIG/SPLIT/0000.parquet in a branch (piqa's we have not seen). A built-in task has none."""
 
     metrics: tuple[str, ...]
     repo: str = ""
@@ -182,7 +188,7 @@ TASKS = {
     "arc_easy": Task(NORM, "allenai/ai2_arc", f"ARC-Easy/{TEST}", "test", 2376),
     "arc_challenge": Task(NORM, "allenai/ai2_arc", f"ARC-Challenge/{TEST}", "test", 1172),
     "commonsense_qa": Task(ACC, "tau/commonsense_qa", f"default/{VAL}", "validation", 1221),
-    "piqa": Task(NORM, "baber/piqa", f"default/{VAL}", "validation", 1838),  # a name not seen yet
+    "piqa": Task(NORM, "baber/piqa", f"default/{VAL}", "validation", 1838),
     "openbookqa": Task(NORM, "allenai/openbookqa", f"main/{TEST}", "test", 500),
     "sciq": Task(NORM, "allenai/sciq", f"default/{TEST}", "test", 1000),
     "winogrande": Task(ACC, "allenai/winogrande", f"winogrande_xl/{VAL}", "validation", 1267),
@@ -231,7 +237,8 @@ def make_task(name: str, data: str | Path, block_size: int, n: int) -> list[Exam
 
 # ------------------------------------------------------------------------------------- requests -> scores
 
-LOGITS_AT_A_TIME = 1 << 24  # so that memory grows neither with the batch nor with the vocabulary
+# So that memory grows neither with the batch nor with the vocabulary.
+LOGITS_AT_A_TIME = 1 << 24
 
 
 def encode_requests(tokenizer, requests: list[tuple[str, str]]) -> list[tuple]:
@@ -252,7 +259,7 @@ def encode_requests(tokenizer, requests: list[tuple[str, str]]) -> list[tuple]:
 
 def score_tokens(model: AbbIE, z: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """States z (M, D) that predict tokens (M,) -> log-probabilities (M,) float64, and whether each token is
-    the most probable one (M,). The softmax is fp32, over the vocabulary without its padding."""
+    the most probable one (M,). The softmax is fp32."""
     at_a_time = max(1, LOGITS_AT_A_TIME // model.config.vocab_size)
     logprobs, hits = [], []
     for part, token in zip(z.split(at_a_time), tokens.split(at_a_time)):
@@ -267,9 +274,8 @@ def score(
     model: AbbIE, pairs, iters, batch_size=32, rank=0, world=1, autocast=nullcontext, bar=""
 ) -> tuple[np.ndarray, np.ndarray]:
     """N pairs of tokens (context, continuation) -> log-likelihoods (N, R), and whether every token is the
-    argmax (N, R), at each of the ascending iters, computed in the context autocast(). A context that is too
-    long loses its start. Batches are the same for any number of ranks, each of which takes a stride of them;
-    so are the scores. bar: name of a progress bar."""
+    argmax (N, R), at each of the ascending iters. A context that is too long loses its start. Batches are the
+    same for any number of ranks, each of which takes a stride of them; so are the scores."""
     device, N = model.embed.weight.device, len(pairs)
     longest_first = sorted(range(N), key=lambda n: -len(pairs[n][0]) - len(pairs[n][1]))
     batches = [longest_first[first : first + batch_size] for first in range(0, N, batch_size)]
@@ -286,8 +292,8 @@ def score(
             for i, z in enumerate(model.states_at(idx, iters)):  # (B, T, D)
                 scored = [row[end - n : end] for row, end, n in zip(z, ends, lengths)]
                 logprobs, hits = score_tokens(model, torch.cat(scored), tokens)  # (M,) each
-                result[0, batch, i] = torch.stack([part.sum() for part in logprobs.split(lengths)])
-                result[1, batch, i] = torch.stack([part.all() for part in hits.split(lengths)]).double()
+                for n, nats, hit in zip(batch, logprobs.split(lengths), hits.split(lengths)):
+                    result[0, n, i], result[1, n, i] = nats.sum(), hit.all()
     if world > 1:
         dist.all_reduce(result)  # exact: one rank has the scores of a request, and the others 0
     return result[0].numpy(), result[1].bool().numpy()
@@ -309,7 +315,7 @@ def evaluate_loss(model: AbbIE, shards: Shards, iters: Iterable[int], n_windows=
     return dict(zip(iters, losses.mean(0).tolist()))
 
 
-# ------------------------------------------------------------------------------------------ scores -> metrics
+# --------------------------------------------------------------------------------- scores -> metrics, a table
 
 
 def check_finite(scores: np.ndarray, iters: list[int]):
@@ -325,8 +331,8 @@ def measure(example: Example, scores: np.ndarray, greedy: np.ndarray) -> dict[st
         return {"perplexity": -scores[0], "acc": greedy[0]}
     # Per character of the choice, without the space before it.
     lengths = np.array([len(continuation) - 1 for _, continuation in example.requests])
-    normed = scores / lengths[:, None]
-    return {"acc": scores.argmax(0) == example.gold, "acc_norm": normed.argmax(0) == example.gold}
+    right = scores.argmax(0) == example.gold
+    return {"acc": right, "acc_norm": (scores / lengths[:, None]).argmax(0) == example.gold}
 
 
 def summarize(values: dict[str, np.ndarray], iters: list[int]) -> dict:
@@ -356,23 +362,21 @@ def mcnemar(before: np.ndarray, after: np.ndarray) -> dict:
 def run_task(
     model: AbbIE, tokenizer, name: str, examples: list[Example], iters: list[int], **options
 ) -> tuple[dict, list[dict]]:
-    """Score one task at ascending iters -> its result, and a sample for every example and r. Examples with a
-    continuation longer than the model's context are left out. The options are score's.
-
-    The result: {"n", "left_out", "iters": {r: {metric, metric_stderr}}, "paired": {"reference": the default r
-    (else the first), r: {metric: McNemar's test}}}."""
+    """One task at ascending iters -> {"n", "left_out", "iters": {r: {metric, metric_stderr}}, "paired":
+    {"reference": the default r (else the first), r: {metric: McNemar's test}}}, and a sample for every
+    example and r. Those with a continuation longer than the context are left out. Options: score's."""
     T, kept, pairs = model.config.block_size, [], []
     for number, example in enumerate(examples):
         encoded = encode_requests(tokenizer, example.requests)
         if max(len(tokens) for _, tokens in encoded) <= T:
             kept.append(number)
             pairs += encoded
-    check(len(kept) > 0, f"{name}: no row's continuations fit into the model's context of {T} tokens")
+    check(bool(kept), f"{name}: no row's continuations fit into the context of {T} tokens")
     scores, greedy = score(model, pairs, iters, bar=name, **options)
     check_finite(scores, iters)
     ends = np.cumsum([len(examples[number].requests) for number in kept])[:-1]
     measured, samples = [], []
-    for number, nats, hits in zip(kept, np.split(scores, ends), np.split(greedy, ends)):  # (choices, R)
+    for number, nats, hits in zip(kept, np.split(scores, ends), np.split(greedy, ends)):
         measured.append(measure(examples[number], nats, hits))
         for i, r in enumerate(iters):
             sample = {"task": name, "doc_id": number, "iters": r}
@@ -403,9 +407,6 @@ def perplexity(model: AbbIE, shards: Shards, iters: list[int], **options) -> dic
     return {**result, "iters": summarize(values, iters)}
 
 
-# -------------------------------------------------------------------------------------------------- the table
-
-
 def cell(entry: dict, metric: str, best: float) -> str:
     """A metric and its error; accuracies in percent."""
     texts = []
@@ -419,27 +420,25 @@ def cell(entry: dict, metric: str, best: float) -> str:
 
 def print_table(results: dict):
     """Rows: tasks and metrics. Columns: iters. The best r of a row is marked with *."""
-    sections, lines, notes = dict(results["tasks"]), [], []
+    sections, lines = dict(results["tasks"]), []
     if "ppl" in results:
         sections[results["ppl"]["data"]] = results["ppl"]
     for name, section in sections.items():
-        n, left_out, entries = section["n"], section["left_out"], section["iters"]
-        official = TASKS[name].n_rows if name in DOWNLOADED else n + left_out
+        n, entries = section["n"], list(section["iters"].values())
+        official = TASKS[name].n_rows if name in DOWNLOADED else n + section["left_out"]
         count = str(n) if n == official else f"{n}/{official}"
-        lines = lines or [["", "*: best", "n", *(f"r={r} " for r in entries)]]
-        for metric in [key for key in next(iter(entries.values())) if not key.endswith("_stderr")]:
-            values = [entry[metric] for entry in entries.values()]
-            best = max(values) if metric.startswith("acc") else min(values)
-            cells = [cell(entry, metric, best) for entry in entries.values()]
-            lines.append([name, metric, count, *cells])
-        if name in TASKS and left_out:
-            notes.append(f"{name}: {left_out} rows left out, longer than the model's context")
+        lines = lines or [["", "*: best", "n", *(f"r={r} " for r in section["iters"])]]
+        for metric in [key for key in entries[0] if not key.endswith("_stderr")]:
+            better = max if metric.startswith("acc") else min
+            best = better(entry[metric] for entry in entries)
+            lines.append([name, metric, count, *(cell(entry, metric, best) for entry in entries)])
     widths = [max(map(len, column)) for column in zip(*lines)]
     for name, metric, *cells in lines:
         cells = [text.rjust(width) for text, width in zip(cells, widths[2:])]
-        print("  ".join([name.ljust(widths[0]), metric.ljust(widths[1]), *cells]))
-    for note in notes:
-        print(note)
+        print(name.ljust(widths[0]), metric.ljust(widths[1]), *cells, sep="  ")
+    for name, section in results["tasks"].items():
+        if section["left_out"]:
+            print(f"{name}: {section['left_out']} rows left out, longer than the model's context")
 
 
 # ------------------------------------------------------------------------------------------------ the command
@@ -453,14 +452,12 @@ def parse_args(argv: list[str]):
     add("--tasks", default="", help=f"of {', '.join(TASKS)} (without --ppl: {','.join(BUILT_IN)})")
     add("--data_dir", default="data/icl", help="holds TASK/SPLIT.jsonl (data/icl)")
     add("--limit", type=int, help="the first N examples of each task (all; of a built-in one 300)")
-    text = "perplexity on these shards, of which built-in tasks are made too (the training data)"
-    add("--ppl", nargs="?", const="", metavar="FOLDER", help=text)
+    add("--ppl", nargs="?", const="", metavar="FOLDER", help="perplexity on shards (the training data)")
     add("--batch_size", type=int, default=32, help="requests or windows at a time (32)")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
-    text = "of matrix products (float32, as the harness; auto: bfloat16 where it is fast)"
-    add("--dtype", default="float32", choices=("auto", *DTYPES), help=text)
-    add("--out", type=Path, help="write the results here as JSON, after every task")
-    add("--log_samples", type=Path, help="write every example's scores here, a JSON line each")
+    add("--dtype", default="float32", choices=("auto", *DTYPES), help="of matrix products (float32)")
+    add("--out", type=Path, metavar="FILE", help="JSON of the results, written after every task")
+    add("--log_samples", type=Path, metavar="FILE", help="JSON lines of every example's scores")
     args = parser.parse_args(argv)
     check(args.batch_size >= 1, "--batch_size must be at least 1")
     check(args.limit is None or args.limit >= 1, "--limit must be at least 1")
@@ -482,15 +479,15 @@ def main(argv: list[str]):
         iters = sorted({model.check_iters(r) for r in parse_list(args.iters, "iters")})
         data = args.ppl or model.meta.get("data")
         if args.ppl is not None or set(args.tasks) & set(BUILT_IN):
-            check(isinstance(data, str), "the model names no data\ngive a folder of shards: --ppl FOLDER")
+            check(isinstance(data, str), "the model names no data: give shards by --ppl FOLDER")
         tasks = {name: load_task(name, data, args.data_dir, T, args.limit) for name in args.tasks}
         if args.ppl is not None:
             shards, tokens = Shards(data, "val", T), model.meta["tokenizer"]
-            problem = f"{data} holds {shards.tokenizer} tokens, but the model reads {tokens}"
-            check(shards.tokenizer == tokens, f"{problem}\nprepare the text with --tokenizer {tokens}")
+            advice = f"prepare the text with --tokenizer {tokens}"
+            check(shards.tokenizer == tokens, f"{data}: {shards.tokenizer} tokens\n{advice}")
         for path in filter(None, (args.out, args.log_samples)):
             writable = os.access(path.parent, os.W_OK) and not path.is_dir()
-            check(writable, f"{path} cannot be written\nname a file in a folder that exists")
+            check(writable, f"{path} cannot be written\nname one in a folder that exists")
     if rank == 0:
         print(f"evaluating {model.meta['ckpt']}", file=sys.stderr)
 
@@ -503,8 +500,8 @@ def main(argv: list[str]):
             if rank == 0 and args.out:
                 write_json(args.out, results)
             if rank == 0 and args.log_samples:
-                lines = [json.dumps(sample) + "\n" for sample in samples]
-                write_whole(args.log_samples, "".join(lines).encode())
+                lines = "".join(json.dumps(sample) + "\n" for sample in samples)
+                write_whole(args.log_samples, lines.encode())
 
     autocast = partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
     options = {"batch_size": args.batch_size, "rank": rank, "world": world, "autocast": autocast}

@@ -29,29 +29,26 @@ def ckpt(tmp_path_factory) -> str:
     return f"--ckpt={save(folder, 1, small(), data=str(folder / 'gone'))}"
 
 
-def choices(key: str, *texts: str, labels: str = "ABCDE") -> dict:
-    return {"answerKey": key, "choices": {"text": list(texts), "label": list(labels[: len(texts)])}}
+def choices(key: str, text: str, label: str) -> dict:
+    return {"answerKey": key, "choices": {"text": text.split(), "label": list(label)}}
 
 
 SCIQ = {"question": "What flies?", "correct_answer": "bee"}
 SCIQ |= {"distractor1": "ox", "distractor2": "cat", "distractor3": "cow"}
 BEE = {"activity_label": "Bee", "ctx_a": "A bee flies [title] home.", "ctx_b": "THE Bee"}
 BEE["endings"] = ["[step] sleeps.", "eats [x] a  stone.", "waits 4 days.", " hums "]
-MADE = ["iron", "honey", "noise"]
 PIQA = {"goal": "Find hönéy", "sol1": "ask a bee", "sol2": "ask an öx " + "or a cow " * 9}
+WHAT = {"question": "What do bees make?"}
 ROWS = {
     "hellaswag": [{**BEE, "label": str(i % 4)} for i in range(5)],
-    "lambada_openai": [{"text": f"It rained for {i} days and then it\nrained some more"} for i in range(5)],
-    "arc_easy": [
-        {"question": f"What do bees make {i}?", **choices("2", *MADE[: 2 + i % 2], labels="123")}
-        for i in range(7)
-    ],
-    "arc_challenge": [{"question": "Where?", **choices("C", "sea", "moon", "hive", "fire", "ice")}],
-    "commonsense_qa": [{"question": " Who flies? ", **choices("A", "bee", "ox", "cat", "dog", "cow")}],
+    "lambada_openai": [{"text": f"It rained for {i} days and then\nrained more"} for i in range(5)],
+    "arc_easy": [{**WHAT, **choices("2", "iron honey", "12")}] * 7,
+    "arc_challenge": [{**WHAT, **choices("C", "silk wool wax fire ice", "ABCDE")}],
+    "commonsense_qa": [{"question": " Who? ", **choices("A", "bee ox cat dog cow", "ABCDE")}],
     "piqa": [{**PIQA, "label": i % 2} for i in range(4)],
-    "openbookqa": [{"question_stem": "Bees make", **choices(" A", "honey", "wool", "milk", "tin")}],
+    "openbookqa": [{"question_stem": "Bees make", **choices(" A", "wax wool milk tin", "ABCD")}],
     "sciq": [{"support": "  Bees fly.", **SCIQ}, {"support": "", **SCIQ}],
-    "winogrande": [{"sentence": "The _ flew away.", "option1": "ox", "option2": "bee", "answer": "2"}],
+    "winogrande": [{"sentence": "The _ flew.", "option1": "ox", "option2": "bee", "answer": "2"}],
 }
 
 
@@ -70,11 +67,11 @@ def icl(tmp_path_factory) -> Path:
     return folder
 
 
-def by_hand(model, context: list[int], continuation: list[int], iters: int) -> tuple[float, bool]:
+def by_hand(model, context: list[int], tokens: list[int], iters: int) -> tuple[float, bool]:
     """One request alone: full logits, log-softmax, the last positions."""
-    ids = (context + continuation)[-(model.config.block_size + 1) :]
-    logits = model(torch.tensor([ids[:-1]]), iters=iters)[0][0, -len(continuation) :]
-    target = torch.tensor(continuation)
+    ids = (context + tokens)[-(model.config.block_size + 1) :]
+    logits = model(torch.tensor([ids[:-1]]), iters=iters)[0][0, -len(tokens) :]
+    target = torch.tensor(tokens)
     nats = logits.log_softmax(-1).gather(1, target[:, None]).sum().item()
     return nats, bool((logits.argmax(-1) == target).all())
 
@@ -82,11 +79,12 @@ def by_hand(model, context: list[int], continuation: list[int], iters: int) -> t
 # ------------------------------------------------------------------------------------------ the harness
 
 
-def harness(model: AbbIE, icl: Path, folder: Path, iters: int) -> dict:
-    """What lm-evaluation-harness makes of the rows with its own task files, one request at a time by hand."""
+def harness(model: AbbIE, icl: Path, cache: Path, iters: int) -> dict:
+    """What lm-evaluation-harness makes of the rows with its own task files, a request at a time."""
     import lm_eval
     from lm_eval.api.model import TemplateLM
     from lm_eval.tasks import TaskManager
+    from lm_eval.tasks._yaml_loader import load_yaml
 
     class ByHand(TemplateLM):
         eot_token_id = 256
@@ -96,20 +94,18 @@ def harness(model: AbbIE, icl: Path, folder: Path, iters: int) -> dict:
             return list(string.encode())
 
         def _loglikelihood_tokens(self, requests, **kwargs):
-            return [by_hand(model, context, continuation, iters) for _, context, continuation in requests]
+            return [by_hand(model, *tokens, iters) for _, *tokens in requests]
 
-    paths = {"lambada_openai": "lambada/lambada_openai", "commonsense_qa": "commonsense_qa/default"}
-    paths |= {"arc_easy": "arc/arc_easy", "arc_challenge": "arc/arc_challenge"}
-    paths |= {"winogrande": "winogrande/default"}
-    for name in DOWNLOADED:  # its own definition, with nothing changed but where the rows are
-        split = TASKS[name].split
-        path = f"{Path(lm_eval.__file__).parent}/tasks/{paths.get(name, f'{name}/{name}')}.yaml"
-        task = {"include": path, "task": name, "dataset_path": "json", "dataset_name": None}
-        rows = {split: f"{icl}/{name}/{split}.jsonl"}
-        task["dataset_kwargs"] = {"data_files": rows, "cache_dir": str(folder)}
-        task |= {"training_split": None, "validation_split": None, "test_split": split}
-        (folder / f"{name}.yaml").write_text(json.dumps(task))  # JSON is YAML
-    tasks = [f"{folder}/{name}.yaml" for name in DOWNLOADED]
+    folders, tasks = {"arc_easy": "arc", "arc_challenge": "arc", "lambada_openai": "lambada"}, []
+    default = ("commonsense_qa", "winogrande")
+    for name in DOWNLOADED:  # with nothing changed but where the rows are
+        file = "default" if name in default else name
+        path = Path(lm_eval.__file__).parent / "tasks" / folders.get(name, name) / f"{file}.yaml"
+        task = load_yaml(path, resolve_func=True)
+        task |= {"task": name, "dataset_path": "json", "dataset_name": None}
+        task |= {"training_split": None, "validation_split": None, "test_split": "test"}
+        rows = {"test": f"{icl}/{name}/{TASKS[name].split}.jsonl"}
+        tasks.append({**task, "dataset_kwargs": {"data_files": rows, "cache_dir": str(cache)}})
     manager = TaskManager(include_defaults=False)
     return lm_eval.simple_evaluate(ByHand(), tasks=tasks, task_manager=manager, bootstrap_iters=0)
 
@@ -118,24 +114,24 @@ def test_every_example_is_scored_as_by_the_harness(icl, tmp_path):
     model = small()
     theirs = harness(model, icl, tmp_path, iters=3)
     for name in DOWNLOADED:
-        examples = load_task(name, None, icl, 96, None)
+        examples, metrics = load_task(name, None, icl, 96, None), TASKS[name].metrics
         result, lines = run_task(model, BYTES, name, examples, [1, 3, 4], batch_size=5)
         lines = [line for line in lines if line["iters"] == 3]
         samples = sorted(theirs["samples"][name], key=lambda sample: sample["doc_id"])
         assert [line["doc_id"] for line in lines] == [sample["doc_id"] for sample in samples]
-        metrics = set(TASKS[name].metrics)
         for example, line, sample in zip(examples, lines, samples):
             scores, hits = zip(*[pair for [pair] in sample["resps"]])
             assert example.requests == list(sample["arguments"])
             assert line["loglikelihoods"] == pytest.approx(scores, abs=1e-4)
             assert tuple(line["is_greedy"]) == hits
             mine = eval_icl.measure(example, np.array([scores]).T, np.array([hits]).T)
-            assert all(mine[metric] == sample[metric] for metric in metrics - {"perplexity"})
-        entry, whole = result["iters"]["3"], theirs["results"][name]
+            assert all(mine[metric] == sample[metric] for metric in metrics if metric != "perplexity")
         for metric in metrics:
-            assert entry[metric] == pytest.approx(whole[f"{metric},none"], rel=1e-4)
-            if metric != "perplexity" and len(samples) > 1:
-                stderr = np.std([sample[metric] for sample in samples], ddof=1) / len(samples) ** 0.5
+            entry, values = result["iters"]["3"], [sample[metric] for sample in samples]
+            whole = theirs["results"][name][f"{metric},none"]
+            assert entry[metric] == pytest.approx(whole, rel=1e-4)
+            if metric != "perplexity" and len(values) > 1:
+                stderr = np.std(values, ddof=1) / len(values) ** 0.5
                 assert entry[f"{metric}_stderr"] == pytest.approx(stderr)
 
 
@@ -150,15 +146,13 @@ def test_a_request_is_split_after_the_tokens_of_its_context():
     refused("'' adds no token to its context", encode_requests, BYTES, [("a", " b"), ("a", "")])
 
 
-@pytest.mark.parametrize("rule, batch_size", [("abbie_d", 3), ("recall", 64)])
-def test_scores_of_a_sweep_equal_one_request_at_a_time(rule, batch_size, icl):
-    model, iters = small(rule=rule), [1, 2, 5]
-    examples = [example for name in DOWNLOADED for example in load_task(name, None, icl, 96, None)]
-    requests = [request for example in examples for request in example.requests]
-    pairs = encode_requests(BYTES, [*requests, ("x" * 150, " long"), ("", "none")])
-    context = list(b"The bee")
+@pytest.mark.parametrize("rule", ["abbie_d", "recall"])
+def test_scores_of_a_sweep_equal_one_request_at_a_time(rule):
+    model, iters, context = small(rule=rule), [1, 2, 5], list(b"The bee")
+    requests = [("It", " hums"), ("x" * 150, " long"), ("", "none"), ("The ox saw", " a bee")]
+    pairs = encode_requests(BYTES, requests)
     pairs.append((torch.tensor(context), torch.tensor(greedy(model, context, 4, iters=2))))
-    scores, is_greedy = score(model, pairs, iters, batch_size)
+    scores, is_greedy = score(model, pairs, iters, batch_size=2)
     for row, hits, (context, tokens) in zip(scores, is_greedy, pairs):
         alone = [by_hand(model, context.tolist(), tokens.tolist(), r) for r in iters]
         assert row == pytest.approx([nats for nats, _ in alone], abs=1e-4)
@@ -218,41 +212,47 @@ def test_paired_test_is_the_exact_binomial():
 # --------------------------------------------------------------------------------------- built-in tasks
 
 
-def test_built_in_tasks_are_made_of_validation_text(corpus):
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_built_in_tasks_are_made_of_validation_text(corpus, name):
     """300 examples by default, and as many as the text yields with a larger limit."""
-    tasks = {}
-    for name in BUILT_IN:
-        few, usual, many = (load_task(name, corpus, None, 96, limit) for limit in (20, None, 2000))
-        assert len(few) == 20 and len(usual) == 300 < len(many) <= 2000
-        assert many[:300] == usual and usual[:20] == few
-        tasks[name] = usual
+    few, usual, many = (load_task(name, corpus, None, 96, limit) for limit in (20, None, 2000))
+    assert len(few) == 20 and len(usual) == 300 < len(many) <= 2000
+    assert many[:300] == usual and usual[:20] == few
     text = "".join(BYTES.decode(tokens.tolist()) for tokens in documents(corpus, "val"))
-    assert {example.gold for example in tasks["cloze"]} == {0, 1, 2, 3}
-    for example in tasks["cloze"]:
+    for example in usual:
         context, continuation = example.requests[example.gold]
-        assert len(example.requests) == 4
         assert context + continuation in text and len(context) <= 48
-    for example in tasks["lastword"]:
-        [(context, word)] = example.requests
-        assert context + word + "\n" in text and " " not in word[1:]
+        if name == "lastword":
+            assert context + continuation + "\n" in text and " " not in continuation[1:]
+    golds, sizes = {example.gold for example in usual}, {len(example.requests) for example in usual}
+    assert (golds, sizes) == (({0, 1, 2, 3}, {4}) if name == "cloze" else ({0}, {1}))
 
 
 # ------------------------------------------------------------------------------------------ the command
 
 
+def two_ranks(*flags: list[str]) -> list[tuple]:
+    """(status, standard output, standard error) of rank 0 and of rank 1, each with flags of its own."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+    env, ranks = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}, []
+    for rank in range(2):
+        env = {**env, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        ranks.append(start_python(["eval_icl.py", *flags[rank]], env=env, text=True))
+    printed = [rank.communicate(timeout=60) for rank in ranks]
+    return [(rank.returncode, *texts) for rank, texts in zip(ranks, printed)]
+
+
 def test_any_number_of_processes_writes_the_same(ckpt, icl, corpus, tmp_path, capsys):
-    args = [ckpt, "--iters=2,1,4", "--tasks=arc_easy, lambada_openai ,cloze", f"--ppl={corpus}"]
-    args += ["--limit=6", f"--data_dir={icl}", "--batch_size=2"]
-    main([*args, f"--out={tmp_path}/1.json", f"--log_samples={tmp_path}/1.jsonl"])
+    flags = [ckpt, "--iters=2,1,4", "--tasks=arc_easy, lambada_openai ,cloze", f"--ppl={corpus}"]
+    flags += ["--limit=6", f"--data_dir={icl}", "--batch_size=2"]
+    one, two = ([f"--out={tmp_path}/{n}.json", f"--log_samples={tmp_path}/{n}.jsonl"] for n in (1, 2))
+    main([*flags, *one])
     table, log = capsys.readouterr()
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "eval_icl.py"]
-    files = [f"--out={tmp_path}/2.json", f"--log_samples={tmp_path}/2.jsonl"]
-    two = start_python([*torchrun, *args, *files], text=True)
-    out, err = two.communicate(timeout=120)
-    assert two.returncode == 0, err
-    assert out == table and log.startswith("evaluating") and err.count("evaluating") == 1
-    assert (tmp_path / "1.json").read_text() == (tmp_path / "2.json").read_text()
-    assert (tmp_path / "1.jsonl").read_text() == (tmp_path / "2.jsonl").read_text()
+    first, second = two_ranks(flags + two, flags + two)
+    assert first == (0, table, log) and second == (0, "", "")
+    for kind in ("json", "jsonl"):
+        assert (tmp_path / f"1.{kind}").read_bytes() == (tmp_path / f"2.{kind}").read_bytes()
 
     results = json.loads((tmp_path / "1.json").read_text())
     assert list(results["tasks"]) == ["arc_easy", "lambada_openai", "cloze"]
@@ -265,19 +265,11 @@ def test_any_number_of_processes_writes_the_same(ckpt, icl, corpus, tmp_path, ca
     assert results["ppl"]["n"] + results["ppl"]["left_out"] == val.n_tokens
 
 
-def test_two_ranks_end_with_one_error_and_status_2(ckpt, icl, tmp_path):
-    """Rank 0 finds its data, rank 1 does not: one error, and nobody waits for anybody."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = str(server.getsockname()[1])
-    env, ranks = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}, []
-    for rank, data_dir in enumerate([icl, tmp_path]):
-        command = ["eval_icl.py", ckpt, "--tasks=arc_easy", f"--data_dir={data_dir}"]
-        env = {**env, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        ranks.append(start_python(command, env=env, text=True))
-    first, (out, err) = [rank.communicate(timeout=60) for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [2, 2]
-    assert out == "" and first == ("", "")
-    assert err.startswith("error: ") and "prepare_data.py icl" in err and len(err.splitlines()) <= 3
+def test_ranks_end_with_one_error_and_status_2(ckpt, icl, tmp_path):
+    """Rank 0 finds its data, rank 1 does not: nobody waits for anybody."""
+    first, second = two_ranks(*([ckpt, "--tasks=sciq", f"--data_dir={at}"] for at in (icl, tmp_path)))
+    assert first == (2, "", "") and second[:2] == (2, "")
+    assert second[2].startswith("error: ") and len(second[2].splitlines()) <= 3
 
 
 def test_rows_that_do_not_fit_are_left_out_and_counted(ckpt, tmp_path, capsys):
@@ -321,16 +313,16 @@ def test_data_that_has_moved_is_named_by_a_flag(ckpt):
     refused("gone holds no prepared data(.*\n)+.*--ppl", main, [ckpt, "--iters=1", "--limit=3"])
 
 
-@pytest.mark.parametrize(
-    "rows, message",
-    [
-        ([], "has no rows"),
-        ([PIQA], "line 1 is no row of piqa.*KeyError"),
-        ([["x"]], "line 1 is no row of piqa.*TypeError"),
-        ([ROWS["piqa"][0], {**PIQA, "label": 2}], "line 2 is no row of piqa.*no choice 2"),
-        ([{**PIQA, "label": 0, "sol1": ""}], "line 1 is no row of piqa.*an empty choice"),
-    ],
-)
-def test_unusable_rows_are_named(tmp_path, rows, message):
-    write_rows(tmp_path, "piqa", rows)
+UNUSABLE = {
+    "has no rows": [],
+    "line 1 is no row of piqa.*KeyError": [PIQA],
+    "line 1 is no row of piqa.*TypeError": [["x"]],
+    "line 2 is no row of piqa.*no choice 2": [{**PIQA, "label": 1}, {**PIQA, "label": 2}],
+    "line 1 is no row of piqa.*an empty choice": [{**PIQA, "label": 0, "sol1": ""}],
+}
+
+
+@pytest.mark.parametrize("message", UNUSABLE)
+def test_unusable_rows_are_named(tmp_path, message):
+    write_rows(tmp_path, "piqa", UNUSABLE[message])
     refused(message, load_task, "piqa", None, tmp_path, 96, None)
