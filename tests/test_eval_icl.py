@@ -76,9 +76,6 @@ def by_hand(model, context: list[int], tokens: list[int], iters: int) -> tuple[f
     return nats, bool((logits.argmax(-1) == target).all())
 
 
-# ------------------------------------------------------------------------------------------ the harness
-
-
 def harness(model: AbbIE, icl: Path, cache: Path, iters: int) -> dict:
     """What lm-evaluation-harness makes of the rows with its own task files, a request at a time."""
     import lm_eval
@@ -135,15 +132,13 @@ def test_every_example_is_scored_as_by_the_harness(icl, tmp_path):
                 assert entry[f"{metric}_stderr"] == pytest.approx(stderr)
 
 
-# ----------------------------------------------------------------------------------------------- scores
-
-
 def test_a_request_is_split_after_the_tokens_of_its_context():
     """Whitespace at its end belongs to the continuation; one that is empty becomes the end-of-text token."""
-    for request, expected in [(("a b  ", " c"), (b"a b", b"   c")), (("", "word"), ([256], b"word"))]:
-        [pair] = encode_requests(BYTES, [request])
-        assert [part.tolist() for part in pair] == [list(part) for part in expected]
-    refused("'' adds no token to its context", encode_requests, BYTES, [("a", " b"), ("a", "")])
+    pairs = encode_requests(BYTES, [("a b  ", " c"), ("", "word")])
+    expected = [(b"a b", b"   c"), ([256], b"word")]
+    for pair, parts in zip(pairs, expected):
+        assert [part.tolist() for part in pair] == [list(part) for part in parts]
+    refused("'' adds no token to its context", encode_requests, BYTES, [("a", "")])
 
 
 @pytest.mark.parametrize("rule", ["abbie_d", "recall"])
@@ -182,16 +177,13 @@ def test_validation_loss_is_the_models(corpus, monkeypatch):
     refused("the model is not finite", eval_icl.perplexity, model, shards, [1])
 
 
-# ---------------------------------------------------------------------------------------------- metrics
-
-
-def test_acc_norm_is_per_character_without_the_space():
+def test_metrics_are_those_made_by_hand():
+    """acc_norm is per character, without the space before the choice; the error of a perplexity is that of a
+    bootstrap; McNemar's test is the exact binomial one."""
     example = Example([("Bees make", " höney"), ("Bees make", " iron")], 0)
     scores = np.array([[-4.9, -5.1], [-4.0, -4.0]])  # -0.98 and -1.02 a character, against -1
     assert eval_icl.measure(example, scores, None)["acc_norm"].tolist() == [True, False]
 
-
-def test_the_error_of_a_perplexity_is_that_of_a_bootstrap():
     rng = np.random.default_rng(0)
     nats = rng.gamma(4, 1, 400)
     resampled = np.exp(rng.choice(nats, (5000, 400)).mean(1))
@@ -199,17 +191,11 @@ def test_the_error_of_a_perplexity_is_that_of_a_bootstrap():
     assert entry["perplexity"] == pytest.approx(math.exp(nats.mean()))
     assert entry["perplexity_stderr"] == pytest.approx(np.std(resampled), rel=0.05)
 
-
-def test_paired_test_is_the_exact_binomial():
     before, after = np.zeros(20, bool), np.zeros(20, bool)
     before[:2], after[2:12] = True, True
-    result = eval_icl.mcnemar(before, after)
-    assert (result["gained"], result["lost"]) == (10, 2)
-    assert result["p"] == pytest.approx(2 * (1 + 12 + 66) / 2**12)
+    p = pytest.approx(2 * (1 + 12 + 66) / 2**12)
+    assert eval_icl.mcnemar(before, after) == {"gained": 10, "lost": 2, "p": p}
     assert eval_icl.mcnemar(before, before)["p"] == 1
-
-
-# --------------------------------------------------------------------------------------- built-in tasks
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
@@ -224,8 +210,8 @@ def test_built_in_tasks_are_made_of_validation_text(corpus, name):
         assert context + continuation in text and len(context) <= 48
         if name == "lastword":
             assert context + continuation + "\n" in text and " " not in continuation[1:]
-    golds, sizes = {example.gold for example in usual}, {len(example.requests) for example in usual}
-    assert (golds, sizes) == (({0, 1, 2, 3}, {4}) if name == "cloze" else ({0}, {1}))
+    forms = {(len(example.requests), example.gold) for example in usual}
+    assert forms == ({(4, gold) for gold in range(4)} if name == "cloze" else {(1, 0)})
 
 
 # ------------------------------------------------------------------------------------------ the command
@@ -272,7 +258,17 @@ def test_ranks_end_with_one_error_and_status_2(ckpt, icl, tmp_path):
     assert second[2].startswith("error: ") and len(second[2].splitlines()) <= 3
 
 
-def test_rows_that_do_not_fit_are_left_out_and_counted(ckpt, tmp_path, capsys):
+def test_the_table_marks_the_best_r_and_counts_the_rows(capsys):
+    entries = {"1": {"acc": 0.25, "acc_stderr": 0.01}, "2": {"acc": 0.5, "acc_stderr": None}}
+    task = {"n": 20, "left_out": 3, "iters": entries}
+    eval_icl.print_table({"tasks": {"piqa": task}})
+    title, row, note = capsys.readouterr().out.splitlines()
+    assert title.split() == ["*:", "best", "n", "r=1", "r=2"]
+    assert row.split() == ["piqa", "acc", "20/1838", "25.00", "±", "1.00", "50.00*"]
+    assert note.startswith("piqa: 3 rows left out")
+
+
+def test_rows_that_do_not_fit_are_left_out_and_counted(ckpt, tmp_path):
     """And the scores of a task are kept when a later one fails."""
     sound, long = ROWS["piqa"][0], {**ROWS["piqa"][0], "sol1": "ask " * 30}
     write_rows(tmp_path, "piqa", [long, sound, long, sound])
@@ -281,10 +277,6 @@ def test_rows_that_do_not_fit_are_left_out_and_counted(ckpt, tmp_path, capsys):
     log.write_text("of an earlier run")
     flags = [ckpt, "--iters=1,2", f"--data_dir={tmp_path}", f"--out={out}", f"--log_samples={log}"]
     main([*flags, "--tasks=piqa"])
-    title, acc, _, note = capsys.readouterr().out.splitlines()
-    assert title.split() == ["*:", "best", "n", "r=1", "r=2"]
-    assert acc.split()[:3] == ["piqa", "acc", "2/1838"] and "*" in acc
-    assert note.startswith("piqa: 2 rows left out")
     before = out.read_bytes(), log.read_bytes()
     result = json.loads(before[0])["tasks"]["piqa"]
     assert (result["n"], result["left_out"]) == (2, 2)
