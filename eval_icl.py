@@ -325,9 +325,9 @@ def check_finite(scores: np.ndarray, iters: list[int]):
     check(not broken, f"{problem}\ntake an earlier checkpoint, fewer iterations, or --dtype float32")
 
 
-def measure(example: Example, scores: np.ndarray, greedy: np.ndarray) -> dict[str, np.ndarray]:
+def measure(metrics: tuple[str, ...], example: Example, scores, greedy) -> dict[str, np.ndarray]:
     """One example's scores and greedy, (choices, R) each -> {metric: what it is the mean of, (R,)}."""
-    if len(example.requests) == 1:  # LAMBADA: every token of the word is the argmax
+    if metrics == WORD:  # every token of the word is the argmax
         return {"perplexity": -scores[0], "acc": greedy[0]}
     # Per character of the choice, without the space before it.
     lengths = np.array([len(continuation) - 1 for _, continuation in example.requests])
@@ -365,7 +365,7 @@ def run_task(
     """One task at ascending iters -> {"n", "left_out", "iters": {r: {metric, metric_stderr}}, "paired":
     {"reference": the default r (else the first), r: {metric: McNemar's test}}}, and a sample for every
     example and r. Those with a continuation longer than the context are left out. Options: score's."""
-    T, kept, pairs = model.config.block_size, [], []
+    metrics, T, kept, pairs = TASKS[name].metrics, model.config.block_size, [], []
     for number, example in enumerate(examples):
         encoded = encode_requests(tokenizer, example.requests)
         if max(len(tokens) for _, tokens in encoded) <= T:
@@ -377,7 +377,7 @@ def run_task(
     ends = np.cumsum([len(examples[number].requests) for number in kept])[:-1]
     measured, samples = [], []
     for number, nats, hits in zip(kept, np.split(scores, ends), np.split(greedy, ends)):
-        measured.append(measure(examples[number], nats, hits))
+        measured.append(measure(metrics, examples[number], nats, hits))
         for i, r in enumerate(iters):
             sample = {"task": name, "doc_id": number, "iters": r}
             sample["loglikelihoods"] = nats[:, i].tolist()
@@ -387,7 +387,7 @@ def run_task(
 
     reference = model.config.iters if model.config.iters in iters else iters[0]
     values, paired = {}, {"reference": reference, **{str(r): {} for r in iters}}
-    for metric in TASKS[name].metrics:
+    for metric in metrics:
         values[metric] = x = np.array([example[metric] for example in measured])  # (N, R)
         for i, r in enumerate(iters):
             if metric != "perplexity":

@@ -121,7 +121,7 @@ def test_every_example_is_scored_as_by_the_harness(icl, tmp_path):
             assert example.requests == list(sample["arguments"])
             assert line["loglikelihoods"] == pytest.approx(scores, abs=1e-4)
             assert tuple(line["is_greedy"]) == hits
-            mine = eval_icl.measure(example, np.array([scores]).T, np.array([hits]).T)
+            mine = eval_icl.measure(metrics, example, np.array([scores]).T, np.array([hits]).T)
             assert all(mine[metric] == sample[metric] for metric in metrics if metric != "perplexity")
         for metric in metrics:
             entry, values = result["iters"]["3"], [sample[metric] for sample in samples]
@@ -182,7 +182,8 @@ def test_metrics_are_those_made_by_hand():
     bootstrap; McNemar's test is the exact binomial one."""
     example = Example([("Bees make", " höney"), ("Bees make", " iron")], 0)
     scores = np.array([[-4.9, -5.1], [-4.0, -4.0]])  # -0.98 and -1.02 a character, against -1
-    assert eval_icl.measure(example, scores, None)["acc_norm"].tolist() == [True, False]
+    right = eval_icl.measure(eval_icl.NORM, example, scores, None)
+    assert right["acc_norm"].tolist() == [True, False]
 
     rng = np.random.default_rng(0)
     nats = rng.gamma(4, 1, 400)
