@@ -12,51 +12,43 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def log_message(self, *args):
         pass
 
-    def answer(self, status: int, body: bytes, length: int, **headers):
+    def answer(self, status: int, body: bytes = b"", **headers):
+        headers |= {"Content-Length": len(body), "X-Repo-Commit": "c" * 40}
         self.send_response(status)
         for name, value in headers.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.send_header("Content-Length", str(length))
+            self.send_header(name.replace("_", "-"), str(value))
         self.end_headers()
-        self.wfile.write(body)
-
-    def do_HEAD(self):
-        body = self.server.files.get(urllib.parse.unquote(self.path))
-        if body is None:
-            return self.answer(404, b"", 0, X_Error_Code="EntryNotFound", X_Repo_Commit="c" * 40)
-        stated = {"X_Linked_Size": str(len(body)), "X_Linked_ETag": f'"{hashlib.sha256(body).hexdigest()}"'}
-        return self.answer(200, b"", len(body), X_Repo_Commit="c" * 40, ETag='"storage"', **stated)
+        if self.command == "GET":
+            self.wfile.write(body[: len(body) // 2] if self.close_connection else body)
 
     def do_GET(self):
-        hub, path, asked = self.server, urllib.parse.unquote(self.path), self.headers.get("Range")
+        hub, path, part = self.server, urllib.parse.unquote(self.path), self.headers.get("Range")
         if path not in hub.files:
-            return self.answer(404, b"", 0)
-        hub.log.append((path.rpartition("/")[2], asked))
-        hub.on_get()
-        fault = hub.faults.pop(0) if hub.faults else None
+            return self.answer(404, X_Error_Code="EntryNotFound")
+        body, fault = hub.files[path], None
+        if self.command == "GET":
+            hub.log.append((path.rpartition("/")[2], part))
+            fault = hub.faults.pop(0) if hub.faults else None
         if isinstance(fault, int):
-            return self.answer(fault, b"", 0)
-        body, status, headers = hub.files[path], 200, {}
-        if asked:
-            first, size, status = int(asked.removeprefix("bytes=").rstrip("-")), len(body), 206
-            body, headers = body[first:], {"Content_Range": f"bytes {first}-{size - 1}/{size}"}
-        length = len(body)
-        if fault == "corrupt":
-            body = body[:-20] + bytes([body[-20] ^ 1]) + body[-19:]
-        if fault == "cut":
-            body, self.close_connection = body[: length // 2], True
-        return self.answer(status, body, length, **headers)
+            return self.answer(fault)
+        self.close_connection, etag = fault == "cut", f'"{hashlib.sha256(body).hexdigest()}"'
+        if part is None:
+            return self.answer(200, body, ETag=etag)
+        first, size = int(part.removeprefix("bytes=").rstrip("-")), len(body)
+        return self.answer(206, body[first:], ETag=etag, Content_Range=f"bytes {first}-{size - 1}/{size}")
+
+    do_HEAD = do_GET
 
 
 class Hub(http.server.ThreadingHTTPServer):
-    """A server of dataset files. Each GET meets the next of `faults`: a status, 'cut' (the connection ends
-    after half) or 'corrupt' (a flipped byte)."""
+    """A server of files. Each GET meets the next of `faults`: a status, or 'cut' (the connection ends after
+    half)."""
 
     daemon_threads = True
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.files, self.faults, self.log, self.on_get = {}, [], [], lambda: None
+        self.files, self.faults, self.log = {}, [], []
         self.url = f"http://127.0.0.1:{self.server_port}"
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 
