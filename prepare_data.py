@@ -37,7 +37,6 @@ from itertools import count, groupby
 from operator import itemgetter
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -182,47 +181,40 @@ def encode_all(files: list[tuple], args, meta: dict, tokenizer, bar) -> Iterator
 # ------------------------------------------------------------------------------ downloads, evaluation sets
 
 
-class Source(NamedTuple):
-    repo: str
-    file: str  # with {} for its number
-    revision: str
-    n_files: int
-    default: int  # files that are taken
-
-
 C4 = "1588ec454efa1a09f29cd18ddd04fe05fc8653a2"
+# Repository on the Hub, file with {} for its number, revision, number of files, how many are taken.
 SOURCES = {
-    "c4": Source("allenai/c4", "en/c4-train.{:05d}-of-01024.json.gz", C4, 1024, 48),
-    "tinystories": Source("roneneldan/TinyStories", "TinyStoriesV2-GPT4-train.txt", "main", 1, 1),
-    "fineweb_edu": Source("HuggingFaceFW/fineweb-edu", "sample/10BT/{:03d}_00000.parquet", "main", 14, 10),
+    "c4": ("allenai/c4", "en/c4-train.{:05d}-of-01024.json.gz", C4, 1024, 48),
+    "tinystories": ("roneneldan/TinyStories", "TinyStoriesV2-GPT4-train.txt", "main", 1, 1),
+    "fineweb_edu": ("HuggingFaceFW/fineweb-edu", "sample/10BT/{:03d}_00000.parquet", "main", 14, 10),
 }
 
 
-def download(source, file: str, folder: Path) -> Path:
-    """A file of the dataset of a Source or Task -> folder/FILE. The library resumes and retries by itself."""
+def download(repo: str, file: str, revision: str, folder: Path) -> Path:
+    """A file of a dataset on the Hub -> folder/FILE. huggingface_hub resumes and retries by itself."""
     fetch = optional("huggingface_hub").hf_hub_download
     try:
-        return Path(fetch(source.repo, file, repo_type="dataset", revision=source.revision, local_dir=folder))
+        return Path(fetch(repo, file, repo_type="dataset", revision=revision, local_dir=folder))
     except Exception as error:  # whatever the Hub, the network, a proxy or the disk came up with
         reason = " ".join(str(error).split())[:300] or type(error).__name__
-        message = f"{source.repo}, {file}: {reason}\n{GOES_ON}"
-        raise UserError(f"{message}\nHF_ENDPOINT names a mirror, HF_TOKEN your token") from None
+        advice = "HF_ENDPOINT names a mirror, HF_TOKEN your token"
+        raise UserError(f"{repo}, {file}: {reason}\n{GOES_ON}\n{advice}") from None
 
 
 def fetch_eval_set(name: str, folder: Path):
     """-> folder/TASK/SPLIT.jsonl, a Hugging Face row a line."""
     task, path = TASKS[name], folder / name / f"{TASKS[name].split}.jsonl"
     if name == "hellaswag":
-        print("hellaswag: its WikiHow rows are under a copyright takedown claim of September 2026, for which")
-        print("GitHub disabled the authors' repository. You fetch them for yourself; do not pass them on.")
+        print("hellaswag: its WikiHow rows are under a copyright takedown claim of September 2026.")
+        print("You fetch them for yourself; do not pass them on.")
     if not path.exists():
-        file = download(task, task.file, folder / WORK)
+        file = download(task.repo, task.file, task.revision, folder / WORK)
         data = file.read_bytes()
         if file.suffix == ".parquet":
             rows = optional("pyarrow.parquet").read_table(file).to_pylist()
             data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
-        n, known = len(data.splitlines()), task.n_rows
-        check(n == known, f"{task.repo}, {task.file} has {n} rows, not {known}: it may have changed")
+        n = len(data.splitlines())
+        check(n == task.n_rows, f"{task.repo}, {task.file} has {n} rows, not {task.n_rows}")
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, data)
         shutil.rmtree(folder / WORK)
@@ -235,7 +227,8 @@ def fetch_eval_set(name: str, folder: Path):
 def state_of(folder: Path, job: str) -> dict:
     """meta.json, or until it is there unfinished.json, of this job; {} where there is no data. A folder with
     other data is refused: what took long to make is never deleted."""
-    states = [path for path in (folder / "meta.json", folder / "unfinished.json") if path.exists()]
+    paths = folder / "meta.json", folder / "unfinished.json"
+    states = [path for path in paths if path.exists()]
     if not states and not any(folder.glob("*.bin")):
         return {}
     text = states[0].read_text(errors="replace") if states else ""
@@ -270,14 +263,15 @@ def write_group(files: list[tuple], number: int, args, meta: dict, tokenizer, ba
 
 def write_groups(groups: list[list[tuple]], args, meta: dict, tokenizer):
     """Write the shards that are missing."""
-    folder, source, n_done = Path(args.out), SOURCES.get(args.command), len(meta["splits"]["train"]["shards"])
+    folder, n_done = Path(args.out), len(meta["splits"]["train"]["shards"])
     if n_done:
         print(f"{folder}: going on after {n_done} of {len(groups)} shards")
     with tqdm(unit="B", unit_scale=True, disable=None) as bar:
         for number in range(n_done, len(groups)):
             (folder / WORK).mkdir(exist_ok=True)
-            if source:
-                download(source, source.file.format(number), folder / WORK)
+            if args.command in SOURCES:
+                repo, file, revision, *_ = SOURCES[args.command]
+                download(repo, file.format(number), revision, folder / WORK)
             size = sum(path.stat().st_size for path, _ in groups[number])
             bar.total = bar.n + size * (len(groups) - number)  # as if all to come were of this size
             write_group(groups[number], number, args, meta, tokenizer, bar)
@@ -295,33 +289,32 @@ def prepare(args, groups: list[list[tuple]], source: str, identity):
     if any(path.suffix.lower() == ".parquet" for group in groups for path, _ in group):
         optional("pyarrow.parquet")  # what is missing is said at once
     if not meta:
-        meta = {"tokenizer": args.tokenizer, "vocab_size": tokenizer.n_vocab, "source": source, "job": job}
-        meta |= {"skipped": 0, "empty": 0, "splits": {}}
+        meta = {"tokenizer": args.tokenizer, "vocab_size": tokenizer.n_vocab, "source": source}
+        meta |= {"job": job, "skipped": 0, "empty": 0, "splits": {}}
         for split in SPLITS:
             meta["splits"][split] = {"documents": 0, "tokens": 0, "bytes": 0, "shards": []}
         folder.mkdir(parents=True, exist_ok=True)
         write_json(unfinished, meta)  # before the first shard, which it makes ours
     write_groups(groups, args, meta, tokenizer)
-    n_train, n_val = (meta["splits"][split]["bytes"] for split in SPLITS)
-    share = f"{n_val / max(1, n_train + n_val):.1%} of the text went to validation"
+    train, val = (meta["splits"][split]["bytes"] for split in SPLITS)
+    share = val / max(1, train + val)
+    reason = f"{share:.1%} of the text went to validation"
     check(
-        n_train > 0 and n_val > 0,
-        f"{share}\nremove {folder} and give more text, another --val_fraction than {args.val_fraction},\n"
+        0 < share < 1,
+        f"{reason}\nremove {folder} and give more text, another --val_fraction,\n"
         "or validation text of its own with --val_input",
     )
     if unfinished.exists():
         if args.tokenizer.startswith("hf:"):
-            from hf.llama import copy_tokenizer
-
-            copy_tokenizer(args.tokenizer[3:], folder)
+            optional("hf.llama").copy_tokenizer(args.tokenizer[3:], folder)
         os.replace(unfinished, folder / "meta.json")
         sync(folder)
     print(f"{folder} is complete\n{source}; tokenizer {args.tokenizer}")
     print(f"left out: {meta['skipped']} bad documents, {meta['empty']} empty ones")
     for split, n in meta["splits"].items():
         print(f"{split}: {n['documents']:,} documents, {n['bytes']:,} bytes, {n['tokens']:,} tokens")
-    if not args.val_input and not args.val_fraction / 2 < n_val / (n_train + n_val) < args.val_fraction * 2:
-        print(f"warning: {share}: it is short or repeats itself (see --val_input)", file=sys.stderr)
+    if not args.val_input and not args.val_fraction / 2 < share < args.val_fraction * 2:
+        print(f"warning: {reason}: it is short or repeats itself (see --val_input)", file=sys.stderr)
 
 
 # ------------------------------------------------------------------------------------------------- commands
@@ -345,16 +338,18 @@ def stdlib_groups(args):
 def text_groups(args):
     """One's own files, those of folders in the order of their names: as many in a group as have SHARD_TOKENS
     together, or one that has more."""
-    files = []
-    for split, names in (("train" if args.val_input else "", args.input), ("val", args.val_input)):
-        for path in map(Path, names):
-            below = [file for file in sorted(path.rglob("*")) if file.is_file()] if path.is_dir() else [path]
-            usable = [(file, split) for file in below if file.name.lower().endswith(FORMATS)]
-            check(bool(usable), f"{path}: no file that can be read\nfiles must end in {', '.join(FORMATS)}")
-            if len(usable) < len(below):
-                print(f"{path}: {len(below) - len(usable)} files of other formats left out", file=sys.stderr)
-            files += usable
-    groups, size, identity, splits = [], 0, [], {}
+    files, groups, size, identity, splits = [], [], 0, [], {}
+    named = [(Path(name), "train" if args.val_input else "") for name in args.input]
+    named += [(Path(name), "val") for name in args.val_input]
+    for path, split in named:
+        below = [file for file in sorted(path.rglob("*")) if file.is_file()] or [path]
+        usable = [(file, split) for file in below if file.name.lower().endswith(FORMATS)]
+        formats = ", ".join(FORMATS)
+        check(bool(usable), f"{path}: no file that can be read\nfiles must end in {formats}")
+        n_others = len(below) - len(usable)
+        if n_others:
+            print(f"{path}: {n_others} files of other formats left out", file=sys.stderr)
+        files += usable
     largest = SHARD_TOKENS * (1 if args.tokenizer == "bytes" else 4)  # about 4 bytes of text a token
     for path, split in files:
         if splits.setdefault(path.resolve(), split) != split:
@@ -373,11 +368,13 @@ def text_groups(args):
 
 def web_groups(args):
     """A group for each file to fetch."""
-    source, folder, n = SOURCES[args.command], Path(args.out, WORK), args.shards
-    check(1 <= n <= source.n_files, f"--shards {n}: {args.command} has 1 to {source.n_files} files")
+    n = args.shards
+    _, file, _, n_files, _ = SOURCES[args.command]
+    check(1 <= n <= n_files, f"--shards {n}: {args.command} has 1 to {n_files} files")
     optional("huggingface_hub")  # what is missing is said at once
-    paths = [folder / source.file.format(number) for number in range(n)]
-    return [[(path, "")] for path in paths], f"{args.command}, {n} files", [path.name for path in paths]
+    paths = [Path(args.out, WORK, file.format(number)) for number in range(n)]
+    groups = [[(path, "")] for path in paths]
+    return groups, f"{args.command}, {n} files", [path.name for path in paths]
 
 
 def parse(argv: list[str]):
@@ -394,13 +391,14 @@ def parse(argv: list[str]):
         flag("--tokenizer", default=tokenizer, help="bytes, gpt2, ..., hf:FOLDER (%(default)s)")
         flag("--val_fraction", type=float, default=fraction, help="for validation (%(default)s)")
         if name in SOURCES:
-            default = SOURCES[name].default
+            *_, default = SOURCES[name]
             flag("--shards", type=int, default=default, help="files to take (%(default)s)")
         if name == "text":
-            flag("--input", nargs="+", required=True, metavar="FILE_OR_DIR", help="text")
-            flag("--val_input", nargs="+", default=[], metavar="FILE_OR_DIR", help="all for validation")
-            flag("--field", default="text", help="key or column of .jsonl and .parquet (%(default)s)")
-            flag("--skip_bad", action="store_true", help="leave out and count the bad (of .txt, .md: 1 MB)")
+            many = {"nargs": "+", "metavar": "FILE_OR_DIR"}
+            flag("--input", required=True, help="text", **many)
+            flag("--val_input", default=[], help="all of it for validation", **many)
+            flag("--field", default="text", help="key or column of the text (%(default)s)")
+            flag("--skip_bad", action="store_true", help="leave out and count the bad")
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         commands.choices[args.command].error(f"unrecognized arguments: {' '.join(unknown)}")
@@ -413,13 +411,14 @@ def main(argv: list[str]):
         if args.command == "icl":
             names = [name.strip() for name in args.tasks.split(",")]
             for name in names:
-                check(name in DOWNLOADED, f"unknown task {name!r}\nknown: {', '.join(DOWNLOADED)}")
+                known = ", ".join(DOWNLOADED)
+                check(name in DOWNLOADED, f"unknown task {name!r}\nknown: {known}")
             for name in names:
                 fetch_eval_set(name, Path(args.out))
         else:
             check(0 < args.val_fraction < 1, "--val_fraction must lie between 0 and 1")
-            make_groups = {"stdlib": stdlib_groups, "text": text_groups}.get(args.command, web_groups)
-            prepare(args, *make_groups(args))
+            own = {"stdlib": stdlib_groups, "text": text_groups}
+            prepare(args, *own.get(args.command, web_groups)(args))
     except OSError as error:  # of a full disk it is not said which file had no room
         raise UserError(f"{error.filename or args.out}: {error.strerror or error}\n{GOES_ON}") from None
 
