@@ -21,14 +21,19 @@ import prepare_data
 from data import documents, get_tokenizer
 from prepare_data import TASKS
 
+WORDS = "the a bird river stone café 中 😀 under straße light of old green house sings to".split()
+
 
 def paragraphs(n: int) -> str:
-    """About n characters, some of them beyond ASCII."""
+    """About n characters."""
     rng, text = random.Random(n), ""
-    words = ["".join(rng.choices("abcdefghijklmnopqrßé中😀", k=rng.randint(1, 9))) for _ in range(500)]
     while len(text) < n:
-        text += " ".join(rng.choices(words, k=rng.randint(5, 80))) + "\n\n"
+        text += " ".join(rng.choices(WORDS, k=rng.randint(5, 80))) + "\n\n"
     return text
+
+
+def sha256(data: str | bytes) -> str:
+    return hashlib.sha256(data if isinstance(data, bytes) else data.encode()).hexdigest()
 
 
 TEXTS = [paragraphs(n) for n in range(20, 2820, 7)]  # 400 documents
@@ -49,14 +54,14 @@ def parquet(path: Path, rows: list[dict]) -> Path:
     return path
 
 
-def run(command: str, *args, out: Path, **flags) -> Path:
+def run(*args, **flags):
     flags = [f"--{name}" if value is True else f"--{name}={value}" for name, value in flags.items()]
-    prepare_data.main([*command.split(), *map(str, args), "--out", str(out), *flags])
-    return out
+    prepare_data.main([*map(str, args), *flags])
 
 
 def prepare(out: Path, *inputs, **flags) -> Path:
-    return run("text --input", *inputs, out=out, **flags)
+    run("text", "--input", *inputs, out=out, **flags)
+    return out
 
 
 def texts(folder: Path, split: str) -> list[str]:
@@ -80,21 +85,19 @@ def corpus(tmp_path_factory) -> Path:
 # -------------------------------------------------------------------------------------------------- the split
 
 
-def test_a_document_goes_to_validation_by_its_hash_whatever_is_added(tmp_path, corpus):
+def test_a_document_goes_to_validation_by_its_hash(tmp_path, corpus):
     part = write(tmp_path / "b.jsonl", jsonl(TEXTS[:250]))
     small = prepare(tmp_path / "small", part, val_fraction=0.1)
     large = prepare(tmp_path / "large", corpus, val_fraction=0.1)
-    tenth = "1999999999999999"  # 0.1 in hexadecimal digits
-    val = [text for text in TEXTS if hashlib.sha256(text.encode()).hexdigest() < tenth]
+    val = [text for text in TEXTS if sha256(text) < "1999999999999999"]  # 0.1 in hexadecimal
     assert texts(large, "val") == val
     assert texts(large, "train") == [text for text in TEXTS if text not in val]
     assert texts(small, "val") == [text for text in val if text in TEXTS[:250]]
-    n_bytes = len("".join(val).encode())
+    n_bytes, data = len("".join(val).encode()), (large / "val_00000.bin").read_bytes()
     entry = json.loads((large / "meta.json").read_text())["splits"]["val"]
     [shard] = entry.pop("shards")
     assert entry == {"documents": len(val), "tokens": n_bytes + len(val), "bytes": n_bytes}
-    sha256 = hashlib.sha256((large / "val_00000.bin").read_bytes()).hexdigest()
-    assert shard == {"file": "val_00000.bin", "tokens": entry["tokens"], "sha256": sha256}
+    assert shard == {"file": "val_00000.bin", "tokens": len(data) // 2, "sha256": sha256(data)}
 
 
 def test_one_book_has_both_splits_and_nothing_of_it_is_lost(tmp_path, out):
@@ -120,13 +123,13 @@ def test_lines_of_endoftext_separate_documents(tmp_path, out, name, newline):
 
 def test_an_empty_split_is_refused_and_an_uneven_one_warned_of(tmp_path, corpus, capsys):
     two = write(tmp_path / "two.jsonl", jsonl(["one", "two"]))
-    message = "^0.0% of the text went to validation\n.*--val_fraction,\n.*--val_input"
-    refused(message, prepare, tmp_path / "least", two, val_fraction=1e-9)
-    refused("^100.0% of the text", prepare, tmp_path / "most", two, val_fraction=0.999999)
-    held_out = next(word for word in map(str, count()) if hashlib.sha256(word.encode()).digest()[0] < 12)
-    repeated = write(tmp_path / "repeated.jsonl", jsonl([held_out] * 999 + ["other"]))
-    prepare(tmp_path / "uneven", repeated)
-    assert re.search(r"warning: 99.\d% of the text went to validation", capsys.readouterr().err)
+    advice = "of the text .*\n.*--val_fraction,\n.*--val_input"
+    refused(f"^0.0% {advice}", prepare, tmp_path / "least", two, val_fraction=1e-9)
+    refused(f"^100.0% {advice}", prepare, tmp_path / "most", two, val_fraction=0.999999)
+    held_out = next(word for word in map(str, count()) if sha256(word) < "0c")
+    path = write(tmp_path / "repeated.jsonl", jsonl([held_out] * 999 + ["other"]))
+    prepare(tmp_path / "uneven", path)
+    assert "warning: 99." in capsys.readouterr().err
     prepare(tmp_path / "fine", corpus)
     assert capsys.readouterr().err == ""
 
@@ -135,13 +138,15 @@ def test_an_empty_split_is_refused_and_an_uneven_one_warned_of(tmp_path, corpus,
 
 
 def test_stdlib_is_the_library_by_whole_files(out, capsys):
-    before = contents(run("stdlib", out=out))
-    modules, source = both(out), json.loads(before["meta.json"])["source"]
+    run("stdlib", out=out)
+    before, modules = contents(out), both(out)
+    source = json.loads(before["meta.json"])["source"]
     assert re.search(rf"Python 3[.\d]+, {len(modules)} files, SHA-256 [0-9a-f]{{64}}$", source)
     for module in (json, gzip, random):  # each is one document, whole
-        assert Path(module.__file__).read_bytes().decode() in modules
+        assert Path(module.__file__).read_text() in modules
     assert Path(tiktoken.__file__).read_text() not in modules
-    assert contents(run("stdlib", out=out)) == before
+    run("stdlib", out=out)
+    assert contents(out) == before
     assert f"{out} is complete\n{source}" in capsys.readouterr().out
 
 
@@ -198,12 +203,13 @@ def test_bad_documents_are_an_error_or_a_counted_skip(tmp_path, out, capfd, name
     assert len(texts(out, "train")) == 1 + n_kept and name in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["fineweb_edu", "text --input .", "c4"])
-def test_a_missing_package_is_named_at_once(tmp_path, out, monkeypatch, command):
-    monkeypatch.chdir(write(tmp_path / "a.parquet", "PAR1").parent)
-    module = "huggingface_hub" if command == "c4" else "pyarrow.parquet"
-    monkeypatch.setitem(sys.modules, module, None)
-    refused(f"pip install {module[:7]}", run, command, out=out, tokenizer="bytes")
+def test_a_missing_package_is_named_at_once(tmp_path, out, monkeypatch):
+    path = write(tmp_path / "a.parquet", "PAR1")
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    refused("pip install pyarrow", prepare, out, path)
+    refused("pip install pyarrow", run, "fineweb_edu", out=out, tokenizer="bytes")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    refused("pip install huggingface_hub", run, "c4", out=out, tokenizer="bytes")
     assert not out.exists()
 
 
@@ -218,26 +224,26 @@ def test_a_folder_with_other_data_is_refused_and_left_alone(tmp_path, out, corpu
 
 
 def test_a_document_that_tiktoken_cannot_take_is_named():
-    ranks = {bytes([i]): i for i in range(256)}
     pattern = r"\s+(?!\S)|\S+|\s+"  # of GPT-2's, what recurses a million times on a million spaces
-    tokenizer = tiktoken.Encoding("own", pat_str=pattern, mergeable_ranks=ranks, special_tokens={"eot": 256})
+    ranks, special = {bytes([i]): i for i in range(256)}, {"eot": 256}
+    own = tiktoken.Encoding("own", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
     chunk = [(Path("space.py"), "", " " * 2_000_000 + "a")]
-    refused("space.py: own cannot encode this text", prepare_data.encode, chunk, tokenizer, 0.5)
+    refused("space.py: own cannot encode this text", prepare_data.encode, chunk, own, 0.5)
 
 
 # ------------------------------------------------------------------------------ the same bytes, in every case
 
 
 def make_small(cores: int):
-    """Files of hundreds of kilobytes make several groups, of several chunks each."""
-    prepare_data.SHARD_TOKENS, prepare_data.CHUNK, prepare_data.CORES = 200_000, 1 << 14, cores
+    """Every file is a group, of several chunks."""
+    prepare_data.SHARD_TOKENS, prepare_data.CHUNK, prepare_data.CORES = 1, 1 << 14, cores
 
 
 @pytest.fixture
 def inputs(tmp_path, monkeypatch) -> Path:
     """Two files, a group each."""
-    for name in ("SHARD_TOKENS", "CHUNK", "CORES"):  # so that the end of the test restores them
-        monkeypatch.setattr(prepare_data, name, getattr(prepare_data, name))
+    for name in ("SHARD_TOKENS", "CHUNK", "CORES"):  # which the end of the test restores
+        monkeypatch.setattr(prepare_data, name, 1)
     make_small(cores=3)
     write(tmp_path / "in" / "a.md", paragraphs(90_000))
     return write(tmp_path / "in" / "b.jsonl.gz", gzip.compress(jsonl(TEXTS[280:]))).parent
@@ -248,7 +254,12 @@ def prepare_and_die(out: Path, inputs: Path, n: int):
     calls = count(1)
 
     def mortal(function):
-        return lambda *args: os.kill(os.getpid(), signal.SIGKILL) if next(calls) == n else function(*args)
+        def call(*args):
+            if next(calls) == n:
+                os.kill(os.getpid(), signal.SIGKILL)
+            function(*args)
+
+        return call
 
     os.fsync, os.replace = mortal(os.fsync), mortal(os.replace)
     make_small(cores=1)
@@ -295,7 +306,8 @@ def test_what_is_in_shards_is_not_fetched_again(out, hub):
     hub.faults = [200, 503]
     refused("503.*\nnothing is lost: .* the same command goes on", run, "c4", **flags)
     assert not list(out.rglob(first))  # it is in a shard, and takes no room
-    assert sorted(both(run("c4", **flags))) == sorted(TEXTS)
+    run("c4", **flags)
+    assert sorted(both(out)) == sorted(TEXTS)
     assert hub.log == [(first, 200), (second, 503), (second, 200)] and not (out / ".unfinished").exists()
 
 
@@ -303,12 +315,13 @@ def test_evaluation_sets_are_the_rows_of_the_hub(tmp_path, out, hub, capsys):
     rows = [{"stem": f"é {i}?", "choices": {"text": ["a", "b"]}} for i in range(500)]
     table = parquet(tmp_path / "rows.parquet", rows).read_bytes()
     lines = jsonl(["It rained"] * 5153)
-    for name, body in (("openbookqa", table), ("lambada_openai", lines), ("hellaswag", table)):
+    bodies = {"openbookqa": table, "lambada_openai": lines, "hellaswag": table}
+    for name, body in bodies.items():
         hub.offer(TASKS[name].repo, TASKS[name].revision, TASKS[name].file, body)
     for _ in range(2):  # what is there is not fetched again
         run("icl", out=out, tasks="openbookqa, lambada_openai")
-    made = (out / "openbookqa" / "test.jsonl").read_text(encoding="utf-8").splitlines()
-    assert [json.loads(line) for line in made] == rows
+    made = (out / "openbookqa" / "test.jsonl").read_text()
+    assert [json.loads(line) for line in made.splitlines()] == rows
     assert (out / "lambada_openai" / "test.jsonl").read_bytes() == lines
     assert len(hub.log) == 2 and len(list(out.iterdir())) == 2
     refused("has 500 rows, not 10042", run, "icl", out=out, tasks="hellaswag")
