@@ -180,7 +180,6 @@ def encode_all(files: list[tuple], args, meta: dict, tokenizer, bar) -> Iterator
 
 # ------------------------------------------------------------------------------ downloads, evaluation sets
 
-
 C4 = "1588ec454efa1a09f29cd18ddd04fe05fc8653a2"
 # Repository on the Hub, file with {} for its number, revision, number of files, how many are taken.
 SOURCES = {
@@ -295,7 +294,8 @@ def prepare(args, groups: list[list[tuple]], source: str, identity):
             meta["splits"][split] = {"documents": 0, "tokens": 0, "bytes": 0, "shards": []}
         folder.mkdir(parents=True, exist_ok=True)
         write_json(unfinished, meta)  # before the first shard, which it makes ours
-    write_groups(groups, args, meta, tokenizer)
+    if unfinished.exists():
+        write_groups(groups, args, meta, tokenizer)
     train, val = (meta["splits"][split]["bytes"] for split in SPLITS)
     share = val / max(1, train + val)
     reason = f"{share:.1%} of the text went to validation"
