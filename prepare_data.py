@@ -230,13 +230,17 @@ def state_of(folder: Path, job: str) -> dict:
     states = [path for path in paths if path.exists()]
     if not states and not any(folder.glob("*.bin")):
         return {}
-    text = states[0].read_text(errors="replace") if states else ""
+    try:
+        state = json.loads(states[0].read_bytes()) if states else {}
+        ours = state["job"] == job and "splits" in state
+    except (ValueError, LookupError, TypeError, RecursionError):  # damaged
+        ours = False
     check(
-        job in text,
+        ours,
         f"{folder} holds other data, or of other settings, files or Python\n"
         f"remove {folder}, or choose another folder with --out",
     )
-    return json.loads(text)
+    return state
 
 
 def write_group(files: list[tuple], number: int, args, meta: dict, tokenizer, bar):
@@ -306,7 +310,9 @@ def prepare(args, groups: list[list[tuple]], source: str, identity):
     )
     if unfinished.exists():
         if args.tokenizer.startswith("hf:"):
-            optional("hf.llama").copy_tokenizer(args.tokenizer[3:], folder)
+            from hf.llama import copy_tokenizer
+
+            copy_tokenizer(args.tokenizer[3:], folder)
         os.replace(unfinished, folder / "meta.json")
         sync(folder)
     print(f"{folder} is complete\n{source}; tokenizer {args.tokenizer}")
