@@ -16,7 +16,6 @@ TRAIN = [np.random.default_rng(i).integers(0, 256, n) for i, n in enumerate((500
 
 def write_folder(folder: Path, shards: list, vocab_size: int = 257) -> Path:
     """A folder of prepared data, with a key that older ones have besides."""
-    folder.mkdir()
     entries = []
     for i, shard in enumerate(shards):
         entries.append({"file": f"{i}.bin", "tokens": len(shard)})
@@ -26,11 +25,6 @@ def write_folder(folder: Path, shards: list, vocab_size: int = 257) -> Path:
     meta = {"tokenizer": "bytes", "vocab_size": vocab_size, "job": "5e1f"}
     (folder / "meta.json").write_text(json.dumps({**meta, "splits": {"train": split}}))
     return folder
-
-
-@pytest.fixture
-def prepared(tmp_path) -> Path:
-    return write_folder(tmp_path / "prepared", TRAIN)
 
 
 def test_the_bytes_tokenizer_gives_exactly_the_bytes():
@@ -43,36 +37,33 @@ def test_the_bytes_tokenizer_gives_exactly_the_bytes():
         assert tokenizer.decode(ids) == text and tokenizer.decode_bytes(ids) == text.encode()
 
 
-def test_every_window_is_served_once_and_y_is_one_token_ahead(prepared):
-    T, shards = 100, Shards(prepared, "train", 100)
-    expected = [tokens[at : at + T + 1] for tokens in TRAIN for at in range(0, len(tokens) - T, T)]
+@pytest.mark.parametrize("vocab_size", [257, 70_001])
+def test_every_window_is_served_once_and_y_is_one_token_ahead(tmp_path, vocab_size):
+    texts = [tokens + vocab_size - 257 for tokens in TRAIN]
+    T, shards = 100, Shards(write_folder(tmp_path, texts, vocab_size), "train", 100)
+    expected = [tokens[at : at + T + 1] for tokens in texts for at in range(0, len(tokens) - T, T)]
     assert shards.n_windows == len(expected) == 50 + 30 + 0 + 39
     x, y = shards.batch(range(shards.n_windows))
     assert x.shape == y.shape == (len(expected), T) and x.dtype == y.dtype == torch.int64
     assert torch.equal(torch.cat([x, y[:, -1:]], dim=1), torch.from_numpy(np.stack(expected)))
     assert torch.equal(shards.batch([5, 0, 118, 5])[0], x[[5, 0, 118, 5]])
-    assert (shards.tokenizer, shards.vocab_size) == ("bytes", 257)
+    assert (shards.tokenizer, shards.vocab_size) == ("bytes", vocab_size)
     assert shards.n_tokens == sum(map(len, TRAIN))
 
 
-def test_an_epoch_shows_every_window_once_in_an_order_that_seed_and_epoch_decide(prepared):
-    shards = Shards(prepared, "train", 64)
+def test_an_epoch_shows_every_window_once_in_an_order_that_seed_and_epoch_decide(tmp_path):
+    shards = Shards(write_folder(tmp_path, TRAIN), "train", 64)
     n = shards.n_windows
     run = np.concatenate([shards.windows(3, first, 8) for first in range(0, 4 * n, 8)])[: 4 * n]
     epochs = run.reshape(4, n).tolist()
     assert all(sorted(epoch) == list(range(n)) for epoch in epochs)
     assert len(set(map(tuple, epochs))) == 4
-    again = Shards(prepared, "train", 64)
+    again = Shards(tmp_path, "train", 64)
     assert again.windows(3, n, n).tolist() == epochs[1] != again.windows(4, n, n).tolist()
 
 
-def test_large_vocabularies_are_read_as_uint32(tmp_path):
-    folder = write_folder(tmp_path / "wide", [np.arange(69000, 70000)], vocab_size=70001)
-    assert Shards(folder, "train", 999).batch([0])[1].tolist() == [list(range(69001, 70000))]
-
-
 def test_documents_may_run_across_shards(tmp_path):
-    folder = write_folder(tmp_path / "old", [[1, 2, 256, 3], [4, 4], [], [5, 256, 256, 6, 256]])
+    folder = write_folder(tmp_path, [[1, 2, 256, 3], [4, 4], [], [5, 256, 256, 6, 256]])
     assert [tokens.tolist() for tokens in documents(folder, "train")] == [[1, 2], [3, 4, 4, 5], [], [6]]
 
 
@@ -84,8 +75,8 @@ DAMAGE = [
 
 
 @pytest.mark.parametrize("damage, problem", DAMAGE)
-def test_damage_is_noticed(prepared, damage, problem):
-    damage(prepared / "1.bin")
+def test_damage_is_noticed(tmp_path, damage, problem):
+    damage(write_folder(tmp_path, TRAIN) / "1.bin")
     message = f"1.bin .*{problem}[^\n]*\n.*prepare the data again"
-    refused(message, lambda: Shards(prepared, "train", 64).batch(range(119)))
-    refused(message, list, documents(prepared, "train"))
+    refused(message, lambda: Shards(tmp_path, "train", 64).batch(range(119)))
+    refused(message, list, documents(tmp_path, "train"))

@@ -4,7 +4,6 @@ import re
 
 import matplotlib.image
 import pytest
-import transformers
 from common import ROOT, make, tokens
 
 import train
@@ -71,21 +70,14 @@ def test_every_figure_is_drawn_from_the_records_or_left_out(tmp_path, capsys):
 
 @pytest.mark.parametrize("part", ["hugging_face", "draft", "sweep", "kernels"])
 def test_a_part_of_speed_adds_its_record(part, corpus, tmp_path, monkeypatch):
-    model, llamas = make(vocab_size=257, n_kv_heads=4, block_size=256), []
+    model = make(vocab_size=257, block_size=256)
     model.meta = {"ckpt": "a-model", "data": str(corpus)}
-    monkeypatch.setattr(transformers.LlamaForCausalLM, "eval", lambda self: llamas.append(self) or self)
-    if part != "kernels":
-        monkeypatch.setattr(speed, "random_model", lambda *_, **__: model)
-        monkeypatch.setattr(speed, "load_model", lambda _: model)
+    for name in ("random_model", "load_model"):
+        monkeypatch.setattr(speed, name, lambda *_, **__: model)
     speed.main([part, "--rounds=1", "--new_tokens=3", f"--results={tmp_path}"])
     (run,) = read("speed", tmp_path)
-    match part:
-        case "hugging_face":
-            assert run["n_params"] == model.n_params() == llamas[0].num_parameters()
-        case "draft":
-            assert run["prompts_equal_to_plain"] == {"4": 4, "8": 4}
-        case "sweep":
-            assert run["all_over_8_alone"] > 0
-        case "kernels":
-            first, second, last = run["kernels_per_token"].values()  # at r = 1, 2, 8
-            assert last - second == pytest.approx(6 * (second - first), rel=0.05)
+    if part == "draft":
+        assert run["prompts_equal_to_plain"] == {"4": 4, "8": 4}
+    if part == "kernels":
+        count = run["kernels_per_token"]
+        assert count["8"] - count["2"] == 6 * (count["2"] - count["1"]), "as many with every iteration"

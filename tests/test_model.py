@@ -145,16 +145,6 @@ def test_autocast_leaves_the_residual_stream_in_fp32_and_every_weight_its_gradie
         assert grad.any(), name
 
 
-@every_rule
-def test_no_position_sees_a_later_one(rule):
-    model, idx = make(rule=rule), tokens()
-    changed = idx.clone()
-    changed[:, 11] = (idx[:, 11] + 1) % 97
-    before, after = model(idx, iters=3)[0], model(changed, iters=3)[0]
-    assert torch.allclose(before[:, :11], after[:, :11], atol=1e-6, rtol=0)
-    assert ((before[:, 11:] - after[:, 11:]).abs().amax(dim=-1) > 1e-4).all(), "all others see it"
-
-
 # --------------------------------------------------------------------------------------------------- training
 
 
@@ -187,19 +177,6 @@ def test_initial_weights_follow_the_table_and_are_as_many_at_any_r(tied):
             assert math.isclose(p.std().item(), table[name.split(".")[-2]], rel_tol=0.05), name
     assert (model.unembed.weight is model.embed.weight) == tied
     assert model.n_params() == AbbIE(AbbIEConfig(**keys, iters=8)).n_params()
-
-
-@every_rule
-def test_a_batch_can_be_overfitted(rule):
-    torch.manual_seed(0)
-    model, idx = AbbIE(AbbIEConfig(**TINY, rule=rule)), tokens(4, 25)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-2)
-    for _ in range(60):
-        optimizer.zero_grad()
-        loss = model(idx[:, :-1], idx[:, 1:])[1]
-        loss.backward()
-        optimizer.step()
-    assert loss < 0.1
 
 
 @pytest.mark.parametrize("rule, backprop_iters", [("abbie_d", 0), ("zero_pt", 0), ("abbie_d", 2)])
@@ -238,12 +215,9 @@ CONTRADICTIONS = [
 ]
 
 
-@pytest.mark.parametrize("keys, message", CONTRADICTIONS)
-def test_a_shape_that_contradicts_itself_is_refused(keys, message):
-    refused(message, make, **keys)
-
-
-def test_bad_calls_are_refused():
+def test_shapes_that_contradict_themselves_and_bad_calls_are_refused():
+    for keys, message in CONTRADICTIONS:
+        refused(message, make, **keys)
     model, idx = make(), tokens()
     assert model.check_iters(np.int64(8)) == 8
     for iters in (0, 2.0, 129):
@@ -251,8 +225,7 @@ def test_bad_calls_are_refused():
     for bad in (idx.int(), idx[0], tokens(1, 33), idx[:, :0]):
         refused("token ids must be int64 .* 1 <= T <= 32", model, bad)
     for token in (-1, 97):  # which has a padded row
-        idx[1, 5] = token
-        refused(f"token id {token} .* vocabulary of 97", model, idx)
+        refused(f"token id {token} .* vocabulary of 97", model, torch.full((2, 3), token))
 
 
 def test_the_file_can_be_copied_and_used_alone():
