@@ -80,4 +80,5 @@ def test_a_part_of_speed_adds_its_record(part, corpus, tmp_path, monkeypatch):
         assert run["prompts_equal_to_plain"] == {"4": 4, "8": 4}
     if part == "kernels":
         count = run["kernels_per_token"]
-        assert count["8"] - count["2"] == 6 * (count["2"] - count["1"]), "as many with every iteration"
+        first, later = count["2"] - count["1"], (count["8"] - count["2"]) / 6
+        assert later == pytest.approx(first, rel=0.15), "as many with every iteration"

@@ -75,7 +75,7 @@ def test_the_printed_lens_is_what_the_shipped_model_shows(capsys):
     ours, theirs = texts  # without the last line, which is of tiny numbers
     assert re.sub(r"\d+%", "%", ours).split() == re.sub(r"\d+%", "%", theirs).split()
     shares, expected = ([int(share) for share in re.findall(r"(\d+)%", text)] for text in texts)
-    assert len(shares) > 90 and shares == pytest.approx(expected, abs=1), "rounded on another CPU"
+    assert len(shares) > 10 and shares == pytest.approx(expected, abs=1), "rounded on another CPU"
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
