@@ -210,8 +210,8 @@ CONTRADICTIONS = [
     ({"n_kv_heads": 3}, "n_kv_heads=3 must divide n_attn_heads=4"),
     ({"rope_base": math.nan}, "rope_base=nan must be at least 1"),
     ({"rope_scaling": {"rope_type": "yarn"}}, "rope_scaling needs rope_type 'llama3'"),
-    ({"rope_scaling": {**STRETCH, "factor": "8"}}, "rope_scaling needs .* positive factor"),
-    ({"rope_scaling": {**STRETCH, "low_freq_factor": 4}}, "low_freq_factor=4 must be below"),
+    ({"rope_scaling": {**STRETCH, "factor": "8"}}, "rope_scaling needs .* positive"),
+    ({"rope_scaling": {**STRETCH, "low_freq_factor": 4}}, "the first the least"),
 ]
 
 
@@ -225,7 +225,7 @@ def test_shapes_that_contradict_themselves_and_bad_calls_are_refused():
     for bad in (idx.int(), idx[0], tokens(1, 33), idx[:, :0]):
         refused("token ids must be int64 .* 1 <= T <= 32", model, bad)
     for token in (-1, 97):  # which has a padded row
-        refused(f"token id {token} .* vocabulary of 97", model, torch.full((2, 3), token))
+        refused("a token id .* is not in the vocabulary of 97", model, torch.full((2, 3), token))
 
 
 def test_the_file_can_be_copied_and_used_alone():
