@@ -44,7 +44,7 @@ def test_every_command_has_its_script_its_files_and_its_flags(capsys, monkeypatc
         shown = capsys.readouterr().out
         for word in words:
             if word.startswith("--"):
-                assert re.search(rf"{word.split('=')[0]}\b", shown), word
+                assert re.search(rf"^ +{word.split('=')[0]}\b", shown, re.M), word
             if word.startswith(("config/", "models/")):
                 assert (ROOT / word).exists(), word
 
