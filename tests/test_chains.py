@@ -14,42 +14,47 @@ from checkpoint import load_model
 from experiments import chains, read
 
 
-def solve(text: str) -> list[tuple[str, int]]:
-    """A program -> (variable, hops) of its queries, each of which has the right answer."""
-    source, queries = {}, []
-    for first, second, third in text.split(";"):
-        if first != "?":
-            assert first not in source, "every variable is defined once"
-            source[first] = third
-        else:
-            value, hops = second, 0
-            while value in source:
-                value, hops = source[value], hops + 1
-            assert value == third
-            queries.append((second, hops))
-    assert sum(hops for _, hops in queries) == len(source), "chains share nothing, all are asked for"
-    return queries
+def windows(letters=False) -> list[str]:
+    return [chains.window(random.Random(seed), 32, 6, letters) for seed in range(100)]
 
 
-@pytest.mark.parametrize("kind, lengths", [("full", {127}), ("short", set(range(7, 120, 8)))])
-def test_programs_are_right_and_of_the_lengths_that_are_asked(kind, lengths):
-    texts = chains.programs(kind, 300, 6)
-    assert {len(text) for text in texts} == lengths
-    assert {hops for text in texts for _, hops in solve(text)} == {1, 2, 3, 4, 5, 6}
-    for text in texts:
-        assert [(text[at], hops) for at, hops in chains.questions(text)] == solve(text)
+@pytest.mark.parametrize("letters", [True, False])
+def test_windows_are_full_of_chains_that_share_no_variable(letters):
+    for text in windows(letters):
+        variables = re.findall(r"(\w)=", text)
+        assert len(text) == 127 and len(variables) == len(set(variables))
+        assert sum(hops for _, hops in chains.questions(text)) == len(variables), "each is of use once"
+    ends = re.findall(r"\?.(.)", "".join(windows(letters)))
+    assert any(map(str.isalpha, ends)) == letters, "which then name nothing"
 
 
-@pytest.mark.parametrize("statements, longest, letters", [(8, 1, True), (32, 6, False)])
-def test_windows_are_filled_by_programs_that_share_no_variable(statements, longest, letters):
-    """With letters, chains also end in some that name nothing."""
-    rng = random.Random(0)
-    texts = [chains.window(rng, statements, longest, letters) for _ in range(200)]
-    assert {len(text) for text in texts} == {4 * statements - 1}
-    assert max(hops for text in texts for _, hops in solve(text)) == longest
-    assert bool(re.search(r"\?.[a-z]", ";".join(texts))) == letters
-    first = [text.index("?") for text in texts]
-    assert min(first) == 4 and max(first) >= 2 * statements, "of 2 statements, or as many as fill it"
+HOPS_AT = [("abbie_d", {1: 1, 2: 3, 3: 5, 8: 5}), ("recall", {1: 1, 2: 2, 3: 3, 8: 5})]
+TEXTS = {
+    "windows": windows(),
+    "short": chains.programs("short", 100, 6),
+    "full": chains.programs("full", 100, 6),
+}
+
+
+@pytest.mark.parametrize("rule, hops_at", HOPS_AT)
+@pytest.mark.parametrize("texts", TEXTS)
+def test_the_shipped_models_follow_the_longer_chains_the_more_they_iterate(rule, hops_at, texts):
+    """hops_at: r -> the longest chains that are answered then, to 90 %; the next longer ones are not."""
+    model = load_model(ROOT / "models" / f"chains_{rule}")
+    acc = chains.accuracy(model, TEXTS[texts], list(hops_at))["acc"]
+    for r, hops in hops_at.items():
+        assert all(acc[r][n] > 0.9 for n in range(1, hops + 1)), (r, acc[r])
+        assert hops == 5 or acc[r][hops + 1] < 0.7, (r, acc[r])
+
+
+@torch.no_grad()
+def test_the_shipped_model_of_source_code_predicts_it_better_at_more_iterations():
+    model = load_model(ROOT / "models/recall_tiny")
+    text = Path(json.decoder.__file__).read_bytes()
+    tokens = torch.tensor(list(text))[: 32 * 257].view(32, 257)
+    swept = model.logits_at(tokens[:, :-1], [1, 2, 4])
+    nats = [F.cross_entropy(logits.mT, tokens[:, 1:]) for logits in swept]
+    assert nats[0] > nats[1] + 0.05 > nats[2] + 0.06
 
 
 TOY = "--n_embd=32 --n_attn_heads=2 --ffn_dim=64 --device=cpu --tokens_per_step=256 --micro_batch=2"
@@ -88,28 +93,3 @@ def test_a_stage_that_has_not_learnt_ends_the_training(argv, monkeypatch):
     monkeypatch.setattr(chains, "LEARNT", 1.1)
     message = r"out/recall_seed_1/stage_1: \d+% of 1 hops at r = 1\ntry another --seed"
     refused(message, chains.main, argv)
-
-
-HOPS_AT = [("abbie_d", {1: 1, 2: 3, 3: 5, 8: 5}), ("recall", {1: 1, 2: 2, 3: 3, 8: 5})]
-
-
-@pytest.mark.parametrize("rule, hops_at", HOPS_AT)
-def test_the_shipped_models_follow_the_longer_chains_the_more_they_iterate(rule, hops_at):
-    """hops_at: r -> the longest chains that are answered then, to 90 %; the next longer ones are not."""
-    model = load_model(ROOT / "models" / f"chains_{rule}")
-    for kind in ("short", "full"):
-        texts = chains.programs(kind, 200, 6)
-        acc = chains.accuracy(model, texts, list(hops_at))["acc"]
-        for r, hops in hops_at.items():
-            assert all(acc[r][n] > 0.9 for n in range(1, hops + 1)), (kind, r, acc[r])
-            assert hops == 5 or acc[r][hops + 1] < 0.7, (kind, r, acc[r])
-
-
-@torch.no_grad()
-def test_the_shipped_model_of_source_code_predicts_it_better_at_more_iterations():
-    model = load_model(ROOT / "models/recall_tiny")
-    text = Path(json.decoder.__file__).read_bytes()
-    tokens = torch.tensor(list(text))[: 32 * 257].view(32, 257)
-    swept = model.logits_at(tokens[:, :-1], [1, 2, 4])
-    nats = [F.cross_entropy(logits.mT, tokens[:, 1:]) for logits in swept]
-    assert nats[0] > nats[1] + 0.05 > nats[2] + 0.06

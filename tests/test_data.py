@@ -11,7 +11,8 @@ from common import refused
 
 from data import Shards, documents, get_tokenizer
 
-TRAIN = [np.random.default_rng(i).integers(0, 256, n) for i, n in enumerate((5001, 3007, 64, 4000))]
+SIZES = (5001, 3007, 64, 4000)
+TRAIN = [np.random.default_rng(size).integers(0, 256, size) for size in SIZES]
 
 
 def write_folder(folder: Path, shards: list, vocab_size: int = 257) -> Path:
@@ -40,15 +41,15 @@ def test_the_bytes_tokenizer_gives_exactly_the_bytes():
 @pytest.mark.parametrize("vocab_size", [257, 70_001])
 def test_every_window_is_served_once_and_y_is_one_token_ahead(tmp_path, vocab_size):
     texts = [tokens + vocab_size - 257 for tokens in TRAIN]
-    T, shards = 100, Shards(write_folder(tmp_path, texts, vocab_size), "train", 100)
-    expected = [tokens[at : at + T + 1] for tokens in texts for at in range(0, len(tokens) - T, T)]
+    shards = Shards(write_folder(tmp_path, texts, vocab_size), "train", 100)
+    expected = [text[at : at + 101] for text in texts for at in range(0, len(text) - 100, 100)]
     assert shards.n_windows == len(expected) == 50 + 30 + 0 + 39
     x, y = shards.batch(range(shards.n_windows))
-    assert x.shape == y.shape == (len(expected), T) and x.dtype == y.dtype == torch.int64
     assert torch.equal(torch.cat([x, y[:, -1:]], dim=1), torch.from_numpy(np.stack(expected)))
+    assert torch.equal(x[:, 1:], y[:, :-1])
     assert torch.equal(shards.batch([5, 0, 118, 5])[0], x[[5, 0, 118, 5]])
     assert (shards.tokenizer, shards.vocab_size) == ("bytes", vocab_size)
-    assert shards.n_tokens == sum(map(len, TRAIN))
+    assert shards.n_tokens == sum(SIZES)
 
 
 def test_an_epoch_shows_every_window_once_in_an_order_that_seed_and_epoch_decide(tmp_path):
