@@ -105,6 +105,8 @@ MISTAKES = {
     "eval_icl --tasks=arc_esy": "did you mean arc_easy",
     "eval_icl --tasks=sciq --data_dir=icl": "python prepare_data.py icl --out icl",
     "eval_icl --iters=1,x": "give integers",
+    "eval_icl --limit=0": "at least 1",
+    "eval_icl --batch_size=0": "at least 1",
     "eval_icl --limit=2 --out=nowhere/r.json": "nowhere/r.json cannot be written",
     "eval_icl --ppl=nowhere": "--ppl of eval_icl.py",
     "prepare_data text --input nowhere.txt --out new": "nowhere.txt",
@@ -131,7 +133,7 @@ BOUNDS = {
     "train small.py": "max_steps=1.5 tie_embeddings=maybe lr=nan decay_frac=2 beta2=1 tokens_per_step=77",
     "train small.py --out_dir=new": "n_embd=36 tokens_per_param=inf vocab_size=256 device=mps",
     "sample": "draft_iters=2 temperature=nan top_p=0 max_new_tokens=0 device=banana",
-    "eval_icl": "limit=0 batch_size=0 device=mps",
+    "eval_icl": "device=mps",
     "experiments.speed kernels": "rounds=0",
 }
 for script, flags in BOUNDS.items():
