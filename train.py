@@ -63,7 +63,7 @@ from config import (
     together,
 )
 from data import Shards, tokenizer_in
-from eval_icl import BUILT_IN, evaluate_loss, print_table, run_tasks
+from eval_icl import BUILT_IN, evaluate_loss, load_task, print_table, run_task
 from model import AbbIE, UserError, check
 from sample import show, stream_text
 
@@ -507,7 +507,11 @@ def show_off(model: AbbIE, config: Config, shards: Shards):
         tokenizer = tokenizer_in(config.data, shards.tokenizer)
         prompt = "def " if shards.tokenizer == "bytes" else "The "
         with torch.compiler.set_stance("force_eager"):  # shapes vary from here on
-            print_table(run_tasks(model, tokenizer, BUILT_IN, [1, 2, 4], config.data, limit=n))
+            tasks = {}
+            for name in BUILT_IN:
+                examples = load_task(name, config.data, None, config.block_size, n)
+                tasks[name], _ = run_task(model, tokenizer, name, examples, [1, 2, 4])
+            print_table({"tasks": tasks})
             ids, options = tokenizer.encode_ordinary(prompt), {"temperature": 0.8, "top_k": 50}
             pieces = stream_text(model, tokenizer, [ids], min(200, n), None, **options, seed=config.seed)
             print(f"\na sample at iters {model.config.iters} (python sample.py makes more):")
