@@ -29,11 +29,8 @@ pipeline_tag: text-generation
 # AbbIE
 
 A recurrent-depth language model (arXiv 2507.08567): rule `{rule}`, {n_head_blocks} + {n_body_blocks} x r +
-{n_tail_blocks} blocks, {parameters:,} parameters, r = {iters} unless a call says `iters`.
-
-    tokenizer = AutoTokenizer.from_pretrained(FOLDER, trust_remote_code=False)
-    model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
-    ids = model.generate(**tokenizer("def ", return_tensors="pt"), iters=4, max_new_tokens=50)
+{n_tail_blocks} blocks, {parameters:,} parameters, r = {iters} unless a call says `iters`. It is loaded with
+`trust_remote_code=True`.
 """
 
 
@@ -52,11 +49,10 @@ def fast_tokenizer(encoding):
             if token[:i] in ranks and token[i:] in ranks:
                 merges.append((spell(token[:i]), spell(token[i:])))
     vocab = {spell(token): rank for token, rank in ranks.items()}
-    vocab[END] = encoding.eot_token
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, merges))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    tokenizer.add_special_tokens([END])
+    tokenizer.add_special_tokens([END])  # whose id is the next one
     return tokenizer
 
 

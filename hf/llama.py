@@ -24,10 +24,6 @@ GENERATION = "generation_config.json"
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", GENERATION,
 )  # fmt: skip
-PATTERNS = ["*.json", "*.jinja", "model*.safetensors"]  # what is downloaded: no pickles
-MAX_BLOCK_SIZE = 2048  # where block_size is not given: a cache may hold as much; Llama 3.2 has 131072
-CUT = ("n_head_blocks", "n_body_blocks", "n_tail_blocks")
-
 # Our names of what a Llama's config.json holds, its own, and what it means where it does not say.
 KEYS = {
     "vocab_size": ("vocab_size", None),
@@ -41,7 +37,6 @@ KEYS = {
     "norm_eps": ("rms_norm_eps", 1e-6),
     "tie_embeddings": ("tie_word_embeddings", False),
 }
-STRETCH = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")  # of llama3
 # Keys that change what a Llama computes, and the value at which our block does the same.
 SUPPORTED = {
     "model_type": "llama", "auto_map": None, "hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
@@ -74,8 +69,9 @@ def read_folder(name: str, changes: dict) -> tuple[dict, dict[str, Tensor], dict
         config = config_from_llama(folder / "config.json", raw)
         meta, state = asdict(config), weights_from_llama(folder, config, tensors)
         layers, third = config.n_blocks, config.n_blocks // 3
-        if sum(changes.get(name, 0) for name in CUT) != layers:  # those of a config for another model
-            changes = {**changes, **dict(zip(CUT, (third, layers - 2 * third, third)))}
+        cut = {"n_head_blocks": third, "n_body_blocks": layers - 2 * third, "n_tail_blocks": third}
+        if sum(changes.get(name, 0) for name in cut) != layers:  # those of a config for another model
+            changes = {**changes, **cut}
     if meta.get("tie_embeddings") and "embed.weight" in state:
         state["unembed.weight"] = state["embed.weight"]
     meta["ckpt"] = f"hf:{name}"
@@ -91,7 +87,7 @@ def find_folder(name: str) -> Path:
     check(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name), f"hf:{name}: there is no such folder")
     hub = optional("huggingface_hub")
     try:
-        return Path(hub.snapshot_download(name, allow_patterns=PATTERNS))
+        return Path(hub.snapshot_download(name, allow_patterns=["*.json", "*.jinja", "model*.safetensors"]))
     except Exception as error:  # those of the hub, of its HTTP library, of the disk
         raise UserError(
             f"hf:{name} is no folder here, and cannot be downloaded ({type(error).__name__})\n"
@@ -127,10 +123,10 @@ def config_from_llama(path: Path, raw: dict) -> AbbIEConfig:
     for ours, (theirs, default) in KEYS.items():
         value = llama.get(theirs, default)
         shape[ours] = typed(ours, value, f"{path}: {theirs}={value!r}")
-    shape["block_size"] = min(shape["block_size"], MAX_BLOCK_SIZE)
+    shape["block_size"] = min(shape["block_size"], 2048)  # a cache may hold as much; Llama 3.2 has 131072
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type != "default":
-        shape["rope_scaling"] = {"rope_type": rope_type, **{key: rope.get(key) for key in STRETCH}}
+        shape["rope_scaling"] = {**rope, "rope_type": rope_type}
     config = AbbIEConfig(**shape)
     standard = llama.get("head_dim", config.attn_head_dim) == config.attn_head_dim
     check(standard, f"{path}: head_dim is not hidden_size / num_attention_heads")

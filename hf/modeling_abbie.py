@@ -189,9 +189,7 @@ class AbbIEForCausalLM(PreTrainedModel, GenerationMixin):
         iters = model.check_iters(config.iters if iters is None else iters)
         misspelt = [name for name in kwargs if name.startswith(("iter", "n_iter", "num_iter"))]
         check(not misspelt, f"unknown argument {misspelt}: the number of iterations is iters")
-        check(
-            not kwargs.get("output_attentions"), "attention weights are not kept: leave out output_attentions"
-        )
+        check(not kwargs.get("output_attentions"), "attention weights are not kept: no output_attentions")
         check((input_ids is None) != (inputs_embeds is None), "give either input_ids or inputs_embeds")
         if inputs_embeds is None:
             V = config.vocab_size
@@ -210,10 +208,8 @@ class AbbIEForCausalLM(PreTrainedModel, GenerationMixin):
         if position_ids is None:
             position_ids = (real.cumsum(1) - 1).clamp(min=0)[:, -T:]
         position_ids = position_ids.expand(B, T)
-        length = int(position_ids.max()) + 1
-        check(
-            length <= config.block_size, f"{length} tokens do not fit into a context of {config.block_size}"
-        )
+        length, context = int(position_ids.max()) + 1, config.block_size
+        check(length <= context, f"{length} tokens do not fit into a context of {context}")
 
         document = documents(position_ids, real)
         if use_cache is None:
