@@ -61,13 +61,14 @@ def read_folder(name: str, changes: dict) -> tuple[dict, dict[str, Tensor], dict
     in which a Llama is cut: into thirds, unless they name three depths that sum to its layers. Raises
     UserError for what is damaged, or asks for what our block does not compute."""
     folder = find_folder(name)
-    raw, tensors = read_json(folder / "config.json"), read_tensors(folder)
+    path = folder / "config.json"
+    raw = read_json(path)
     if raw.get("model_type") == "abbie":
         meta = {**raw, "rope_scaling": raw.get("llama3_rope")}
-        state = {key.removeprefix("model."): tensor for key, tensor in tensors.items()}
+        state = {key.removeprefix("model."): tensor for key, tensor in read_tensors(folder).items()}
     else:
-        config = config_from_llama(folder / "config.json", raw)
-        meta, state = asdict(config), weights_from_llama(folder, config, tensors)
+        config = config_from_llama(path, raw)
+        meta, state = asdict(config), weights_from_llama(folder, config)
         layers, third = config.n_blocks, config.n_blocks // 3
         cut = {"n_head_blocks": third, "n_body_blocks": layers - 2 * third, "n_tail_blocks": third}
         if sum(changes.get(name, 0) for name in cut) != layers:  # those of a config for another model
@@ -133,8 +134,9 @@ def config_from_llama(path: Path, raw: dict) -> AbbIEConfig:
     return config
 
 
-def weights_from_llama(folder: Path, config: AbbIEConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def weights_from_llama(folder: Path, config: AbbIEConfig) -> dict[str, Tensor]:
     """A Llama's weights under our names. They must be exactly those that its config asks for."""
+    tensors = read_tensors(folder)
     names = {"embed": ["model.embed_tokens"], "norm": ["model.norm"]}  # ours -> a Llama's of its parts
     if config.tie_embeddings:
         tensors.pop("lm_head.weight", None)  # some write a copy all the same

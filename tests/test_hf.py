@@ -6,7 +6,6 @@ import json
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import huggingface_hub
 import peft
@@ -17,7 +16,6 @@ import tokenizers
 import torch
 import transformers
 from common import ROOT, STRETCH, greedy, make, randomize, refused, save, tokens
-from huggingface_hub.utils import filter_repo_objects
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -28,18 +26,19 @@ from hf import export
 from model import MAX_ITERS
 
 END = "<|endoftext|>"
-TEXT = f"naïve café 中文 🙂\n\tdef f(x): return x ** 2  # {END} is text, he'll  thaaaaaaaaa  12\n"
+TEXT = f"naïve café 中文 🙂\n\tdef f(x): return x  # {END} is text, he'll  thaaaaaaaaa\n"
 IDX = tokens(vocab=300)
 LLAMA = dict(
     vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=5, num_attention_heads=4,
     num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=True, eos_token_id=264,
 )  # fmt: skip
 ROPE = {"rope_theta": 500.0, **STRETCH}
-BYTES, MERGED = [bytes([i]) for i in range(256)], [b"th", b"the", b" th", b" the", b"aa", b"aaaa", b"aaa"]
+TOKENS = [bytes([i]) for i in range(256)] + [b"th", b"the", b" th", b" the"]
+TOKENS += [b"aa", b"aaaa", b"aaa", "中".encode()[:2]]
 BPE = tiktoken.Encoding(  # byte-level BPE of GPT-2's pattern
     "small",
     pat_str=r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
-    mergeable_ranks={token: i for i, token in enumerate([*BYTES, *MERGED, "中".encode()[:2]])},
+    mergeable_ranks={token: i for i, token in enumerate(TOKENS)},
     special_tokens={END: 264},
 )
 
@@ -115,7 +114,7 @@ def model(exported):
 @pytest.fixture
 def copy(llama, tmp_path):
     """A copy of the Llama, to be damaged."""
-    return Path(shutil.copytree(llama, tmp_path / "copy"))
+    return shutil.copytree(llama, tmp_path / "copy")
 
 
 # -------------------------------------------------------------------- the looped model in transformers
@@ -170,9 +169,7 @@ def test_the_cache_serves_padded_batches_beams_and_pieces(looped, model):
     options = dict(attention_mask=(ids != 256).long(), max_new_tokens=12)
     for r in (1, 4):  # fewer and more than config.iters
         expected = [greedy(model, prompt, 12, r) for prompt in prompts]
-        for cached in (True, False):
-            rows = looped.generate(ids, iters=r, use_cache=cached, **options)
-            assert rows[:, 11:].tolist() == expected
+        assert looped.generate(ids, iters=r, **options)[:, 11:].tolist() == expected
     x = looped.get_input_embeddings()(ids[2:])
     rows = looped.generate(inputs_embeds=x, iters=4, max_new_tokens=12)
     assert rows.tolist() == expected[2:]
@@ -250,19 +247,15 @@ def test_the_vocabulary_is_resized_into_its_padding_first(tmp_path, out, tied, s
 
 @pytest.mark.parametrize("targets", [None, "all-linear"])
 def test_lora_trains_merges_and_comes_back_at_every_r(looped, tmp_path, targets):
-    before = looped(IDX, iters=4).logits
-    config = peft.LoraConfig(r=8, target_modules=targets, task_type="CAUSAL_LM")
+    config = peft.LoraConfig(r=8, target_modules=targets, init_lora_weights=False)
     tuned = peft.get_peft_model(looped, config).train()
     tuned.gradient_checkpointing_enable()
-    optimizer = torch.optim.AdamW(tuned.parameters(), lr=1e-2)
-    for _ in range(4):
-        optimizer.zero_grad()
-        tuned(IDX, labels=IDX, iters=3).loss.backward()
-        optimizer.step()
+    tuned(IDX, labels=IDX, iters=3).loss.backward()
+    trained = [name for name, p in tuned.named_parameters() if p.requires_grad and p.grad.any()]
+    assert len(trained) == 5 * 4 * 2  # two of each product of each block
     assert looped.model.activation_checkpointing  # which test_model.py specifies
     tuned.eval()
     expected = [tuned(IDX, iters=r).logits for r in (1, 2, 3, 4)]
-    assert (expected[3] - before).abs().max() > 0.1
     tuned.merge_and_unload().save_pretrained(tmp_path)
     close(list(load_model(f"hf:{tmp_path}").logits_at(IDX, [1, 2, 3, 4])), expected, 1e-4)
 
@@ -317,9 +310,9 @@ def test_a_tokenizer_goes_out_as_a_plain_file(tmp_path, monkeypatch, name):
         ids = ours.encode_ordinary(text)
         assert other(text).input_ids == ids and other.decode(ids) == text
     assert other(END).input_ids == [other.eos_token_id] == [ours.eot_token]
-    padded = other(["a", "abc"], padding=True)
-    assert list(padded) == ["input_ids", "attention_mask"]
-    assert padded.attention_mask == [[0, 0, 1], [1, 1, 1]]
+    assert other(["a", "abc"], padding=True).attention_mask == [[0, 0, 1], [1, 1, 1]]
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert settings["model_input_names"] == ["input_ids", "attention_mask"]
 
 
 def test_a_tokenizer_is_kept_when_its_origin_has_gone(copy, tmp_path, out):
@@ -327,13 +320,11 @@ def test_a_tokenizer_is_kept_when_its_origin_has_gone(copy, tmp_path, out):
     edit(copy, "generation_config.json", eos_token_id=7)
     source, data = f"hf:{copy}", tmp_path / "data"
     original, model = get_tokenizer(source), load_model(source)
-    for name in ("text", "val"):
-        (tmp_path / f"{name}.txt").write_text(f"{name} the café")
-    inputs = f"--input {tmp_path}/text.txt --val_input {tmp_path}/val.txt"
-    prepare_data.main(f"text {inputs} --tokenizer {source} --out {data}".split())
+    text = ["--input", f"{ROOT}/README.md", "--val_input", f"{ROOT}/requirements.txt"]
+    prepare_data.main(["text", *text, f"--tokenizer={source}", f"--out={data}"])
     shutil.rmtree(copy)
     [ids] = documents(data, "val")
-    assert original.decode(ids) == "val the café"
+    assert original.decode(ids) == (ROOT / "requirements.txt").read_text()
     checkpoint = save(tmp_path / "run", 1, model, tokenizer=source, data=str(data))
     export.export(load_model(checkpoint), out)
     for folder in (checkpoint, out):
@@ -341,7 +332,6 @@ def test_a_tokenizer_is_kept_when_its_origin_has_gone(copy, tmp_path, out):
         assert kept.encode_ordinary(TEXT) == original.encode_ordinary(TEXT)
         assert (kept.n_vocab, kept.bos_tokens) == (300, [264])
         assert (kept.eot_token, kept.eot_tokens) == (264, [264, 5, 7])
-    assert list(AutoTokenizer.from_pretrained(out)("a")) == ["input_ids", "attention_mask"]
     assert load_model(f"hf:{out}").meta["tokenizer"] == f"hf:{out}"
 
 
@@ -368,7 +358,7 @@ def test_one_iteration_is_the_llama(tmp_path, keys):
 def test_what_older_versions_write_is_understood(tmp_path):
     plain, path = write_llama(tmp_path, rope_parameters=ROPE), tmp_path / "model.safetensors"
     weights = safetensors.torch.load_file(path)
-    weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    weights["model.layers.0.rotary_emb.inv_freq"] = torch.ones(4)
     weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
     safetensors.torch.save_file(weights, path)
     scaling = {key.replace("rope_type", "type"): value for key, value in STRETCH.items()}
@@ -379,8 +369,8 @@ def test_what_older_versions_write_is_understood(tmp_path):
 def test_a_llama_is_cut_as_asked_or_into_thirds(llama, plain, monkeypatch):
     monkeypatch.setenv("HOME", str(llama.parent))
     thirds = (1, 3, 1)  # what they leave over goes to the Body
-    for given, depths in [((), thirds), ((0, 4, 1), (0, 4, 1)), ((4, 4, 4), thirds)]:
-        names = ("n_head_blocks", "n_body_blocks", "n_tail_blocks")
+    names = ("n_head_blocks", "n_body_blocks", "n_tail_blocks")
+    for given, depths in (((), thirds), ((0, 4, 1), (0, 4, 1)), ((4, 4, 4), thirds)):
         model = load_model(f"hf:~/{llama.name}", rule="recall", **dict(zip(names, given)))
         assert (len(model.head), len(model.body), len(model.tail)) == depths
         close(model(IDX)[0], plain(IDX).logits)
@@ -408,9 +398,9 @@ def test_what_our_block_does_not_compute_is_refused(copy, keys, message):
 
 
 def test_weights_are_whole_safetensors_and_no_pickles(copy, monkeypatch):
-    def download(name, allow_patterns):
+    def download(name, **patterns):
         files = ["pytorch_model.bin", "model-1-of-2.safetensors", "tokenizer.json"]
-        assert [*filter_repo_objects(files, allow_patterns=allow_patterns)] == files[1:]
+        assert [*huggingface_hub.utils.filter_repo_objects(files, **patterns)] == files[1:]
         return {"owner/repo": copy}[name]
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
@@ -440,7 +430,7 @@ def test_a_tokenizer_reads_spells_begins_and_ends_exactly(copy):
         tokenizer = get_tokenizer(f"hf:{copy}")
         assert (tokenizer.eot_token, tokenizer.eot_tokens) == (ends[0], ends)
     ids = tokenizer.encode_ordinary(TEXT)
-    assert ids == BPE.encode_ordinary(TEXT)  # nothing cut or added, specials are text
+    assert ids == BPE.encode_ordinary(TEXT)  # nothing is cut or added
     assert b"".join(tokenizer.decode_bytes([i]) for i in ids) == TEXT.encode()
     assert tokenizer.decode(ids) == TEXT and tokenizer.decode(ids[2:3]) == "\ufffd"
     assert tokenizer.decode_bytes(tokenizer.encode_ordinary("two words")) == b"two words"
@@ -454,15 +444,14 @@ def test_a_tokenizer_reads_spells_begins_and_ends_exactly(copy):
 
 def test_a_sentencepiece_tokenizer_spells_exactly(copy):
     vocab = {"</s>": 0, **{f"<0x{b:02X}>": b + 1 for b in range(256)}, "▁": 257, "a": 258, "▁a": 259}
-    models, normalizers, decoders = tokenizers.models, tokenizers.normalizers, tokenizers.decoders
-    bpe = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[("▁", "a")], byte_fallback=True))
+    bpe = tokenizers.models.BPE(vocab=vocab, merges=[("▁", "a")], byte_fallback=True)
+    bpe, normalizers = tokenizers.Tokenizer(bpe), tokenizers.normalizers
     bpe.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    bpe.decoder = decoders.ByteFallback()
+    bpe.decoder = tokenizers.decoders.ByteFallback()
     bpe.save(str(copy / "tokenizer.json"))
     tokenizer = get_tokenizer(f"hf:{copy}")
     ids = tokenizer.encode_ordinary("a a🙂\n")
     assert ids[:2] == [259, 259] and len(ids) == 7 and tokenizer.bos_tokens == []
     assert tokenizer.decode_bytes(ids) == " a a🙂\n".encode()  # it begins a text with a space
-    bpe.decoder = decoders.Fuse()
-    bpe.save(str(copy / "tokenizer.json"))
+    edit(copy, "tokenizer.json", decoder=None)
     refused("does not spell bytes", get_tokenizer, f"hf:{copy}")
