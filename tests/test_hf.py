@@ -159,6 +159,9 @@ def test_positions_that_begin_again_separate_documents(looped, plain, model):
     close(looped(IDX, mask, positions, iters=4).logits, alone)
     mask[:, 21:] = 0
     close(looped(IDX, mask, positions, iters=4).logits[:, :21], alone[:, :21])
+    padded = torch.arange(24).masked_fill(mask == 0, 1)  # as generate counts: no document begins
+    logits = looped(IDX, mask, padded, use_cache=True).logits
+    close(logits[:, :21], looped(IDX[:, :21]).logits)
     cache = looped(IDX).past_key_values
     refused("use_cache=False", looped, IDX, None, positions, use_cache=True)
     refused("use_cache=False", looped, IDX, None, positions, past_key_values=cache)
