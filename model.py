@@ -109,12 +109,13 @@ class AbbIEConfig:
 
 
 def check_rope_scaling(scaling: dict):
-    wanted = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
-    numbers = all(isinstance(scaling.get(name), (int, float)) and scaling[name] > 0 for name in wanted)
-    known = scaling.get("rope_type") == "llama3" and numbers
-    check(known, f"rope_scaling needs rope_type 'llama3' and positive {', '.join(sorted(wanted))}")
-    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    check(low < high, f"rope_scaling: low_freq_factor={low} must be below high_freq_factor={high}")
+    names = ("low_freq_factor", "high_freq_factor", "factor", "original_max_position_embeddings")
+    numbers = [scaling.get(name) for name in names]
+    positive = all(isinstance(number, (int, float)) and number > 0 for number in numbers)
+    valid = scaling.get("rope_type") == "llama3" and positive and numbers[0] < numbers[1]
+    check(
+        valid, f"rope_scaling needs rope_type 'llama3' and positive {', '.join(names)}, the first the least"
+    )
 
 
 # -------------------------------------------------------------------------------------------------- the block
@@ -352,8 +353,7 @@ class AbbIE(nn.Module):
         check(fits, f"token ids must be {shape}")
         if idx.device.type == "cpu":  # a GPU would have to wait
             low, high = idx.aminmax()
-            check(0 <= low, f"token id {low} is not in the vocabulary of {V}")
-            check(high < V, f"token id {high} is not in the vocabulary of {V}")
+            check(0 <= low and high < V, f"a token id of {low} to {high} is not in the vocabulary of {V}")
 
     def check_iters(self, iters: int | None) -> int:
         """iters, or the config's for None. Raises UserError outside the rule's range."""

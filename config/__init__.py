@@ -200,9 +200,7 @@ def read_config_file(path: Path) -> dict:
             continue
         guess = nearest(name, KINDS)
         check(not guess, f"{path}: unknown key {name}{guess}\na variable of your own may begin with _")
-        print(
-            f"{path}: {name} is no key, and a variable of your own (python train.py --help)", file=sys.stderr
-        )
+        print(f"{path}: {name} is no key (see python train.py --help)", file=sys.stderr)
     return {name: value for name, value in names.items() if name in KINDS}
 
 
