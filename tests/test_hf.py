@@ -248,6 +248,7 @@ def test_the_vocabulary_is_resized_into_its_padding_first(out, tmp_path, tied, s
     close(output.logits[..., :300], model(idx)[0][..., :size])
     output.loss.backward()
     assert looped.model.unembed.weight.grad.shape == (rows, 32)
+    assert (looped.model.unembed.weight is looped.model.embed.weight) == tied
     looped.save_pretrained(tmp_path / "y")
     close(load_model(f"hf:{tmp_path / 'y'}")(idx)[0], output.logits)
     close(theirs(tmp_path / "y")(idx).logits, output.logits)
