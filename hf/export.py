@@ -14,10 +14,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python hf/export.py`
 
-from checkpoint import load_model, read_json, sync, write_json, write_whole
+from checkpoint import load_model, write_json, write_whole
 from config import ArgumentParser, cli, optional
-from data import get_tokenizer
-from hf.llama import BYTE, HFTokenizer, copy_tokenizer
+from data import get_tokenizer, tokenizer_in
+from hf.llama import BYTE, copy_tokenizer, read_json_if_any
 from model import AbbIE, UserError, check
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -26,37 +26,12 @@ CARD = """---
 library_name: transformers
 pipeline_tag: text-generation
 ---
-# {name}
+# AbbIE
 
-A recurrent-depth language model (AbbIE, arXiv 2507.08567; rule `{rule}`): {n_head_blocks} blocks of the
-Head, {n_body_blocks} of the Body, applied r times with the same weights, {n_tail_blocks} of the Tail. Width
-{n_embd}, {parameters:,} parameters, context {block_size}; r = {iters} by default.
-
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    tokenizer = AutoTokenizer.from_pretrained(FOLDER, trust_remote_code=False)
-    model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
-    ids = model.generate(**tokenizer("def ", return_tensors="pt"), iters=4, max_new_tokens=50)
-
-Made by `{command}`.
+A recurrent-depth language model (arXiv 2507.08567): rule `{rule}`, {n_head_blocks} + {n_body_blocks} x r +
+{n_tail_blocks} blocks, {parameters:,} parameters, r = {iters} unless a call says `iters`. It is loaded with
+`trust_remote_code=True`.
 """
-
-
-# -------------------------------------------------------------------------------------------------- tokenizer
-
-
-def merges_of(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """The merges of a byte-level BPE, in order: that of a token joins the two parts which the merges before
-    it leave of the token's bytes."""
-    merges = []
-    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
-        parts = [token[i : i + 1] for i in range(len(token))]
-        while len(parts) > 2:
-            pairs = [ranks.get(a + b, rank) for a, b in zip(parts, parts[1:])]
-            i = pairs.index(min(pairs))
-            parts[i : i + 2] = [parts[i] + parts[i + 1]]
-        if len(parts) == 2:
-            merges.append((parts[0], parts[1]))
-    return merges
 
 
 def fast_tokenizer(encoding):
@@ -68,13 +43,16 @@ def fast_tokenizer(encoding):
         return "".join(printed[byte] for byte in token)
 
     ranks = encoding._mergeable_ranks
+    merges = []  # tiktoken joins two parts wherever the whole is a token, that of the lowest rank first
+    for token in sorted(ranks, key=ranks.get):
+        for i in range(1, len(token)):
+            if token[:i] in ranks and token[i:] in ranks:
+                merges.append((spell(token[:i]), spell(token[i:])))
     vocab = {spell(token): rank for token, rank in ranks.items()}
-    vocab[END] = encoding.eot_token
-    merges = [(spell(a), spell(b)) for a, b in merges_of(ranks)]
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, merges))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    tokenizer.add_special_tokens([END])
+    tokenizer.add_special_tokens([END])  # whose id is the next one
     return tokenizer
 
 
@@ -82,31 +60,29 @@ def write_tokenizer(meta: dict, folder: Path) -> int | None:
     """The tokenizer files of a model -> the id that ends a text."""
     name, path = meta["tokenizer"], folder / "tokenizer_config.json"
     # The names that generate takes: by default transformers 4 has token_type_ids too.
-    config = {"tokenizer_class": "PreTrainedTokenizerFast"}
-    config["model_input_names"] = ["input_ids", "attention_mask"]
+    config = {"model_input_names": ["input_ids", "attention_mask"]}
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
     if name.startswith("hf:"):
-        copy = Path(meta.get("ckpt", "")) / "tokenizer.json"  # a checkpoint keeps one
-        origin = str(copy.parent) if copy.exists() else name[3:]
-        copy_tokenizer(origin, folder)
-        write_json(path, {**config, **(read_json(path) if path.exists() else {})})
-        return HFTokenizer(origin).eot_token
-    if name not in ("bytes", "gpt2"):
+        tokenizer = tokenizer_in(meta.get("ckpt", ""), name)
+        copy_tokenizer(str(tokenizer.folder), folder)
+        config |= read_json_if_any(path)
+    elif name in ("bytes", "gpt2"):
+        tokenizer = get_tokenizer(name)
+        write_whole(folder / "tokenizer.json", fast_tokenizer(tokenizer).to_str().encode())
+        config |= dict.fromkeys(("bos_token", "eos_token", "pad_token"), END)
+        config |= {"padding_side": "left", "clean_up_tokenization_spaces": False}
+    else:
         print(f"no tokenizer.json is written: of tiktoken's encodings only gpt2 has one, not {name}")
         return None
-    encoding = get_tokenizer(name)
-    (folder / "tokenizer.json").write_text(fast_tokenizer(encoding).to_str(pretty=True), encoding="utf-8")
-    config |= dict.fromkeys(("bos_token", "eos_token", "pad_token"), END)
-    write_json(path, {**config, "padding_side": "left", "clean_up_tokenization_spaces": False})
-    return encoding.eot_token
+    write_json(path, config)
+    return tokenizer.eot_token
 
 
-# ----------------------------------------------------------------------------------------------------- export
-
-
-def config_of(model: AbbIE, eot_token: int | None) -> dict:
-    shape, tokenizer = asdict(model.config), model.meta["tokenizer"]
+def write_folder(model: AbbIE, folder: Path):
+    tokenizer, eot_token = model.meta["tokenizer"], write_tokenizer(model.meta, folder)
+    shape = asdict(model.config)
     shape["llama3_rope"] = shape.pop("rope_scaling")  # a name that transformers rewrites
-    return {
+    config = {
         "architectures": ["AbbIEForCausalLM"], "model_type": "abbie", "dtype": "float32",
         "auto_map": {
             "AutoConfig": "modeling_abbie.AbbIEPretrainedConfig",
@@ -115,34 +91,27 @@ def config_of(model: AbbIE, eot_token: int | None) -> dict:
         **shape, "bos_token_id": eot_token, "eos_token_id": eot_token, "pad_token_id": eot_token,
         "tokenizer": None if tokenizer.startswith("hf:") else tokenizer,  # None: the one beside the weights
     }  # fmt: skip
-
-
-def write_folder(model: AbbIE, folder: Path, title: str, command: str):
-    config = config_of(model, write_tokenizer(model.meta, folder))
     write_json(folder / "config.json", config)
     weights = {f"model.{name}": tensor for name, tensor in model.named_parameters()}  # tied ones once
     data = optional("safetensors.torch").save(weights, metadata={"format": "pt"})
     write_whole(folder / "model.safetensors", data)
     for source in (ROOT / "model.py", ROOT / "hf/modeling_abbie.py"):
         shutil.copyfile(source, folder / source.name)
-    card = CARD.format(**config, name=title, parameters=model.n_params(), command=command)
-    (folder / "README.md").write_text(card)
-    sync(folder)
+    (folder / "README.md").write_text(CARD.format(**config, parameters=model.n_params()))
 
 
-def export(model: AbbIE, folder: Path, command: str = "python -m hf.export"):
+def export(model: AbbIE, folder: Path):
     """Write the model as a folder that transformers loads, whole or not at all."""
     folder = folder.expanduser().absolute()
-    free = not folder.exists() or folder.is_dir() and not any(folder.iterdir())
-    check(free, f"{folder} is there already, and no empty folder\ngive another, or remove it")
+    check(not folder.exists(), f"{folder} is there already\ngive another, or remove it")
     temporary = folder.with_name(f".{folder.name}.tmp")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        write_folder(model, temporary, folder.name, command)
+        write_folder(model, temporary)
         os.replace(temporary, folder)
     except OSError as error:
-        raise UserError(f"{folder} could not be written ({error.strerror or error})\nmake room") from None
+        raise UserError(f"{folder} could not be written ({error.strerror})\nmake room") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -155,12 +124,10 @@ def main(argv: list[str]):
     args = parser.parse_args(argv)
     changes = {} if args.iters is None else {"iters": args.iters}
     model = load_model(args.ckpt, **changes)
-    export(model, args.out, " ".join(("python -m hf.export", *argv)))
+    export(model, args.out)
     c = model.config
     blocks = f"{c.n_head_blocks} + {c.n_body_blocks} x r + {c.n_tail_blocks} blocks"
     print(f"{args.out}: {c.rule}, {blocks}, r = {c.iters}")
-    for path in sorted(args.out.iterdir()):
-        print(f"{path.stat().st_size:14,d}  {path.name}")
 
 
 if __name__ == "__main__":

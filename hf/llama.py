@@ -3,16 +3,13 @@
     python sample.py --ckpt hf:HuggingFaceTB/SmolLM2-135M --iters 2            # a repository, or hf:FOLDER
     python train.py config/abbie_124m.py --init_from=hf:FOLDER --iters=2       # the retrofit
 
-Our block is the Llama block, so a Llama of n layers is an AbbIE of n blocks once it is known where to cut:
-into thirds, unless n_head_blocks, n_body_blocks and n_tail_blocks sum to n. At r = 1 it computes what it
-always has. Pickles are not read, and Python files of a folder are never run.
+Our block is the Llama block, so a Llama of n layers is an AbbIE of n blocks once it is known where to cut. At
+r = 1 it computes what it always has. Pickles are not read, and Python files of a folder are never run.
 """
 
-import json
 import re
 import shutil
-from dataclasses import asdict, fields
-from itertools import takewhile
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -27,50 +24,56 @@ GENERATION = "generation_config.json"
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", GENERATION,
 )  # fmt: skip
-DOWNLOADED = (*TOKENIZER_FILES, "config.json", "model*.safetensors")
-MAX_BLOCK_SIZE = 2048  # where block_size is not given: a cache may hold as much; Llama 3.2 has 131072
-CUT = ("n_head_blocks", "n_body_blocks", "n_tail_blocks")
-
-# Our names of what a Llama's config.json holds, and its values where it does not say.
+# Our names of what a Llama's config.json holds, its own, and what it means where it does not say.
 KEYS = {
-    "vocab_size": "vocab_size", "n_embd": "hidden_size", "ffn_dim": "intermediate_size",
-    "n_body_blocks": "num_hidden_layers",  # all of them, before they are cut
-    "n_attn_heads": "num_attention_heads", "n_kv_heads": "num_key_value_heads",
-    "block_size": "max_position_embeddings", "norm_eps": "rms_norm_eps", "rope_base": "rope_theta",
-    "tie_embeddings": "tie_word_embeddings",
-}  # fmt: skip
-DEFAULTS = {
-    "max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "tie_word_embeddings": False
-}  # fmt: skip
-STRETCH = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")  # of llama3
+    "vocab_size": ("vocab_size", None),
+    "block_size": ("max_position_embeddings", 2048),
+    "n_embd": ("hidden_size", None),
+    "n_attn_heads": ("num_attention_heads", None),
+    "n_kv_heads": ("num_key_value_heads", None),
+    "ffn_dim": ("intermediate_size", None),
+    "n_body_blocks": ("num_hidden_layers", None),
+    "rope_base": ("rope_theta", 10000.0),
+    "norm_eps": ("rms_norm_eps", 1e-6),
+    "tie_embeddings": ("tie_word_embeddings", False),
+}
 # Keys that change what a Llama computes, and the value at which our block does the same.
 SUPPORTED = {
-    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "auto_map": None, "hidden_act": "silu",
-    "attention_bias": False, "mlp_bias": False, "sliding_window": None, "use_sliding_window": False,
-    "layer_types": None, "pretraining_tp": 1, "partial_rotary_factor": 1.0, "rope_interleaved": False,
-    "quantization_config": None,
+    "model_type": "llama", "auto_map": None, "hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
+    "partial_rotary_factor": 1.0, "quantization_config": None,
 }  # fmt: skip
+# Our names of a block's weights, and a Llama's of their parts, in the order of their rows.
+PARTS = {
+    "attn_norm": ["input_layernorm"],
+    "attn.qkv": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+    "attn.out": ["self_attn.o_proj"],
+    "mlp_norm": ["post_attention_layernorm"],
+    "mlp.gate_up": ["mlp.gate_proj", "mlp.up_proj"],
+    "mlp.down": ["mlp.down_proj"],
+}
 
 
 # ------------------------------------------------------------------------------------------------- the folder
 
 
 def read_folder(name: str, changes: dict) -> tuple[dict, dict[str, Tensor], dict]:
-    """A folder or OWNER/REPO -> config and weights as in a checkpoint of ours, and the changes of the config
-    that are still to be made, as a Llama is cut already. Raises UserError for a folder that is damaged, or
-    that asks for what our block does not compute."""
+    """A folder or OWNER/REPO -> config and weights as in a checkpoint of ours, and the changes of the config,
+    in which a Llama is cut: into thirds, unless they name three depths that sum to its layers. Raises
+    UserError for what is damaged, or asks for what our block does not compute."""
     folder = find_folder(name)
     path = folder / "config.json"
     raw = read_json(path)
     if raw.get("model_type") == "abbie":
         meta = {**raw, "rope_scaling": raw.get("llama3_rope")}
-        for field in fields(AbbIEConfig):
-            typed(field.name, meta.get(field.name), f"{path}: {field.name}={meta.get(field.name)!r}")
         state = {key.removeprefix("model."): tensor for key, tensor in read_tensors(folder).items()}
     else:
-        config, changes = config_from_llama(path, raw, changes)
-        meta, state = asdict(config), from_llama(folder, config, read_tensors(folder))
-    if meta["tie_embeddings"] and "embed.weight" in state:
+        config = config_from_llama(path, raw)
+        meta, state = asdict(config), weights_from_llama(folder, config)
+        layers, third = config.n_blocks, config.n_blocks // 3
+        cut = {"n_head_blocks": third, "n_body_blocks": layers - 2 * third, "n_tail_blocks": third}
+        if sum(changes.get(name, 0) for name in cut) != layers:  # those of a config for another model
+            changes = {**changes, **cut}
+    if meta.get("tie_embeddings") and "embed.weight" in state:
         state["unembed.weight"] = state["embed.weight"]
     meta["ckpt"] = f"hf:{name}"
     meta["tokenizer"] = meta.get("tokenizer") or meta["ckpt"]
@@ -82,11 +85,10 @@ def find_folder(name: str) -> Path:
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
-    is_repository = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is not None
-    check(is_repository, f"hf:{name}: there is no such folder")
+    check(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name), f"hf:{name}: there is no such folder")
     hub = optional("huggingface_hub")
     try:
-        return Path(hub.snapshot_download(name, allow_patterns=DOWNLOADED))
+        return Path(hub.snapshot_download(name, allow_patterns=["*.json", "*.jinja", "model*.safetensors"]))
     except Exception as error:  # those of the hub, of its HTTP library, of the disk
         raise UserError(
             f"hf:{name} is no folder here, and cannot be downloaded ({type(error).__name__})\n"
@@ -96,113 +98,64 @@ def find_folder(name: str) -> Path:
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
     """All tensors of model.safetensors, or of the several files that stand for it."""
-    load_file, tensors = optional("safetensors.torch").load_file, {}
-    whole = folder / "model.safetensors"
-    files = [whole] if whole.exists() else sorted(folder.glob("model*.safetensors"))
-    check(len(files) > 0, f"{folder} has no model.safetensors\nweights must be .safetensors: no pickles")
-    for file in files:
+    safetensors, tensors = optional("safetensors.torch"), {}
+    for file in sorted(folder.glob("model*.safetensors")):
         try:
-            tensors |= load_file(file)
+            tensors |= safetensors.load_file(file)
         except Exception as error:  # safetensors' own, or the system's
             raise UserError(f"{file} is damaged: {error}") from None
+    check(tensors, f"{folder} has no model.safetensors\nweights must be .safetensors: no pickles")
     return tensors
 
 
 # -------------------------------------------------------------------------------------------------- the Llama
 
 
-def config_from_llama(path: Path, raw: dict, changes: dict) -> tuple[AbbIEConfig, dict]:
-    """config.json of a Llama -> the config, its layers cut, and the changes that remain. What we cannot
-    compute is refused by name."""
+def config_from_llama(path: Path, raw: dict) -> AbbIEConfig:
+    """config.json of a Llama -> its shape, all layers in the Body. What we cannot compute is refused."""
     # transformers 5 writes rope_parameters; older versions rope_theta and rope_scaling.
     rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     check(isinstance(rope, dict), f"{path}: its rotary embedding, {rope!r}, is no dictionary")
+    llama = {key: value for key, value in {**raw, **rope}.items() if value is not None}
+    for key, ours in SUPPORTED.items():
+        value = llama.get(key, ours)
+        check(value == ours, f"{path}: {key}={value!r} is not what this model computes")
+    shape = {"n_head_blocks": 0, "n_tail_blocks": 0, "iters": 1}  # r = 1 is what it was trained at
+    for ours, (theirs, default) in KEYS.items():
+        value = llama.get(theirs, default)
+        shape[ours] = typed(ours, value, f"{path}: {theirs}={value!r}")
+    shape["block_size"] = min(shape["block_size"], 2048)  # a cache may hold as much; Llama 3.2 has 131072
     rope_type = rope.get("rope_type", rope.get("type", "default"))
-    given = {key: value for key, value in {**raw, **rope}.items() if value is not None}
-    llama = {**DEFAULTS, "num_key_value_heads": given.get("num_attention_heads"), **given}
-
-    unsupported = []
-    for name, value in SUPPORTED.items():
-        if llama.get(name, value) != value:
-            unsupported.append(f"{name}={llama[name]!r}")
-    if rope_type not in ("default", "llama3"):
-        unsupported.append(f"rope_type={rope_type!r}")
-    check(not unsupported, f"{path} asks for what this model does not have: {', '.join(unsupported)}")
-    shape = {}
-    for ours, theirs in KEYS.items():
-        shape[ours] = typed(ours, llama.get(theirs), f"{path}: {theirs}={llama.get(theirs)!r}")
-    shape["block_size"] = min(shape["block_size"], MAX_BLOCK_SIZE)
-    if rope_type == "llama3":
-        shape["rope_scaling"] = {"rope_type": rope_type, **{name: rope.get(name) for name in STRETCH}}
-    head_dim = llama.get("head_dim")
-    standard = head_dim is None or (
-        type(head_dim) is int and head_dim * shape["n_attn_heads"] == shape["n_embd"]
-    )
-    check(standard, f"{path}: head_dim={head_dim} is not hidden_size / num_attention_heads")
-    cut, changes = cut_layers(shape["n_body_blocks"], changes)
-    return AbbIEConfig(**{**shape, **cut, "iters": 1}), changes  # r = 1 is what it was trained at
+    if rope_type != "default":
+        shape["rope_scaling"] = {**rope, "rope_type": rope_type}
+    config = AbbIEConfig(**shape)
+    standard = llama.get("head_dim", config.attn_head_dim) == config.attn_head_dim
+    check(standard, f"{path}: head_dim is not hidden_size / num_attention_heads")
+    return config
 
 
-def cut_layers(layers: int, changes: dict) -> tuple[dict, dict]:
-    """Where to cut so many layers, and the changes that remain. `changes` may name some of the three depths,
-    which is refused later where they do not fit; all three that do not are another model's: thirds."""
-    third = layers // 3
-    cut = {name: changes[name] for name in CUT if name in changes}
-    complete = len(cut) == len(CUT)
-    cut.setdefault("n_head_blocks", third)
-    if "n_body_blocks" not in cut:
-        cut.setdefault("n_tail_blocks", third)
-    for name in CUT:
-        cut.setdefault(name, layers - sum(cut.values()))
-    fits = sum(cut.values()) == layers and cut["n_body_blocks"] > 0 and cut["n_tail_blocks"] >= 0
-    if not fits:
-        cut = dict(zip(CUT, (third, layers - 2 * third, third)))
-    if fits or complete:
-        changes = {name: value for name, value in changes.items() if name not in CUT}
-    return cut, changes
-
-
-def llama_names(config: AbbIEConfig) -> dict[str, dict[str, tuple]]:
-    """Our name of each weight -> a Llama's names of its parts, in the order of their rows, and their shapes.
-    Ours may have more rows, which pad the vocabulary."""
-    D, M, V, KV = config.n_embd, config.ffn_dim, config.vocab_size, config.n_kv_heads * config.attn_head_dim
-    names = {"embed": {"model.embed_tokens": (V, D)}, "norm": {"model.norm": (D,)}}
-    if not config.tie_embeddings:
-        names["unembed"] = {"lm_head": (V, D)}
-    for i in range(config.n_blocks):
-        ours, layer = f"blocks.{i}", f"model.layers.{i}"
-        attn, mlp = f"{layer}.self_attn", f"{layer}.mlp"
-        names[f"{ours}.attn_norm"] = {f"{layer}.input_layernorm": (D,)}
-        names[f"{ours}.attn.qkv"] = {
-            f"{attn}.q_proj": (D, D), f"{attn}.k_proj": (KV, D), f"{attn}.v_proj": (KV, D)
-        }  # fmt: skip
-        names[f"{ours}.attn.out"] = {f"{attn}.o_proj": (D, D)}
-        names[f"{ours}.mlp_norm"] = {f"{layer}.post_attention_layernorm": (D,)}
-        names[f"{ours}.mlp.gate_up"] = {f"{mlp}.gate_proj": (M, D), f"{mlp}.up_proj": (M, D)}
-        names[f"{ours}.mlp.down"] = {f"{mlp}.down_proj": (D, M)}
-    return names
-
-
-def from_llama(folder: Path, config: AbbIEConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def weights_from_llama(folder: Path, config: AbbIEConfig) -> dict[str, Tensor]:
     """A Llama's weights under our names. They must be exactly those that its config asks for."""
-    names = llama_names(config)
-    shapes = {f"{part}.weight": shape for parts in names.values() for part, shape in parts.items()}
-    given = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    given = {name: shape for name, shape in given.items() if not name.endswith("rotary_emb.inv_freq")}
+    tensors = read_tensors(folder)
+    names = {"embed": ["model.embed_tokens"], "norm": ["model.norm"]}  # ours -> a Llama's of its parts
     if config.tie_embeddings:
-        given.pop("lm_head.weight", None)  # some write it all the same; transformers ignores it too
-    differing = sorted({name for name, _ in shapes.items() ^ given.items()})
-    check(
-        not differing,
-        f"{folder}: config.json and the weights disagree on {len(differing)} tensors\n"
-        + ", ".join(differing[:3]),
-    )
+        tensors.pop("lm_head.weight", None)  # some write a copy all the same
+    else:
+        names["unembed"] = ["lm_head"]
+    for i in range(config.n_blocks):
+        for ours, parts in PARTS.items():
+            names[f"blocks.{i}.{ours}"] = [f"model.layers.{i}.{part}" for part in parts]
+    wanted = {f"{part}.weight" for parts in names.values() for part in parts}
+    given = {name for name in tensors if not name.endswith("rotary_emb.inv_freq")}  # of older versions
+    differing = sorted(wanted ^ given)
+    check(not differing, f"{folder}: config.json and the weights disagree on {', '.join(differing[:3])}")
+
     state = {}
-    for name, parts in names.items():
-        tensor = torch.cat([tensors[f"{part}.weight"] for part in parts])
-        if name in ("embed", "unembed"):
-            tensor = F.pad(tensor, (0, 0, 0, config.padded_vocab_size - config.vocab_size))
-        state[f"{name}.weight"] = tensor
+    for ours, parts in names.items():
+        rows = torch.cat([tensors[f"{part}.weight"] for part in parts])
+        if ours in ("embed", "unembed"):
+            rows = F.pad(rows, (0, 0, 0, config.padded_vocab_size - config.vocab_size))
+        state[f"{ours}.weight"] = rows
     return state
 
 
@@ -232,8 +185,8 @@ def end_tokens(folder: Path, vocab: dict[str, int]) -> list[int]:
     """All ids that end a text, the one that ends a document first."""
     ends = []
     for file in ("config.json", GENERATION):
-        ids = read_json_if_any(folder / file).get("eos_token_id")  # Llama 3 has several
-        ends += ids if isinstance(ids, list) else [ids]
+        ids = read_json_if_any(folder / file).get("eos_token_id")
+        ends += ids if isinstance(ids, list) else [ids]  # Llama 3 has several
     ends = [i for i in ends if i is not None]
     if not ends:  # then it is known by its spelling
         token = read_json_if_any(folder / "tokenizer_config.json").get("eos_token")
@@ -250,33 +203,28 @@ class HFTokenizer:
     that a model is to continue; encode_ordinary does not."""
 
     def __init__(self, name: str):
-        folder = find_folder(name)
-        path = folder / "tokenizer.json"
-        tokenizers = optional("tokenizers")
+        self.folder = folder = find_folder(name)
+        path, tokenizers = folder / "tokenizer.json", optional("tokenizers")
         try:
-            tokenizer = tokenizers.Tokenizer.from_file(str(path))
+            self.tokenizer = tokenizer = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # a bare Exception is what it raises
             raise UserError(f"{path} is missing or damaged: {error}") from None
         tokenizer.encode_special_tokens = True
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        vocab = tokenizer.get_vocab()
-        decoder = json.dumps(json.loads(tokenizer.to_str())["decoder"])
+        vocab, decoder = tokenizer.get_vocab(), str(tokenizer.decoder)
         spells = "ByteLevel" in decoder or "ByteFallback" in decoder
         check(spells, f"{folder}: its tokenizer does not spell bytes (ByteLevel or ByteFallback)")
-        self.tokenizer = tokenizer
         self.bytes = {i: token_bytes(token, "ByteLevel" in decoder) for token, i in vocab.items()}
 
         vocab_size = read_json_if_any(folder / "config.json").get("vocab_size", 0)
-        check(type(vocab_size) is int, f"{folder}/config.json: vocab_size={vocab_size!r} is no integer")
         self.n_vocab = max(vocab_size, max(self.bytes) + 1)
         ends = end_tokens(folder, vocab)
         known = all(type(i) is int and 0 <= i < self.n_vocab for i in ends)
         check(known, f"{folder}: which token ends a text?\nset eos_token_id in its config.json")
-        self.eot_token, self.eot_tokens = ends[0], frozenset(ends)
+        self.eot_token, self.eot_tokens = ends[0], list(dict.fromkeys(ends))
         text = tokenizer.encode("a")
-        added = takewhile(lambda pair: pair[1], zip(text.ids, text.special_tokens_mask))
-        self.bos_tokens = [i for i, _ in added]
+        self.bos_tokens = text.ids[: [*text.special_tokens_mask, 0].index(0)]
 
     def encode_ordinary(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
@@ -291,11 +239,10 @@ class HFTokenizer:
 
 def copy_tokenizer(name: str, folder: Path):
     """Copy the files from which HFTokenizer(folder) and transformers give the same tokens."""
-    tokenizer, origin = HFTokenizer(name), find_folder(name)
+    tokenizer = HFTokenizer(name)
     for file in TOKENIZER_FILES:
-        if (origin / file).exists():
-            shutil.copyfile(origin / file, folder / file)
+        if (tokenizer.folder / file).exists():
+            shutil.copyfile(tokenizer.folder / file, folder / file)
     # What ends a text may stand in the model's config.json, which is not the tokenizer's to copy.
-    ends = [tokenizer.eot_token, *sorted(tokenizer.eot_tokens - {tokenizer.eot_token})]
     generation = read_json_if_any(folder / GENERATION)
-    write_json(folder / GENERATION, {**generation, "eos_token_id": ends})
+    write_json(folder / GENERATION, {**generation, "eos_token_id": tokenizer.eot_tokens})

@@ -9,7 +9,7 @@ tokens, S tokens with those in the cache, D width, V vocab_size.
 
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, fields
+from dataclasses import asdict
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,8 @@ from transformers.utils import can_return_tuple
 
 from .model import AbbIE, AbbIEConfig, check
 
+# All keys of the shape but one, whose name transformers rewrites: here it is llama3_rope.
+SHAPE = {name: value for name, value in asdict(AbbIEConfig()).items() if name != "rope_scaling"}
 # transformers 5 calls `past_key_values` `cache`.
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 
@@ -41,10 +43,9 @@ class AbbIEPretrainedConfig(PretrainedConfig):
     }  # fmt: skip
 
     def __init__(self, llama3_rope: dict | None = None, **kwargs):
-        self.llama3_rope = llama3_rope  # transformers rewrites what is called rope_scaling
-        for name, default in asdict(AbbIEConfig()).items():
-            if name != "rope_scaling":
-                setattr(self, name, kwargs.pop(name, default))
+        self.llama3_rope = llama3_rope
+        for name, default in SHAPE.items():
+            setattr(self, name, kwargs.pop(name, default))
         kwargs["tie_word_embeddings"] = self.tie_embeddings
         core = self.core()  # refuses what does not fit together
         # peft looks for these two in to_dict(), which knows no attribute_map.
@@ -52,8 +53,7 @@ class AbbIEPretrainedConfig(PretrainedConfig):
         super().__init__(**kwargs)
 
     def core(self) -> AbbIEConfig:
-        names = [f.name for f in fields(AbbIEConfig) if f.name != "rope_scaling"]
-        return AbbIEConfig(rope_scaling=self.llama3_rope, **{name: getattr(self, name) for name in names})
+        return AbbIEConfig(rope_scaling=self.llama3_rope, **{name: getattr(self, name) for name in SHAPE})
 
     @property
     def num_hidden_layers(self) -> int:
@@ -85,14 +85,14 @@ class Slots:
         return *self.cache.update(keys, values, self.slot), self.mask
 
 
-def documents(positions: Tensor, real: Tensor) -> Tensor:
+def documents(positions: Tensor, real: Tensor) -> Tensor | None:
     """positions (B, T) of the last T of S tokens, real (B, S): which are no padding -> (B, T), the number of
-    each token's document. One begins where positions begin again after another token."""
+    each token's document, or None for one a row. Another begins where positions begin again after a token."""
     T = positions.shape[1]
     before = F.pad(positions, (1, 0), value=-1)[:, :-1]
     begins = (positions == 0) | (positions < before)
     begins &= real[:, -T:] & (real.cumsum(1)[:, -T:] > 1)
-    return begins.cumsum(1)
+    return begins.cumsum(1) if begins.any() else None
 
 
 def visible(real: Tensor, T: int, document: Tensor | None) -> Tensor | None:
@@ -136,12 +136,10 @@ class AbbIEForCausalLM(PreTrainedModel, GenerationMixin):
         """peft's prompt tuning takes the embedding of this name, or one of vocab_size rows: ours has more."""
         return self.model.embed if target == "embeddings.word_embeddings" else super().get_submodule(target)
 
-    def resize_token_embeddings(self, new_num_tokens=None, pad_to_multiple_of=None, mean_resizing=True):
+    def resize_token_embeddings(self, new_num_tokens, pad_to_multiple_of=None, mean_resizing=True):
         """Give the vocabulary new_num_tokens. The rows that pad it to a multiple of 64 are used up first, so
         pad_to_multiple_of is not needed. New rows begin as the mean of the old ones."""
         model = self.model
-        if new_num_tokens is None:
-            return model.embed
         kept = min(self.config.vocab_size, new_num_tokens)
         self.config.vocab_size = new_num_tokens
         model.config = self.config.core()
@@ -179,7 +177,6 @@ class AbbIEForCausalLM(PreTrainedModel, GenerationMixin):
         labels=None,
         use_cache=None,
         output_hidden_states=None,
-        output_attentions=None,
         logits_to_keep=0,
         iters=None,
         **kwargs,
@@ -192,14 +189,11 @@ class AbbIEForCausalLM(PreTrainedModel, GenerationMixin):
         iters = model.check_iters(config.iters if iters is None else iters)
         misspelt = [name for name in kwargs if name.startswith(("iter", "n_iter", "num_iter"))]
         check(not misspelt, f"unknown argument {misspelt}: the number of iterations is iters")
-        check(not output_attentions, "attention weights are not kept: leave out output_attentions")
+        check(not kwargs.get("output_attentions"), "attention weights are not kept: no output_attentions")
         check((input_ids is None) != (inputs_embeds is None), "give either input_ids or inputs_embeds")
         if inputs_embeds is None:
             V = config.vocab_size
-            check(
-                int(input_ids.max()) < V,
-                f"a token id is not in the vocabulary of {V}: resize_token_embeddings",
-            )
+            check(input_ids.max() < V, f"a token id is beyond the vocabulary of {V}: resize_token_embeddings")
             inputs_embeds = model.embed(input_ids)
         B, T, _ = inputs_embeds.shape
 
@@ -209,26 +203,24 @@ class AbbIEForCausalLM(PreTrainedModel, GenerationMixin):
         past = 0 if cache is None else cache.get_seq_length()
         if attention_mask is None:
             attention_mask = torch.ones(B, past + T, device=inputs_embeds.device)
-        sizes = f"(B, S) = {(B, past + T)}, not {tuple(attention_mask.shape)}"
-        check(attention_mask.shape == (B, past + T), f"attention_mask must be {sizes}")
+        check(attention_mask.shape == (B, past + T), f"attention_mask must be (B, S) = {(B, past + T)}")
         real = attention_mask.bool()
         if position_ids is None:
             position_ids = (real.cumsum(1) - 1).clamp(min=0)[:, -T:]
         position_ids = position_ids.expand(B, T)
-        last = int(position_ids.max())
-        check(last < config.block_size, f"{last + 1} tokens do not fit into a context of {config.block_size}")
+        length, context = int(position_ids.max()) + 1, config.block_size
+        check(length <= context, f"{length} tokens do not fit into a context of {context}")
 
         document = documents(position_ids, real)
-        packed = bool(document.any())
-        alone = cache is None and not use_cache
-        check(alone or not packed, "positions that begin again separate documents: say use_cache=False")
-        model.activation_checkpointing = self.gradient_checkpointing and self.training
         if use_cache is None:
-            use_cache = config.use_cache and not self.training
-        if cache is None and use_cache and not packed and not model.activation_checkpointing:
+            use_cache = config.use_cache and not self.training and document is None
+        alone = document is None or not use_cache and cache is None
+        check(alone, "positions that begin again separate documents: say use_cache=False")
+        model.activation_checkpointing = self.gradient_checkpointing and self.training
+        if use_cache and cache is None and not model.activation_checkpointing:
             cache = DynamicCache()
 
-        kv = Slots(model.config, cache, visible(real, T, document if packed else None), past)
+        kv = Slots(model.config, cache, visible(real, T, document), past)
         if output_hidden_states is None:
             output_hidden_states = config.output_hidden_states
         hidden = []
