@@ -25,42 +25,32 @@ from model import AbbIE, AbbIEConfig, UserError, check
 # ---------------------------------------------------------------------------------------------------- writing
 
 
-def write_synced(path: Path, write: Callable):
-    """Create a file through write(file) and have the disk confirm it."""
+def sync(path: Path):
+    """Have the disk confirm a file, or the names in a folder (Windows has no such call)."""
+    if os.name == "posix":
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+
+def write_whole(path: Path, data: bytes):
+    """Create or replace a file, whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
     try:
-        with open(path, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
+        temporary.write_bytes(data)
+        sync(temporary)
+        os.replace(temporary, path)
     except OSError as error:
         error.filename = str(path)  # which a full disk does not say
         raise
-
-
-def sync_folder(path: Path):
-    """Have the disk confirm the names in a folder (Windows has no such call)."""
-    if os.name == "posix":
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def write_whole(path: Path, write: Callable):
-    """Create or replace a file through write(file), whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        write_synced(temporary, write)
-        os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    sync_folder(path.parent)
+    sync(path.parent)
 
 
 def write_json(path: Path, value):
     """Create or replace a file by value as JSON, whole or not at all."""
-    write_whole(path, lambda file: file.write(json.dumps(value, indent=1).encode() + b"\n"))
+    write_whole(path, json.dumps(value, indent=1).encode() + b"\n")
 
 
 def save_checkpoint(run: Path, step: int, model: dict, train: dict, config: dict) -> Path:
@@ -70,8 +60,9 @@ def save_checkpoint(run: Path, step: int, model: dict, train: dict, config: dict
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        write_synced(temporary / "model.pt", lambda file: torch.save(model, file))
-        write_synced(temporary / "train.pt", lambda file: torch.save(train, file))
+        for name, content in (("model.pt", model), ("train.pt", train)):
+            with open(temporary / name, "wb") as file:  # of a path, torch would not say why it failed
+                torch.save(content, file)
         write_json(temporary / "config.json", config)
         if config.get("tokenizer", "").startswith("hf:"):
             from hf.llama import copy_tokenizer
@@ -79,9 +70,11 @@ def save_checkpoint(run: Path, step: int, model: dict, train: dict, config: dict
             data = Path(config.get("data", ""))
             own = data if (data / "tokenizer.json").exists() else config["tokenizer"][3:]
             copy_tokenizer(str(own), temporary)
+        for path in (*temporary.iterdir(), temporary):
+            sync(path)
         shutil.rmtree(folder, ignore_errors=True)  # of the same step
         os.rename(temporary, folder)
-        sync_folder(run)
+        sync(run)
     except (OSError, RuntimeError) as error:  # torch.save covers a failed write with a RuntimeError
         while error.__context__ is not None:
             error = error.__context__
@@ -166,39 +159,31 @@ def read_tensors(path: Path) -> dict:
 
 def newest_run() -> Path:
     """The run under out/ that was written last."""
-    saved = Path("out").glob("**/step_*/config.json")
-    newest = max(saved, key=lambda path: path.stat().st_mtime, default=None)
-    check(
-        newest is not None,
-        "there is no checkpoint under out/\ngive a model that ships: --ckpt models/chains_abbie_d\n"
-        "or make one: python train.py config/abbie_tiny.py",
-    )
-    return newest.parents[1]
+    saved = sorted(Path("out").glob("**/step_*/config.json"), key=lambda path: path.stat().st_mtime)
+    if not saved:
+        raise UserError(
+            "there is no checkpoint under out/\ngive a model that ships: --ckpt models/chains_abbie_d\n"
+            "or make one: python train.py config/abbie_tiny.py"
+        )
+    return saved[-1].parents[1]
 
 
 def load_newest(path: str | Path | None, load: Callable):
     """load(folder) of a checkpoint, or of the newest checkpoint of a run folder that it does not refuse.
     None: the run under out/ that was written last."""
     path = newest_run() if path is None else Path(path).expanduser()
-    steps = checkpoints(path)[::-1]
-    if not steps:
-        check_is_checkpoint(path)
-        return load(path)
-    for folder in steps[:-1]:
+    *newer, oldest = checkpoints(path)[::-1] or [path]
+    if oldest == path and not (path / "model.pt").exists():
+        advice = "give a run folder such as out/abbie_tiny, one step_* folder in it, or one of models/"
+        if (path / "model.safetensors").exists() or (not path.exists() and str(path).count("/") == 1):
+            advice += f"\na folder or repository of Hugging Face is hf:{path}"
+        raise UserError(f"{path} is no checkpoint: it has no model.pt\n{advice}")
+    for folder in newer:
         try:
             return load(folder)
         except UserError as error:
             print(f"passed over: {error}", file=sys.stderr)
-    return load(steps[-1])
-
-
-def check_is_checkpoint(path: Path):
-    if (path / "model.pt").exists() and (path / "config.json").exists():
-        return
-    advice = "give a run folder such as out/abbie_tiny, one step_* folder in it, or one of models/"
-    if (path / "model.safetensors").exists() or (not path.exists() and str(path).count("/") == 1):
-        advice += f"\na folder or repository of Hugging Face is hf:{path}"
-    raise UserError(f"{path} is no checkpoint: it needs model.pt and config.json\n{advice}")
+    return load(oldest)
 
 
 def load_model(path: str | Path | None = None, device="cpu", **changes) -> AbbIE:

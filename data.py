@@ -12,6 +12,7 @@ T-th token of a shard; what is left at a shard's end is dropped. prepare_data.py
 import hashlib
 import json
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -82,38 +83,25 @@ def command_for(folder: Path) -> str:
     return f"python prepare_data.py text --input FILE_OR_DIR --out {folder}"
 
 
-def has(value, **types: type) -> bool:
-    """Whether value is a dictionary with these keys, and values of these types."""
-    return isinstance(value, dict) and all(isinstance(value.get(key), kind) for key, kind in types.items())
-
-
-def describes_shards(meta) -> bool:
-    if not has(meta, tokenizer=str, vocab_size=int, splits=dict):
-        return False
-    for split in meta["splits"].values():
-        if not has(split, tokens=int, bytes=int, shards=list):
-            return False
-        if not all(has(shard, file=str, tokens=int) for shard in split["shards"]):
-            return False
-    return True
-
-
 def read_meta(folder: str | Path) -> dict:
     """meta.json of a folder of shards, or a UserError that names the command which makes them."""
     folder = Path(folder)
     try:
-        meta = json.loads((folder / "meta.json").read_text())
+        return json.loads((folder / "meta.json").read_text())
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(
             f"{folder} holds no prepared data, or its preparation was interrupted\n"
             f"make it: {command_for(folder)}\n"
             "if it has moved, name its folder: --data of train.py, --ppl of eval_icl.py"
         ) from None
-    except (ValueError, RecursionError):
-        meta = None
-    if not describes_shards(meta):
-        raise broken(folder / "meta.json", "does not describe token shards")
-    return meta
+    except (ValueError, RecursionError) as error:
+        raise broken(folder / "meta.json", f"is damaged ({error})") from None
+
+
+@lru_cache(maxsize=1)  # an order is as long as the data: that of one epoch at a time
+def window_order(n_windows: int, seed: int, epoch: int) -> np.ndarray:
+    """A permutation of range(n_windows), a pure function of (seed, epoch)."""
+    return np.random.default_rng([seed, epoch]).permutation(n_windows)
 
 
 class Shards:
@@ -125,14 +113,16 @@ class Shards:
 
     def __init__(self, folder: str | Path, split: str, block_size: int):
         self.folder, self.block_size, self.meta = Path(folder), block_size, read_meta(folder)
-        self.tokenizer, self.vocab_size = self.meta["tokenizer"], self.meta["vocab_size"]
+        try:
+            self.tokenizer, self.vocab_size = str(self.meta["tokenizer"]), int(self.meta["vocab_size"])
+            entry = self.meta["splits"][split]
+            self.n_tokens, self.n_bytes = int(entry["tokens"]), int(entry["bytes"])
+            self.paths = [self.folder / shard["file"] for shard in entry["shards"]]
+            self.sizes = [int(shard["tokens"]) for shard in entry["shards"]]
+        except (LookupError, TypeError, ValueError, OverflowError) as error:
+            problem = f"describes no {split} split ({type(error).__name__}: {error})"
+            raise broken(self.folder / "meta.json", problem) from None
         self.dtype = token_dtype(self.vocab_size)
-        if split not in self.meta["splits"]:
-            raise broken(self.folder / "meta.json", f"tells of no {split} split")
-        entry = self.meta["splits"][split]
-        self.n_tokens, self.n_bytes = entry["tokens"], entry["bytes"]
-        self.paths = [self.folder / shard["file"] for shard in entry["shards"]]
-        self.sizes = [shard["tokens"] for shard in entry["shards"]]
         for path, size in zip(self.paths, self.sizes):
             n_bytes = size * self.dtype.itemsize
             if not path.is_file() or path.stat().st_size != n_bytes:
@@ -157,9 +147,12 @@ class Shards:
         """What makes the data of two runs the same, wherever it lies."""
         return hashlib.sha256(json.dumps(self.meta["splits"], sort_keys=True).encode()).hexdigest()
 
-    def window_order(self, seed: int, epoch: int) -> np.ndarray:
-        """A permutation of range(n_windows), a pure function of (seed, epoch)."""
-        return np.random.default_rng([seed, epoch]).permutation(self.n_windows)
+    def windows(self, seed: int, first: int, count: int) -> np.ndarray:
+        """The windows of sequences first ... first + count - 1 of a run: every epoch shows each window once,
+        in an order of its own."""
+        epochs, places = np.divmod(np.arange(first, first + count), self.n_windows)
+        orders = {epoch: window_order(self.n_windows, seed, epoch) for epoch in np.unique(epochs).tolist()}
+        return np.concatenate([order[places[epochs == epoch]] for epoch, order in orders.items()])
 
     def batch(self, windows) -> tuple[Tensor, Tensor]:
         """Numbers of B windows -> x, y (B, T) int64, y one token ahead of x."""

@@ -61,7 +61,7 @@ from config import (
     start_ranks,
     together,
 )
-from data import Shards, documents, read_meta, tokenizer_in, tokenizer_of
+from data import Shards, documents, tokenizer_in, tokenizer_of
 from model import AbbIE, UserError, check
 
 # --------------------------------------------------------------------------------- a row -> its requests
@@ -241,7 +241,7 @@ def make_task(name: str, data: str | Path, block_size: int, n: int) -> list[Exam
     """n examples (if there are so many) from the first two million characters of the validation split of
     `data`; those for a larger n begin with them. Contexts have at most block_size / 2 characters, and at most
     512."""
-    tokenizer, texts, size = tokenizer_in(data, read_meta(data)["tokenizer"]), [], 0
+    tokenizer, texts, size = tokenizer_in(data, Shards(data, "val", 1).tokenizer), [], 0
     for tokens in documents(data, "val"):
         texts.append(tokenizer.decode(tokens[: 1 << 20].tolist()))
         size += len(texts[-1])

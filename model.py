@@ -43,6 +43,14 @@ def check(condition: bool, message: str):
         raise UserError(message)
 
 
+def check_range(config, low: float, high: float, *names: str):
+    """Raises UserError for a value of config outside low ... high, or one that is not finite."""
+    for name in names:
+        value = getattr(config, name)
+        bounds = f"at least {low}" if high == math.inf else f"from {low} to {high}"
+        check(low <= value <= high and value < math.inf, f"{name}={value} must be {bounds}")
+
+
 @dataclass(frozen=True)
 class AbbIEConfig:
     """The shape of a model and its recurrence. Raises UserError where a value is out of bounds."""
@@ -68,12 +76,9 @@ class AbbIEConfig:
         if self.n_kv_heads is None:
             object.__setattr__(self, "n_kv_heads", self.n_attn_heads)
         D, H, K = self.n_embd, self.n_attn_heads, self.n_kv_heads
-        for name in ("vocab_size", "block_size", "n_embd", "n_attn_heads", "ffn_dim", "n_body_blocks"):
-            check(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
-        for name in ("n_head_blocks", "n_tail_blocks"):
-            check(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative")
-        for name in ("rope_base", "norm_eps"):
-            check(0 < getattr(self, name) < math.inf, f"{name}={getattr(self, name)} must be positive")
+        check_range(self, 1, math.inf, "vocab_size", "block_size", "n_embd", "n_attn_heads", "ffn_dim")
+        check_range(self, 1, math.inf, "n_body_blocks", "rope_base")
+        check_range(self, 0, math.inf, "n_head_blocks", "n_tail_blocks", "norm_eps")
         check(D % (2 * H) == 0, f"n_embd={D} is no even multiple of n_attn_heads={H}")
         check(1 <= K <= H and H % K == 0, f"n_kv_heads={K} must divide n_attn_heads={H}")
         check(self.rule in MAX_ITERS, f"rule={self.rule!r} is none of {', '.join(MAX_ITERS)}")
@@ -83,10 +88,9 @@ class AbbIEConfig:
 
     def check_iters(self, iters: int) -> int:
         """iters, as an int. Raises UserError outside the rule's range."""
-        is_integer = isinstance(iters, Integral) and not isinstance(iters, bool)
-        valid = is_integer and 1 <= iters <= MAX_ITERS[self.rule]
-        advice = f"rule {self.rule} runs at any integer from 1 to {MAX_ITERS[self.rule]}"
-        check(valid, f"iters={iters!r}: {advice}")
+        most = MAX_ITERS[self.rule]
+        valid = isinstance(iters, Integral) and 1 <= iters <= most
+        check(valid, f"iters={iters!r}: rule {self.rule} runs at any integer from 1 to {most}")
         return int(iters)
 
     @property
@@ -105,12 +109,13 @@ class AbbIEConfig:
 
 
 def check_rope_scaling(scaling: dict):
-    wanted = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
-    numbers = all(isinstance(scaling.get(name), (int, float)) and scaling[name] > 0 for name in wanted)
-    known = scaling.get("rope_type") == "llama3" and numbers
-    check(known, f"rope_scaling needs rope_type 'llama3' and positive {', '.join(sorted(wanted))}")
-    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    check(low < high, f"rope_scaling: low_freq_factor={low} must be below high_freq_factor={high}")
+    names = ("low_freq_factor", "high_freq_factor", "factor", "original_max_position_embeddings")
+    numbers = [scaling.get(name) for name in names]
+    positive = all(isinstance(number, (int, float)) and number > 0 for number in numbers)
+    valid = scaling.get("rope_type") == "llama3" and positive and numbers[0] < numbers[1]
+    check(
+        valid, f"rope_scaling needs rope_type 'llama3' and positive {', '.join(names)}, the first the least"
+    )
 
 
 # -------------------------------------------------------------------------------------------------- the block
@@ -348,8 +353,7 @@ class AbbIE(nn.Module):
         check(fits, f"token ids must be {shape}")
         if idx.device.type == "cpu":  # a GPU would have to wait
             low, high = idx.aminmax()
-            check(0 <= low, f"token id {low} is not in the vocabulary of {V}")
-            check(high < V, f"token id {high} is not in the vocabulary of {V}")
+            check(0 <= low and high < V, f"a token id of {low} to {high} is not in the vocabulary of {V}")
 
     def check_iters(self, iters: int | None) -> int:
         """iters, or the config's for None. Raises UserError outside the rule's range."""

@@ -38,7 +38,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from checkpoint import sync_folder, write_json, write_whole
+from checkpoint import sync, write_json, write_whole
 from config import ArgumentParser, cli, optional
 from data import get_tokenizer, token_dtype
 from eval_icl import DOWNLOADED, TASKS
@@ -252,7 +252,7 @@ def fetch_eval_set(name: str, folder: Path):
     n, expected = len(lines), task.n_rows
     check(n == expected, f"{task.repo}, {task.file} has {n} rows, not {expected}: it may have changed")
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, lambda file: file.writelines(lines))
+    write_whole(path, b"".join(lines))
     shutil.rmtree(folder / DOWNLOADS)
     print(f"{path}: {n} rows", flush=True)
 
@@ -284,7 +284,7 @@ def write_group(group: list[tuple], number: int, args, tokenizer, bar) -> dict:
         for split in SPLITS:
             result[split]["sha256"] = digests[split].hexdigest()
             os.replace(temporary[split], paths[split])
-        sync_folder(Path(args.out))
+        sync(Path(args.out))
     finally:
         for split in SPLITS:
             temporary[split].unlink(missing_ok=True)

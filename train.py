@@ -65,7 +65,7 @@ from config import (
     start_ranks,
     together,
 )
-from data import Shards, has, tokenizer_in
+from data import Shards, tokenizer_in
 from eval_icl import BUILT_IN, evaluate_loss, print_table, run_tasks
 from model import AbbIE, UserError, check
 from sample import show, stream_text
@@ -124,13 +124,6 @@ def lr_at(step: int, config: Config) -> float:
     remaining = (config.max_steps - step) / max(1, config.max_steps - decay_start(config))
     decayed = config.min_lr + (config.lr - config.min_lr) * min(1.0, remaining)
     return min(config.lr * (step + 1) / warmup, decayed) if step < warmup else decayed
-
-
-def windows_at(n_windows: int, order, first: int, count: int) -> np.ndarray:
-    """The data windows of sequences first .. first + count - 1 of the run: epoch e shows every window once,
-    in the order of the permutation order(e)."""
-    epoch, offset = np.divmod(np.arange(first, first + count), n_windows)
-    return np.concatenate([order(int(e))[offset[epoch == e]] for e in np.unique(epoch)])
 
 
 def share_of(windows: np.ndarray, rank: int, world: int, micro_batch: int) -> np.ndarray:
@@ -273,7 +266,8 @@ def load_run(folder: Path, config: Config) -> tuple[AbbIE, dict]:
         state = read_tensors(folder / "train.pt")
     except UserError as error:
         raise UserError(f"{error}\n{weights}") from None
-    check(has(model.meta, run=dict, data_sha256=str), f"{folder}/config.json tells of no run\n{weights}")
+    tells = isinstance(model.meta.get("run"), dict) and "data_sha256" in model.meta
+    check(tells, f"{folder}/config.json tells of no run\n{weights}")
     complete = {"optimizer", "step", "flops", "max_steps", "decay_start"} <= state.keys()
     check(complete, f"{folder}/train.pt is damaged\n{weights}")
     decays_on = state["decay_start"] < state["step"] < config.max_steps
@@ -480,12 +474,8 @@ def run(config: Config, rank: int, world: int, command: str) -> int:
         log = open_log(out_dir / "log.jsonl" if rank == 0 else Path(os.devnull))
     log({**about, "resumed_at": step})
 
-    @functools.lru_cache(maxsize=1)  # a permutation is as long as the data: of one epoch at a time
-    def order(epoch: int) -> np.ndarray:
-        return shards.window_order(config.seed, epoch)
-
     def read_step(step: int) -> list[tuple[Tensor, Tensor]]:
-        windows = windows_at(shards.n_windows, order, step * sequences, sequences)
+        windows = shards.windows(config.seed, step * sequences, sequences)
         return [shards.batch(numbers) for numbers in share_of(windows, rank, world, micro_batch)]
 
     def validate(iters: list[int], tokens: int):

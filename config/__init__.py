@@ -9,12 +9,12 @@ A config file is Python that assigns keys (`n_embd = 128`); one that varies anot
 """
 
 import argparse
+import ast
 import dataclasses
 import difflib
 import importlib
 import inspect
 import io
-import json
 import math
 import os
 import re
@@ -31,7 +31,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from model import MAX_ITERS, AbbIEConfig, UserError, check
+from model import MAX_ITERS, AbbIEConfig, UserError, check, check_range
 
 
 @dataclass(frozen=True)
@@ -70,18 +70,15 @@ class Config(AbbIEConfig):
 
     def __post_init__(self):
         self.model_config(self.vocab_size or 1)  # which checks the shape
-        for name in ("tokens_per_step", "micro_batch", "eval_tokens", "keep_last"):
-            check(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
-        counts = ("vocab_size", "backprop_iters", "max_steps", "eval_every", "save_every")
-        for name in (*counts, "lr", "min_lr", "weight_decay", "grad_clip", "tokens_per_param"):
-            value = getattr(self, name)
-            check(0 <= value < math.inf, f"{name}={value} must be 0 or more, and finite")
+        check_range(self, 0, math.inf, "vocab_size", "backprop_iters", "max_steps", "tokens_per_param")
+        check_range(self, 0, math.inf, "eval_every", "save_every", "lr", "min_lr")
+        check_range(self, 0, math.inf, "weight_decay", "grad_clip")
+        check_range(self, 1, math.inf, "tokens_per_step", "micro_batch", "eval_tokens", "keep_last")
+        check_range(self, -1, math.inf, "warmup_steps")
+        check_range(self, 0, 1, "decay_frac")
+        check_range(self, 0, 0.99999, "beta1", "beta2")
+        check_range(self, 0, 2**64 - 1, "seed")
         check(self.max_steps > 0 or self.tokens_per_param > 0, "set max_steps or tokens_per_param above 0")
-        check(self.warmup_steps >= -1, f"warmup_steps={self.warmup_steps} must be at least -1")
-        check(0 <= self.decay_frac <= 1, f"decay_frac={self.decay_frac} must lie between 0 and 1")
-        for name in ("beta1", "beta2"):
-            check(0 <= getattr(self, name) < 1, f"{name}={getattr(self, name)} must be 0 or more, below 1")
-        check(0 <= self.seed < 2**64, f"seed={self.seed} must be from 0 to 2^64 - 1")
         for name, choices in (("dtype", ("auto", *DTYPES)), ("compile", ("auto", "on", "off"))):
             value = getattr(self, name)
             check(value in choices, f"{name}={value!r} is none of {', '.join(choices)}")
@@ -162,19 +159,15 @@ def load_config(argv: list[str]) -> Config:
 
 
 KINDS = typing.get_type_hints(Config)  # key -> int, int | None, ...
-WORDS = {"true": True, "false": False, "none": None}
 
 
 def from_text(name: str, text: str):
-    """A flag's text as the first of the key's types that it fits, or as it is."""
-    for kind in typing.get_args(KINDS[name]) or (KINDS[name],):
-        try:
-            if kind in (bool, types.NoneType):
-                return WORDS[text.lower()]
-            return json.loads(text) if kind is dict else kind(text)
-        except (ValueError, KeyError):
-            continue
-    return text
+    """A flag's text as the Python value that it spells, where its key may hold other values than text."""
+    words = {"true": "True", "false": "False", "none": "None"}
+    try:
+        return text if KINDS[name] is str else ast.literal_eval(words.get(text.lower(), text))
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return text
 
 
 def typed(name: str, value, place: str):
@@ -207,9 +200,7 @@ def read_config_file(path: Path) -> dict:
             continue
         guess = nearest(name, KINDS)
         check(not guess, f"{path}: unknown key {name}{guess}\na variable of your own may begin with _")
-        print(
-            f"{path}: {name} is no key, and a variable of your own (python train.py --help)", file=sys.stderr
-        )
+        print(f"{path}: {name} is no key (see python train.py --help)", file=sys.stderr)
     return {name: value for name, value in names.items() if name in KINDS}
 
 
@@ -248,17 +239,13 @@ def cli(main):
     except KeyboardInterrupt:
         sys.exit(130)
     except RuntimeError as error:
-        if not is_out_of_memory(error):
+        signs = ("out of memory", "not enough memory", "can't allocate memory")  # of CUDA, of CPUs
+        if not any(sign in str(error).lower() for sign in signs):
             raise
         message = "out of memory\ntry a smaller --micro_batch or --batch_size, fewer iterations,\n"
         message += "or, to train, --activation_checkpointing=true"
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    signs = ("out of memory", "not enough memory", "can't allocate memory")  # of CUDA, of CPUs
-    return any(sign in str(error).lower() for sign in signs)
 
 
 def optional(module: str, packages: str = ""):

@@ -22,7 +22,7 @@ COLOURS = {
 
 def new_figure(width: float, height: float, panels: int = 1, **options):
     """-> figure, list of axes side by side."""
-    plt = optional("matplotlib.pyplot", "matplotlib")
+    plt = optional("matplotlib.pyplot")
     plt.switch_backend("Agg")  # draws without a screen
     plt.rcParams.update({"font.size": 12, "axes.spines.top": False, "axes.spines.right": False})
     figure, axes = plt.subplots(

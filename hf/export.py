@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python hf/export.py`
 
-from checkpoint import load_model, read_json, sync_folder, write_json, write_synced
+from checkpoint import load_model, read_json, sync, write_json, write_whole
 from config import ArgumentParser, cli, optional
 from data import get_tokenizer
 from hf.llama import BYTE, HFTokenizer, copy_tokenizer
@@ -122,12 +122,12 @@ def write_folder(model: AbbIE, folder: Path, title: str, command: str):
     write_json(folder / "config.json", config)
     weights = {f"model.{name}": tensor for name, tensor in model.named_parameters()}  # tied ones once
     data = optional("safetensors.torch").save(weights, metadata={"format": "pt"})
-    write_synced(folder / "model.safetensors", lambda file: file.write(data))
+    write_whole(folder / "model.safetensors", data)
     for source in (ROOT / "model.py", ROOT / "hf/modeling_abbie.py"):
         shutil.copyfile(source, folder / source.name)
     card = CARD.format(**config, name=title, parameters=model.n_params(), command=command)
     (folder / "README.md").write_text(card)
-    sync_folder(folder)
+    sync(folder)
 
 
 def export(model: AbbIE, folder: Path, command: str = "python -m hf.export"):

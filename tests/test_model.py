@@ -270,10 +270,10 @@ def test_truncated_gradients_reach_every_weight_in_bf16(rule):
 CONTRADICTIONS = [
     (dict(n_embd=36), "n_embd=36.* n_attn_heads=4"),
     (dict(n_body_blocks=0), "n_body_blocks=0 must be at least 1"),
-    (dict(rope_base=float("nan")), "rope_base=nan must be positive"),
+    (dict(rope_base=float("nan")), "rope_base=nan must be at least 1"),
     (dict(rope_scaling={"rope_type": "yarn"}), "rope_scaling needs rope_type 'llama3'"),
-    (dict(rope_scaling={**STRETCH, "factor": "8"}), "rope_scaling needs .* positive factor"),
-    (dict(rope_scaling={**STRETCH, "low_freq_factor": 4}), "low_freq_factor=4 must be below"),
+    (dict(rope_scaling={**STRETCH, "factor": "8"}), "rope_scaling needs .* positive"),
+    (dict(rope_scaling={**STRETCH, "low_freq_factor": 4}), "the first the least"),
     (dict(rule="abbie_d_literal", iters=64), "iters=64: rule abbie_d_literal runs at .* from 1 to 48"),
 ]
 
@@ -286,14 +286,14 @@ def test_a_shape_that_contradicts_itself_is_refused(keys, message):
 def test_bad_calls_are_refused():
     model, idx = make(), tokens()
     assert model.check_iters(np.int64(8)) == 8
-    for iters in (0, 2.0, True):
+    for iters in (0, 2.0, 129):
         swept = model.logits_at(idx, [1, iters])
         refused("rule abbie_d runs at any integer from 1 to 128", next, swept)
     for bad in (idx.int(), idx[0], tokens(1, 33), idx[:, :0]):
         refused("token ids must be int64 .* 1 <= T <= 32", model, bad)
     for token in (-1, 97):  # which has a padded row
         idx[1, 5] = token
-        refused(f"token id {token} .* vocabulary of 97", model, idx)
+        refused("a token id .* is not in the vocabulary of 97", model, idx)
 
 
 def test_the_file_can_be_copied_and_used_alone():

@@ -80,7 +80,7 @@ def test_the_printed_lens_is_what_the_shipped_model_shows(capsys):
     command, shown = lens.search(text).groups()
     sample.main(shlex.split(command.replace("models/", f"{ROOT}/models/")))
     now, then = capsys.readouterr().out.splitlines(), [line[4:] for line in shown.splitlines()]
-    assert len(now) == len(then) > 10
+    assert len(now) == len(then) > 5
     for ours, quoted in zip(now[:-1], then[:-1]):  # the last line is of tiny numbers
         assert re.sub(r"\d+%", "%", ours).split() == re.sub(r"\d+%", "%", quoted).split()
         for share, other in zip(re.findall(r"(\d+)%", ours), re.findall(r"(\d+)%", quoted)):
