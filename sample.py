@@ -21,8 +21,9 @@ import random
 import re
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -32,7 +33,7 @@ from torch.nn.utils.rnn import pad_sequence
 from checkpoint import load_model
 from config import DTYPES, ArgumentParser, choose_device, choose_dtype, cli, parse_list
 from data import tokenizer_of
-from model import AbbIE, check
+from model import AbbIE, check, check_range
 
 # -------------------------------------------------------------------------------------------------- the cache
 
@@ -97,18 +98,19 @@ class Chunk:
         return *both, self.mask
 
 
-def step(model: AbbIE, idx: Tensor, cache: KVCache, n_new: list[int], early_exit=0.0, stats=None) -> Tensor:
+def step(model: AbbIE, cache: KVCache, idx: Tensor, n_new: list[int], early_exit=0.0, stats=None) -> Tensor:
     """Append idx (B, T), of which n_new[b] tokens of row b count, to a cache -> logits (B, V) after the last
     of each row."""
     x, chunk = model.embed(idx), Chunk(cache, n_new)
     if early_exit:
         z, depths = settle(model, x, chunk, cache.iters, early_exit)
-        stats.depths += depths[chunk.real].tolist()
+        stats["settled"] += sum(n_new)
+        stats["depths"] += int(depths.sum())
     else:
         [z] = model.sweep(x, [cache.iters], chunk.cos_sin, chunk)
     cache.lengths = [length + n for length, n in zip(cache.lengths, n_new)]
-    last = torch.tensor([max(0, n - 1) for n in n_new], device=idx.device)
-    return model.logits(z[torch.arange(len(idx), device=idx.device), last])
+    last = (chunk.real.sum(1) - 1).clamp(min=0)  # (B,)
+    return model.logits(z[chunk.rows[:, 0], last])
 
 
 # ------------------------------------------------------------------------------------------- choosing a token
@@ -131,18 +133,14 @@ class Decoding:
     draft_tokens: int = 4
 
     def __post_init__(self):
-        for name, least in (("max_new_tokens", 1), ("top_k", 0), ("draft_iters", 0), ("draft_tokens", 1)):
-            value = getattr(self, name)
-            check(value >= least, f"{name}={value} must be at least {least}")
-        for name in ("temperature", "early_exit"):
-            value = getattr(self, name)
-            check(0 <= value < math.inf, f"{name}={value} must be 0 or more")
-        check(0 < self.top_p <= 1, f"top_p={self.top_p} must be above 0 and at most 1")
-        check(self.cache_mode in ("full", "last"), f"cache={self.cache_mode!r} is neither full nor last")
-        if self.draft_iters:
-            few = self.draft_iters < self.iters
-            check(few, f"draft_iters={self.draft_iters} must be below iters={self.iters}")
-            check(self.cache_mode == "full", "drafting needs cache=full")
+        check_range(self, 1, math.inf, "max_new_tokens", "draft_tokens")
+        check_range(self, 0, math.inf, "temperature", "top_k", "early_exit")
+        check_range(self, 1e-9, 1, "top_p")
+        draft_iters, iters, mode = self.draft_iters, self.iters, self.cache_mode
+        check(0 <= draft_iters < iters, f"draft_iters={draft_iters} must be below iters={iters}")
+        check(mode in ("full", "last"), f"cache={mode!r} is neither full nor last")
+        if draft_iters > 0:
+            check(mode == "full", "drafting needs cache=full")
             check(not self.early_exit, "drafting and exit exclude each other")
 
     def distribution(self, logits: Tensor) -> Tensor:
@@ -170,32 +168,13 @@ def check_finite(logits: Tensor):
 
 def draw(p: Tensor, rngs: list[random.Random]) -> list[int]:
     """A token from each row of p (B, V), which need not sum to 1: the inverse of its distribution function at
-    one random number of the row's own, so that rows do not depend on one another, nor results on the
-    device."""
+    one random number of the row's own, so that no row depends on another, nor on the device."""
     total = p.cumsum(-1)
     u = torch.tensor([[rng.random()] for rng in rngs], dtype=p.dtype, device=p.device)
     return torch.searchsorted(total, u * total[:, -1:], right=True).clamp_(max=p.shape[-1] - 1)[:, 0].tolist()
 
 
 # --------------------------------------------------------------------------------------------- plain decoding
-
-
-@dataclass
-class Stats:
-    """What a generation did."""
-
-    tokens: int = 0  # generated
-    drafted: int = 0
-    accepted: int = 0  # of the drafted ones
-    depths: list[int] = field(default_factory=list)  # early exit: iterations of every token, the prompt's too
-
-    def report(self, iters: int, seconds: float) -> str:
-        if self.depths:
-            iters = round(sum(self.depths) / len(self.depths), 2)
-        text = f"{self.tokens} tokens, {self.tokens / seconds:.1f} tokens/s, {iters} iterations per token"
-        if self.drafted:
-            text += f", {self.accepted / self.drafted:.0%} of {self.drafted} drafted tokens accepted"
-        return text
 
 
 def unread(cache: KVCache, contexts: list[list[int]]) -> tuple[Tensor, list[int]]:
@@ -210,14 +189,15 @@ def unread(cache: KVCache, contexts: list[list[int]]) -> tuple[Tensor, list[int]
     return idx, [len(row) for row in rows]
 
 
-def stream_rows(model, cache, prompts, rngs, decoding, stats) -> Iterator[tuple[int, int]]:
-    """The next token of every row, again and again. A row that drew a stop token has nothing unread."""
+def stream_rows(model, cache, prompts, rngs, decoding, stats):
+    """Yield (row, token): the next token of every row, again and again. A row that drew a stop token has nothing
+    unread."""
     contexts = [list(prompt) for prompt in prompts]
     for _ in range(decoding.max_new_tokens):
         idx, n_new = unread(cache, contexts)
         if not any(n_new):
             return
-        logits = step(model, idx, cache, n_new, decoding.early_exit, stats)
+        logits = step(model, cache, idx, n_new, decoding.early_exit, stats)
         for b, token in enumerate(draw(decoding.distribution(logits), rngs)):
             if n_new[b] > 0 and token not in decoding.stop_tokens:
                 contexts[b].append(token)
@@ -293,12 +273,11 @@ def draft_and_verify(model, cache, token: int, room: int, rng, decoding, stats) 
             break
         accepted += 1
     cache.lengths[0] = start + 1 + accepted  # what was rejected is forgotten
-    stats.drafted += n - 1
-    stats.accepted += accepted
+    stats.update(drafted=n - 1, accepted=accepted)
     return drafted[:accepted] + draw(p[accepted][None], [rng])
 
 
-def stream_drafted(model, cache, prompts, rngs, decoding, stats) -> Iterator[tuple[int, int]]:
+def stream_drafted(model, cache, prompts, rngs, decoding, stats):
     """stream_rows by drafting, of one prompt after the other."""
     for b, (prompt, rng) in enumerate(zip(prompts, rngs)):
         cache.lengths, contexts, n = [0], [list(prompt)], 0
@@ -308,7 +287,7 @@ def stream_drafted(model, cache, prompts, rngs, decoding, stats) -> Iterator[tup
                 tokens = draft_and_verify(model, cache, contexts[0][-1], room, rng, decoding, stats)
             else:  # a prompt, or a context that starts again
                 idx, n_new = unread(cache, contexts)
-                logits = step(model, idx, cache, n_new)
+                logits = step(model, cache, idx, n_new)
                 tokens = draw(decoding.distribution(logits), [rng])
             for token in tokens:
                 if token in decoding.stop_tokens:
@@ -327,18 +306,20 @@ def stream(
     model: AbbIE, prompts: list[list[int]], max_new_tokens: int, iters=None, stats=None, **options
 ) -> Iterator[tuple[int, int]]:
     """Yield (row, id): the new tokens of the prompts, at most max_new_tokens each. options: see Decoding;
-    stats, a Stats, is filled on the way. Raises UserError for what is out of range."""
+    stats, a Counter, counts what was done. Raises UserError for what is out of range."""
     decoding = Decoding(max_new_tokens, model.check_iters(iters), **options)
     for prompt in prompts:
         model.check_ids(torch.tensor([prompt]))
     rngs = [random.Random(decoding.seed + b) for b in range(len(prompts))]
-    n_rows = 1 if decoding.draft_iters else len(prompts)
+    n_rows, stream_tokens = len(prompts), stream_rows
+    if decoding.draft_iters > 0:
+        n_rows, stream_tokens = 1, stream_drafted
     mode = "last" if decoding.early_exit else decoding.cache_mode
     length = max(map(len, prompts)) + max_new_tokens
-    cache, stats = KVCache(model, n_rows, decoding.iters, mode, length), stats or Stats()
-    stream_tokens = stream_drafted if decoding.draft_iters else stream_rows
+    cache = KVCache(model, n_rows, decoding.iters, mode, length)
+    stats = Counter() if stats is None else stats
     for b, token in stream_tokens(model, cache, prompts, rngs, decoding, stats):
-        stats.tokens += 1
+        stats["tokens"] += 1
         yield b, token
 
 
@@ -358,8 +339,7 @@ def encode_prompt(tokenizer, text: str, block_size: int) -> list[int]:
     text at all, the end-of-text token."""
     ids = [*getattr(tokenizer, "bos_tokens", []), *tokenizer.encode_ordinary(text)] or [tokenizer.eot_token]
     if len(ids) > block_size:
-        cut = f"the prompt has {len(ids)} tokens, of which the model's context takes the last {block_size}"
-        print(cut, file=sys.stderr)
+        print(f"of the prompt's {len(ids)} tokens the last {block_size} fit the context", file=sys.stderr)
     return ids[-block_size:]
 
 
@@ -478,7 +458,7 @@ def main(argv: list[str]):
         if i > 0:
             show("---")
         print(f"iters {iters}: {prompt}", end="" if prompt else "\n", file=sys.stderr, flush=True)
-        stats, texts, start = Stats(), [""] * n, time.perf_counter()
+        stats, texts, start = Counter(), [""] * n, time.perf_counter()
         pieces = stream_text(model, tokenizer, [ids] * n, args.max_new_tokens, iters, stats=stats, **options)
         for b, piece in pieces:  # the first sample as it comes, the others after it
             if b == 0:
@@ -487,7 +467,12 @@ def main(argv: list[str]):
         show("")
         for text in texts[1:]:
             show(f"---\n{text}")
-        print(f"[{stats.report(iters, time.perf_counter() - start)}]", file=sys.stderr)
+        rate = stats["tokens"] / (time.perf_counter() - start)
+        depth = stats["depths"] / stats["settled"] if args.exit else iters
+        report = f"{stats['tokens']} tokens, {rate:.1f} tokens/s, {depth:.3g} iterations per token"
+        if stats["drafted"]:
+            report += f", {stats['accepted']} of {stats['drafted']} drafted tokens accepted"
+        print(f"[{report}]", file=sys.stderr)
 
 
 if __name__ == "__main__":
