@@ -53,22 +53,11 @@ class KVCache:
         shape = (n_slots, batch_size, config.n_kv_heads, self.length + 1, config.attn_head_dim)
         self.keys, self.values = weight.new_zeros(shape), weight.new_zeros(shape)
         self.lengths = [0] * batch_size
+        self.rows = torch.arange(batch_size, device=weight.device)[:, None]  # (B, 1)
 
-    def slot(self, index: int, k: int) -> int:
-        """Where block `index` writes in iteration k: all blocks, then the Body again for k = 1, 2, ..."""
-        if k == 0 or self.mode == "last":
-            return index
-        config = self.model.config
-        return config.n_blocks + (k - 1) * config.n_body_blocks + index - config.n_head_blocks
-
-
-class Chunk:
-    """New tokens behind those that a cache holds: n_new[b] of row b, padded on the right to T = max(n_new).
-    It is the model's `kv`: `at` turns to a block's slot in an iteration, `extend` stores and reads there."""
-
-    def __init__(self, cache: KVCache, n_new: list[int]):
-        device, T, starts = cache.keys.device, max(n_new), cache.lengths
-        self.cache, self.rows = cache, torch.arange(len(n_new), device=device)[:, None]
+    def expect(self, n_new: list[int]):
+        """From now on the model reads n_new[b] tokens behind those of row b, padded to T = max(n_new)."""
+        device, T, starts = self.rows.device, max(n_new), self.lengths
         steps = torch.arange(T, device=device)
         positions = torch.tensor(starts, device=device)[:, None] + steps  # (B, T)
         self.real = steps < torch.tensor(n_new, device=device)[:, None]  # (B, T), False where it is padding
@@ -77,40 +66,44 @@ class Chunk:
         equal = len(set(starts)) == len(set(n_new)) == 1
         if not equal or (T > 1 and starts[0] > 0):
             self.mask = torch.arange(self.end, device=device) <= positions[:, None, :, None]  # (B, 1, T, S)
-        self.positions = positions.clamp(max=cache.length - 1)
-        self.cos_sin = cache.model.cos_sin(positions, self.positions)
+        self.positions = positions.clamp(max=self.length - 1)
+        self.cos_sin = self.model.cos_sin(positions, self.positions)
         self.keep(self.real)
 
     def keep(self, kept: Tensor):
-        """Where from now on the new keys and values go: to their places if kept (B, T), else to the last."""
-        self.places = torch.where(kept, self.positions, self.cache.length)
+        """Where the new keys and values go: to their places if kept (B, T), else to the one more."""
+        self.places = torch.where(kept, self.positions, self.length)
 
-    def at(self, index: int, k: int) -> "Chunk":
-        self.slot = self.cache.slot(index, k)
+    def at(self, index: int, k: int) -> "KVCache":
+        """Turn to the slot of block `index` in iteration k: all blocks, then the Body for k = 1, 2, ..."""
+        config, self.slot = self.model.config, index
+        if k > 0 and self.mode == "full":
+            self.slot += config.n_blocks - config.n_head_blocks + (k - 1) * config.n_body_blocks
         return self
 
     def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """The new keys and values, (B, K, T, E) each -> all there are, (B, K, S, E) each, and the mask."""
         both = []
-        for table, new in ((self.cache.keys[self.slot], keys), (self.cache.values[self.slot], values)):
+        for table, new in ((self.keys[self.slot], keys), (self.values[self.slot], values)):
             table[self.rows, :, self.places] = new.transpose(1, 2)  # (B, T, K, E)
             both.append(table[:, :, : self.end])
         return *both, self.mask
 
 
-def step(model: AbbIE, cache: KVCache, idx: Tensor, n_new: list[int], early_exit=0.0, stats=None) -> Tensor:
+def step(cache: KVCache, idx: Tensor, n_new: list[int], early_exit=0.0, stats=None) -> Tensor:
     """Append idx (B, T), of which n_new[b] tokens of row b count, to a cache -> logits (B, V) after the last
     of each row."""
-    x, chunk = model.embed(idx), Chunk(cache, n_new)
+    model, x = cache.model, cache.model.embed(idx)
+    cache.expect(n_new)
     if early_exit:
-        z, depths = settle(model, x, chunk, cache.iters, early_exit)
+        z, depths = settle(cache, x, early_exit)
         stats["settled"] += sum(n_new)
         stats["depths"] += int(depths.sum())
     else:
-        [z] = model.sweep(x, [cache.iters], chunk.cos_sin, chunk)
+        [z] = model.sweep(x, [cache.iters], cache.cos_sin, cache)
     cache.lengths = [length + n for length, n in zip(cache.lengths, n_new)]
-    last = (chunk.real.sum(1) - 1).clamp(min=0)  # (B,)
-    return model.logits(z[chunk.rows[:, 0], last])
+    last = (cache.real.sum(1) - 1).clamp(min=0)  # (B,)
+    return model.logits(z[cache.rows[:, 0], last])
 
 
 # ------------------------------------------------------------------------------------------- choosing a token
@@ -185,19 +178,19 @@ def unread(cache: KVCache, contexts: list[list[int]]) -> tuple[Tensor, list[int]
         if len(ids) > block_size:
             contexts[b], cache.lengths[b] = ids[-(block_size // 2) :], 0
     rows = [torch.tensor(ids[n:], dtype=torch.int64) for ids, n in zip(contexts, cache.lengths)]
-    idx = pad_sequence(rows, batch_first=True).to(cache.keys.device)
+    idx = pad_sequence(rows, batch_first=True).to(cache.rows.device)
     return idx, [len(row) for row in rows]
 
 
-def stream_rows(model, cache, prompts, rngs, decoding, stats):
-    """Yield (row, token): the next token of every row, again and again. A row that drew a stop token has nothing
-    unread."""
+def stream_rows(cache, prompts, rngs, decoding, stats):
+    """Yield (row, token): the next token of every row, again and again. A row that has drawn a stop token
+    leaves nothing unread."""
     contexts = [list(prompt) for prompt in prompts]
     for _ in range(decoding.max_new_tokens):
         idx, n_new = unread(cache, contexts)
         if not any(n_new):
             return
-        logits = step(model, cache, idx, n_new, decoding.early_exit, stats)
+        logits = step(cache, idx, n_new, decoding.early_exit, stats)
         for b, token in enumerate(draw(decoding.distribution(logits), rngs)):
             if n_new[b] > 0 and token not in decoding.stop_tokens:
                 contexts[b].append(token)
@@ -207,19 +200,20 @@ def stream_rows(model, cache, prompts, rngs, decoding, stats):
 # ------------------------------------------------------------------------------------------------- early exit
 
 
-def settle(model: AbbIE, x: Tensor, chunk: Chunk, iters: int, early_exit: float) -> tuple[Tensor, Tensor]:
+def settle(cache: KVCache, x: Tensor, early_exit: float) -> tuple[Tensor, Tensor]:
     """Embeddings x (B, T, D) -> the states that are unembedded, (B, T, D), and the iterations that each token
     ran, (B, T). A token has settled when an iteration changes its prediction by a KL divergence below
-    early_exit (as arXiv 2502.05171, section 6.1; each look costs a Tail and an unembedding). Then it keeps its
-    state, keys and values, which the tokens still running read; the loop ends when all have settled. So a
+    early_exit (as arXiv 2502.05171, section 6.1; each look costs a Tail and an unembedding). Then it keeps
+    its state, keys and values, which the tokens still running read; the loop ends when all have settled. So a
     row's depths do not depend on other rows. The cache has one slot for all iterations."""
-    h = model.run(model.head, x, chunk.cos_sin, chunk)
+    model, cos_sin = cache.model, cache.cos_sin
+    h = model.run(model.head, x, cos_sin, cache)
     x, z, before = model.start(h), torch.zeros_like(h), None
-    running, depths = chunk.real.clone(), torch.zeros_like(chunk.positions)
-    for k in range(iters):
-        chunk.keep(running)
-        u, next_x = model.iterate(x, h, k, k + 1, chunk.cos_sin, chunk)
-        next_z = model.norm(model.run(model.tail, u, chunk.cos_sin, chunk))
+    running, depths = cache.real.clone(), torch.zeros_like(cache.positions)
+    for k in range(cache.iters):
+        cache.keep(running)
+        u, next_x = model.iterate(x, h, k, k + 1, cos_sin, cache)
+        next_z = model.norm(model.run(model.tail, u, cos_sin, cache))
         x = torch.where(running[..., None], next_x, x)
         z = torch.where(running[..., None], next_z, z)
         depths += running
@@ -236,32 +230,33 @@ def settle(model: AbbIE, x: Tensor, chunk: Chunk, iters: int, early_exit: float)
 # --------------------------------------------------------------------------------------------------- drafting
 
 
-def draft_and_verify(model, cache, token: int, room: int, rng, decoding, stats) -> list[int]:
+def draft_and_verify(cache: KVCache, token: int, room: int, rng, decoding, stats) -> list[int]:
     """Self-speculative decoding (LayerSkip, arXiv 2404.16710) of one row: after `token`, draft up to
     draft_tokens at few iterations, then take all of them on to the cache's iterations in one pass -> those
     that decoding at full depth could have drawn (speculative sampling, arXiv 2302.01318, and 2211.17192) and
     one more, at most `room` in all. The first draft_iters iterations do not depend on how many follow: the
     draft's Head and Body, their states and their keys and values, are the beginning of the verification and
     are not repeated. The Tail's are overwritten."""
-    n, start = min(decoding.draft_tokens + 1, room), cache.lengths[0]
+    model, start, n = cache.model, cache.lengths[0], min(decoding.draft_tokens + 1, room)
     states, drafted, qs = [], [], []
     for j in range(n):
-        chunk, idx = Chunk(cache, [1]), torch.tensor([[token]], device=cache.keys.device)
-        h = model.run(model.head, model.embed(idx), chunk.cos_sin, chunk)
-        u, x = model.iterate(model.start(h), h, 0, decoding.draft_iters, chunk.cos_sin, chunk)
+        cache.expect([1])
+        idx = torch.tensor([[token]], device=cache.rows.device)
+        h = model.run(model.head, model.embed(idx), cache.cos_sin, cache)
+        u, x = model.iterate(model.start(h), h, 0, decoding.draft_iters, cache.cos_sin, cache)
         states.append((h, x))
         cache.lengths[0] += 1
         if j < n - 1:  # after the last one, the verification itself predicts
-            z = model.norm(model.run(model.tail, u, chunk.cos_sin, chunk))
+            z = model.norm(model.run(model.tail, u, cache.cos_sin, cache))
             qs.append(decoding.distribution(model.logits(z)[:, 0]))
             [token] = draw(qs[-1], [rng])
             drafted.append(token)
 
     cache.lengths[0] = start
-    chunk = Chunk(cache, [n])
+    cache.expect([n])
     h, x = (torch.cat(parts, dim=1) for parts in zip(*states))  # (1, n, D)
-    u, _ = model.iterate(x, h, decoding.draft_iters, cache.iters, chunk.cos_sin, chunk)
-    z = model.norm(model.run(model.tail, u, chunk.cos_sin, chunk))
+    u, _ = model.iterate(x, h, decoding.draft_iters, cache.iters, cache.cos_sin, cache)
+    z = model.norm(model.run(model.tail, u, cache.cos_sin, cache))
     p = decoding.distribution(model.logits(z)[0])  # (n, V)
 
     accepted = 0
@@ -277,17 +272,17 @@ def draft_and_verify(model, cache, token: int, room: int, rng, decoding, stats) 
     return drafted[:accepted] + draw(p[accepted][None], [rng])
 
 
-def stream_drafted(model, cache, prompts, rngs, decoding, stats):
+def stream_drafted(cache, prompts, rngs, decoding, stats):
     """stream_rows by drafting, of one prompt after the other."""
+    block_size = cache.model.config.block_size
     for b, (prompt, rng) in enumerate(zip(prompts, rngs)):
         cache.lengths, contexts, n = [0], [list(prompt)], 0
         while n < decoding.max_new_tokens:
-            room = min(model.config.block_size - cache.lengths[0], decoding.max_new_tokens - n)
+            room = min(block_size - cache.lengths[0], decoding.max_new_tokens - n)
             if cache.lengths[0] > 0 and room > 0:
-                tokens = draft_and_verify(model, cache, contexts[0][-1], room, rng, decoding, stats)
+                tokens = draft_and_verify(cache, contexts[0][-1], room, rng, decoding, stats)
             else:  # a prompt, or a context that starts again
-                idx, n_new = unread(cache, contexts)
-                logits = step(model, cache, idx, n_new)
+                logits = step(cache, *unread(cache, contexts))
                 tokens = draw(decoding.distribution(logits), [rng])
             for token in tokens:
                 if token in decoding.stop_tokens:
@@ -318,7 +313,7 @@ def stream(
     length = max(map(len, prompts)) + max_new_tokens
     cache = KVCache(model, n_rows, decoding.iters, mode, length)
     stats = Counter() if stats is None else stats
-    for b, token in stream_tokens(model, cache, prompts, rngs, decoding, stats):
+    for b, token in stream_tokens(cache, prompts, rngs, decoding, stats):
         stats["tokens"] += 1
         yield b, token
 
@@ -350,15 +345,14 @@ def token_bytes(tokenizer, token: int) -> bytes:
         return b""
 
 
-def stream_text(model, tokenizer, prompts, max_new_tokens, iters, **options) -> Iterator[tuple[int, str]]:
-    """stream in pieces of text, (row, piece), as soon as it is certain, since the bytes of a character may be
-    spread over tokens. A row ends where the model ends its text."""
-    decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in prompts]
+def stream_text(model, tokenizer, ids, max_new_tokens, iters, **options) -> Iterator[str]:
+    """What follows a prompt in pieces of text, as soon as it is certain, since the bytes of a character may
+    be spread over tokens. It ends where the model ends its text."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
     options["stop_tokens"] = frozenset(getattr(tokenizer, "eot_tokens", [tokenizer.eot_token]))
-    for b, token in stream(model, prompts, max_new_tokens, iters, **options):
-        yield b, decoders[b].decode(token_bytes(tokenizer, token))
-    for b, decoder in enumerate(decoders):
-        yield b, decoder.decode(b"", final=True)
+    for _, token in stream(model, [ids], max_new_tokens, iters, **options):
+        yield decoder.decode(token_bytes(tokenizer, token))
+    yield decoder.decode(b"", final=True)
 
 
 @torch.no_grad()
@@ -419,8 +413,14 @@ def parse_args(argv: list[str]):
     add("--top_k", type=int, default=50, help="draw from the k best tokens only (0: all; default 50)")
     add("--top_p", type=float, default=1.0, help="draw from the fewest tokens that hold this probability")
     add("--seed", type=int, default=1, help="sample b draws from seed + b")
-    add("--cache", default="full", help="full, or last: one slot for all iterations")
-    add("--exit", type=kl_nats, default=0.0, help="kl:1e-2: a token stops once it has settled")
+    add("--cache", dest="cache_mode", default="full", help="full, or last: one slot for all iterations")
+    add(
+        "--exit",
+        dest="early_exit",
+        type=kl_nats,
+        default=0.0,
+        help="kl:1e-2: a token stops once it has settled",
+    )
     add("--draft_iters", type=int, default=0, help="draft at so many iterations, verify at --iters")
     add("--lens", action="store_true", help="show what is predicted after each iteration instead")
     add("--last", type=int, default=16, help="--lens: positions of the prompt (0: all; default 16)")
@@ -442,6 +442,15 @@ def read_prompt(args) -> str:
     return text
 
 
+def report(stats: Counter, iters: int, seconds: float) -> str:
+    if stats["settled"]:
+        iters = round(stats["depths"] / stats["settled"], 2)
+    text = f"{stats['tokens']} tokens, {stats['tokens'] / seconds:.1f} tokens/s, {iters} iterations per token"
+    if stats["drafted"]:
+        text += f", {stats['accepted']} of {stats['drafted']} drafted tokens accepted"
+    return text
+
+
 def main(argv: list[str]):
     args = parse_args(argv)
     prompt, device = read_prompt(args), choose_device(args.device)
@@ -451,28 +460,19 @@ def main(argv: list[str]):
     ids = encode_prompt(tokenizer, prompt, model.config.block_size)
     if args.lens:
         return show(lens(model, tokenizer, ids, several, args.last))
-    options = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed)
-    options |= dict(cache_mode=args.cache, early_exit=args.exit, draft_iters=args.draft_iters)
-    n = args.num_samples
-    for i, iters in enumerate(several):
-        if i > 0:
-            show("---")
+    names = ("temperature", "top_k", "top_p", "cache_mode", "early_exit", "draft_iters")
+    options = {name: getattr(args, name) for name in names}
+    separator = ""
+    for iters in several:
         print(f"iters {iters}: {prompt}", end="" if prompt else "\n", file=sys.stderr, flush=True)
-        stats, texts, start = Counter(), [""] * n, time.perf_counter()
-        pieces = stream_text(model, tokenizer, [ids] * n, args.max_new_tokens, iters, stats=stats, **options)
-        for b, piece in pieces:  # the first sample as it comes, the others after it
-            if b == 0:
+        options["stats"], start = Counter(), time.perf_counter()
+        for seed in range(args.seed, args.seed + args.num_samples):
+            show(separator, end="")
+            for piece in stream_text(model, tokenizer, ids, args.max_new_tokens, iters, seed=seed, **options):
                 show(piece, end="")
-            texts[b] += piece
-        show("")
-        for text in texts[1:]:
-            show(f"---\n{text}")
-        rate = stats["tokens"] / (time.perf_counter() - start)
-        depth = stats["depths"] / stats["settled"] if args.exit else iters
-        report = f"{stats['tokens']} tokens, {rate:.1f} tokens/s, {depth:.3g} iterations per token"
-        if stats["drafted"]:
-            report += f", {stats['accepted']} of {stats['drafted']} drafted tokens accepted"
-        print(f"[{report}]", file=sys.stderr)
+            show("")
+            separator = "---\n"
+        print(f"[{report(options['stats'], iters, time.perf_counter() - start)}]", file=sys.stderr)
 
 
 if __name__ == "__main__":
