@@ -8,11 +8,9 @@
     python sample.py --ckpt models/chains_abbie_d --lens --iters 1,2,3,4 --prompt "a=3;b=a;c=b;?c"
 
 Generated text goes to stdout and nothing else (a line --- between samples), the prompt and reports to stderr.
-
-In Python: generate(model, prompts, max_new_tokens, iters=None, ...) -> the new ids of every prompt, and
-stream(the same), an iterator of (row, id). Prompts are lists of token ids. When a context is full, its last
-block_size // 2 tokens start again from position 0. Shapes as in model.py: B rows, T new tokens, K n_kv_heads,
-E attn_head_dim, S positions of a cache.
+In Python: generate(model, prompts, max_new_tokens, iters=None, ...) -> the new ids of every prompt, a list of
+ids; stream(the same) yields (row, id). When a context is full, its last block_size // 2 tokens start again
+from position 0. Shapes as in model.py: B rows, T new tokens, K n_kv_heads, E attn_head_dim, S places.
 """
 
 import codecs
@@ -56,11 +54,11 @@ class KVCache:
         self.rows = torch.arange(batch_size, device=weight.device)[:, None]  # (B, 1)
 
     def expect(self, n_new: list[int]):
-        """From now on the model reads n_new[b] tokens behind those of row b, padded to T = max(n_new)."""
+        """The model is about to read n_new[b] tokens behind those of row b, padded to T = max(n_new)."""
         device, T, starts = self.rows.device, max(n_new), self.lengths
         steps = torch.arange(T, device=device)
         positions = torch.tensor(starts, device=device)[:, None] + steps  # (B, T)
-        self.real = steps < torch.tensor(n_new, device=device)[:, None]  # (B, T), False where it is padding
+        self.real = steps < torch.tensor(n_new, device=device)[:, None]  # (B, T)
         self.end = max(start + n for start, n in zip(starts, n_new))
         self.mask = None
         equal = len(set(starts)) == len(set(n_new)) == 1
@@ -115,11 +113,11 @@ class Decoding:
 
     max_new_tokens: int
     iters: int
-    temperature: float = 0.0  # 0: always the best token
+    temperature: float = 0.0  # 0: the best token
     top_k: int = 0  # draw from the k best tokens (0: all)
-    top_p: float = 1.0  # draw from the fewest that hold this probability together (arXiv 1904.09751)
-    seed: int = 1  # row b draws from seed + b, so that a batch of N equals N batches of 1
-    stop_tokens: frozenset[int] = frozenset()  # each ends its row, and is not yielded
+    top_p: float = 1.0  # draw from the fewest that hold it together (arXiv 1904.09751)
+    seed: int = 1  # row b draws from seed + b: a batch of N is N batches of 1
+    stop_tokens: frozenset[int] = frozenset()  # end a row, and are not yielded
     cache_mode: str = "full"  # full or last: see KVCache
     early_exit: float = 0.0  # in nats, 0: no exit; see settle
     draft_iters: int = 0  # 0: no drafting; see draft_and_verify
@@ -164,37 +162,8 @@ def draw(p: Tensor, rngs: list[random.Random]) -> list[int]:
     one random number of the row's own, so that no row depends on another, nor on the device."""
     total = p.cumsum(-1)
     u = torch.tensor([[rng.random()] for rng in rngs], dtype=p.dtype, device=p.device)
-    return torch.searchsorted(total, u * total[:, -1:], right=True).clamp_(max=p.shape[-1] - 1)[:, 0].tolist()
-
-
-# --------------------------------------------------------------------------------------------- plain decoding
-
-
-def unread(cache: KVCache, contexts: list[list[int]]) -> tuple[Tensor, list[int]]:
-    """What the cache does not hold yet of the contexts -> ids (B, T), padded, and how many of each row. A
-    context that is full starts again with its last block_size // 2 tokens."""
-    block_size = cache.model.config.block_size
-    for b, ids in enumerate(contexts):
-        if len(ids) > block_size:
-            contexts[b], cache.lengths[b] = ids[-(block_size // 2) :], 0
-    rows = [torch.tensor(ids[n:], dtype=torch.int64) for ids, n in zip(contexts, cache.lengths)]
-    idx = pad_sequence(rows, batch_first=True).to(cache.rows.device)
-    return idx, [len(row) for row in rows]
-
-
-def stream_rows(cache, prompts, rngs, decoding, stats):
-    """Yield (row, token): the next token of every row, again and again. A row that has drawn a stop token
-    leaves nothing unread."""
-    contexts = [list(prompt) for prompt in prompts]
-    for _ in range(decoding.max_new_tokens):
-        idx, n_new = unread(cache, contexts)
-        if not any(n_new):
-            return
-        logits = step(cache, idx, n_new, decoding.early_exit, stats)
-        for b, token in enumerate(draw(decoding.distribution(logits), rngs)):
-            if n_new[b] > 0 and token not in decoding.stop_tokens:
-                contexts[b].append(token)
-                yield b, token
+    token = torch.searchsorted(total, u * total[:, -1:], right=True)
+    return token.clamp(max=p.shape[-1] - 1)[:, 0].tolist()
 
 
 # ------------------------------------------------------------------------------------------------- early exit
@@ -230,14 +199,13 @@ def settle(cache: KVCache, x: Tensor, early_exit: float) -> tuple[Tensor, Tensor
 # --------------------------------------------------------------------------------------------------- drafting
 
 
-def draft_and_verify(cache: KVCache, token: int, room: int, rng, decoding, stats) -> list[int]:
-    """Self-speculative decoding (LayerSkip, arXiv 2404.16710) of one row: after `token`, draft up to
-    draft_tokens at few iterations, then take all of them on to the cache's iterations in one pass -> those
-    that decoding at full depth could have drawn (speculative sampling, arXiv 2302.01318, and 2211.17192) and
-    one more, at most `room` in all. The first draft_iters iterations do not depend on how many follow: the
-    draft's Head and Body, their states and their keys and values, are the beginning of the verification and
-    are not repeated. The Tail's are overwritten."""
-    model, start, n = cache.model, cache.lengths[0], min(decoding.draft_tokens + 1, room)
+def draft_and_verify(cache: KVCache, token: int, n: int, rng, decoding, stats) -> list[int]:
+    """Self-speculative decoding (LayerSkip, arXiv 2404.16710) of one row: after `token`, draft n - 1 tokens
+    at few iterations, then take all n on to the cache's iterations in one pass -> those of the draft that
+    decoding at full depth could have drawn (speculative sampling, arXiv 2302.01318, and 2211.17192), and one
+    more. The first iterations do not depend on how many follow: the draft's states, keys and values of Head
+    and Body begin the verification and are not repeated. The Tail's are overwritten."""
+    model, start = cache.model, cache.lengths[0]
     states, drafted, qs = [], [], []
     for j in range(n):
         cache.expect([1])
@@ -272,28 +240,41 @@ def draft_and_verify(cache: KVCache, token: int, room: int, rng, decoding, stats
     return drafted[:accepted] + draw(p[accepted][None], [rng])
 
 
-def stream_drafted(cache, prompts, rngs, decoding, stats):
-    """stream_rows by drafting, of one prompt after the other."""
+# ------------------------------------------------------------------------------------------------- generating
+
+
+def unread(cache: KVCache, contexts: list[list[int]]) -> tuple[Tensor, list[int]]:
+    """What the cache does not hold yet of the contexts -> ids (B, T), padded, and how many of each row. A
+    context that is full starts again with its last block_size // 2 tokens."""
     block_size = cache.model.config.block_size
-    for b, (prompt, rng) in enumerate(zip(prompts, rngs)):
-        cache.lengths, contexts, n = [0], [list(prompt)], 0
-        while n < decoding.max_new_tokens:
-            room = min(block_size - cache.lengths[0], decoding.max_new_tokens - n)
-            if cache.lengths[0] > 0 and room > 0:
-                tokens = draft_and_verify(cache, contexts[0][-1], room, rng, decoding, stats)
-            else:  # a prompt, or a context that starts again
-                logits = step(cache, *unread(cache, contexts))
-                tokens = draw(decoding.distribution(logits), [rng])
+    for b, ids in enumerate(contexts):
+        if len(ids) > block_size:
+            contexts[b], cache.lengths[b] = ids[-(block_size // 2) :], 0
+    rows = [torch.tensor(ids[n:], dtype=torch.int64) for ids, n in zip(contexts, cache.lengths)]
+    idx = pad_sequence(rows, batch_first=True).to(cache.rows.device)
+    return idx, [len(row) for row in rows]
+
+
+def stream_batch(cache, prompts, rngs, decoding, stats):
+    """Yield (row, token): the next token of every row, again and again; of one row, several when drafted."""
+    contexts = [list(prompt) for prompt in prompts]
+    left = [decoding.max_new_tokens] * len(prompts)
+    while any(left):
+        room = cache.model.config.block_size - cache.lengths[0]
+        if decoding.draft_iters > 0 and cache.lengths[0] > 0 and room > 0:
+            n = min(decoding.draft_tokens + 1, room, left[0])
+            chosen = [draft_and_verify(cache, contexts[0][-1], n, rngs[0], decoding, stats)]
+        else:  # also a prompt, and a context that starts again
+            logits = step(cache, *unread(cache, contexts), decoding.early_exit, stats)
+            chosen = [[token] for token in draw(decoding.distribution(logits), rngs)]
+        for b, tokens in enumerate(chosen):
             for token in tokens:
                 if token in decoding.stop_tokens:
-                    n = decoding.max_new_tokens
-                    break
-                contexts[0].append(token)
-                n += 1
-                yield b, token
-
-
-# ------------------------------------------------------------------------------------------------- generating
+                    left[b] = 0  # the row is over: nothing of it is unread
+                if left[b] > 0:
+                    left[b] -= 1
+                    contexts[b].append(token)
+                    yield b, token
 
 
 @torch.no_grad()
@@ -305,21 +286,21 @@ def stream(
     decoding = Decoding(max_new_tokens, model.check_iters(iters), **options)
     for prompt in prompts:
         model.check_ids(torch.tensor([prompt]))
+    stats = Counter() if stats is None else stats
     rngs = [random.Random(decoding.seed + b) for b in range(len(prompts))]
-    n_rows, stream_tokens = len(prompts), stream_rows
-    if decoding.draft_iters > 0:
-        n_rows, stream_tokens = 1, stream_drafted
     mode = "last" if decoding.early_exit else decoding.cache_mode
     length = max(map(len, prompts)) + max_new_tokens
-    cache = KVCache(model, n_rows, decoding.iters, mode, length)
-    stats = Counter() if stats is None else stats
-    for b, token in stream_tokens(cache, prompts, rngs, decoding, stats):
-        stats["tokens"] += 1
-        yield b, token
+    size = 1 if decoding.draft_iters > 0 else len(prompts)
+    for first in range(0, len(prompts), size):
+        cache = KVCache(model, size, decoding.iters, mode, length)
+        batch = slice(first, first + size)
+        for b, token in stream_batch(cache, prompts[batch], rngs[batch], decoding, stats):
+            stats["tokens"] += 1
+            yield first + b, token
 
 
-def generate(model: AbbIE, prompts: list[list[int]], max_new_tokens: int, iters=None, **options):
-    """-> the new ids of every prompt. Options and errors: see `stream`."""
+def generate(model: AbbIE, prompts, max_new_tokens: int, iters=None, **options) -> list[list[int]]:
+    """The new ids of every prompt. Options and errors: see `stream`."""
     new = [[] for _ in prompts]
     for row, token in stream(model, prompts, max_new_tokens, iters, **options):
         new[row].append(token)
@@ -332,16 +313,17 @@ def generate(model: AbbIE, prompts: list[list[int]], max_new_tokens: int, iters=
 def encode_prompt(tokenizer, text: str, block_size: int) -> list[int]:
     """The ids that a text begins with: the tokenizer's own (BOS), then its text's, at most block_size; of no
     text at all, the end-of-text token."""
-    ids = [*getattr(tokenizer, "bos_tokens", []), *tokenizer.encode_ordinary(text)] or [tokenizer.eot_token]
+    bos = getattr(tokenizer, "bos_tokens", [])
+    ids = [*bos, *tokenizer.encode_ordinary(text)] or [tokenizer.eot_token]
     if len(ids) > block_size:
-        print(f"of the prompt's {len(ids)} tokens the last {block_size} fit the context", file=sys.stderr)
+        print(f"the context takes the last {block_size} of {len(ids)} tokens", file=sys.stderr)
     return ids[-block_size:]
 
 
 def token_bytes(tokenizer, token: int) -> bytes:
     try:
         return tokenizer.decode_bytes([token])
-    except KeyError:  # an id without a token, where vocab_size is larger than the tokenizer's
+    except KeyError:  # vocab_size may be larger than the tokenizer's
         return b""
 
 
@@ -349,8 +331,9 @@ def stream_text(model, tokenizer, ids, max_new_tokens, iters, **options) -> Iter
     """What follows a prompt in pieces of text, as soon as it is certain, since the bytes of a character may
     be spread over tokens. It ends where the model ends its text."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    options["stop_tokens"] = frozenset(getattr(tokenizer, "eot_tokens", [tokenizer.eot_token]))
-    for _, token in stream(model, [ids], max_new_tokens, iters, **options):
+    stops = getattr(tokenizer, "eot_tokens", [tokenizer.eot_token])
+    tokens = stream(model, [ids], max_new_tokens, iters, stop_tokens=frozenset(stops), **options)
+    for _, token in tokens:
         yield decoder.decode(token_bytes(tokenizer, token))
     yield decoder.decode(b"", final=True)
 
@@ -402,33 +385,25 @@ def kl_nats(text: str) -> float:
 def parse_args(argv: list[str]):
     parser = ArgumentParser(prog="sample.py", description=__doc__)
     add = parser.add_argument
-    add("--ckpt", help="run folder, checkpoint or hf:FOLDER (default: the newest under out/)")
-    add("--iters", help="applications of the Body: 8, or 1,4,8 for several (default: the model's own)")
+    add("--ckpt", help="run folder, checkpoint or hf:FOLDER (default: newest under out/)")
+    add("--iters", help="applications of the Body: 8, or 1,4,8 (default: the model's own)")
     prompt = parser.add_mutually_exclusive_group().add_argument
-    prompt("--prompt", default="", help="text to continue (default: none, the beginning of a text)")
+    prompt("--prompt", default="", help="text to continue (default: none)")
     prompt("--prompt_file", help="file with the text to continue (-: standard input)")
     add("--num_samples", type=int, default=1, help="continuations of the prompt")
-    add("--max_new_tokens", type=int, default=256, help="length of a continuation (default 256)")
-    add("--temperature", type=float, default=0.8, help="0: always the best token (default 0.8)")
-    add("--top_k", type=int, default=50, help="draw from the k best tokens only (0: all; default 50)")
-    add("--top_p", type=float, default=1.0, help="draw from the fewest tokens that hold this probability")
+    add("--max_new_tokens", type=int, default=256, help="of a continuation (default 256)")
+    add("--temperature", type=float, default=0.8, help="0: the best token (default 0.8)")
+    add("--top_k", type=int, default=50, help="draw from the k best (0: all; default 50)")
+    add("--top_p", type=float, default=1.0, help="draw from the best of this probability")
     add("--seed", type=int, default=1, help="sample b draws from seed + b")
-    add("--cache", dest="cache_mode", default="full", help="full, or last: one slot for all iterations")
-    add(
-        "--exit",
-        dest="early_exit",
-        type=kl_nats,
-        default=0.0,
-        help="kl:1e-2: a token stops once it has settled",
-    )
-    add("--draft_iters", type=int, default=0, help="draft at so many iterations, verify at --iters")
-    add("--lens", action="store_true", help="show what is predicted after each iteration instead")
-    add("--last", type=int, default=16, help="--lens: positions of the prompt (0: all; default 16)")
+    add("--cache", default="full", help="full, or last: one slot for all iterations")
+    add("--exit", type=kl_nats, default=0.0, help="kl:1e-2: a token stops when settled")
+    add("--draft_iters", type=int, default=0, help="draft at so many iterations")
+    add("--lens", action="store_true", help="show the prediction after each iteration")
+    add("--last", type=int, default=16, help="--lens: tokens (0: all; default 16)")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
-    add("--dtype", default="auto", choices=("auto", *DTYPES), help="auto: bfloat16 on new cards")
-    args = parser.parse_args(argv)
-    check(args.num_samples >= 1, f"--num_samples={args.num_samples} must be at least 1")
-    return args
+    add("--dtype", default="auto", choices=("auto", *DTYPES), help="of the weights")
+    return parser.parse_args(argv)
 
 
 def read_prompt(args) -> str:
@@ -436,18 +411,10 @@ def read_prompt(args) -> str:
     text = args.prompt
     if args.prompt_file:
         with open(0 if args.prompt_file == "-" else args.prompt_file, "rb") as file:
-            text = file.read().decode("utf-8-sig", "surrogateescape").removesuffix("\n").removesuffix("\r")
-    valid = text == text.encode(errors="ignore").decode()  # no surrogates: bytes that are no text
+            text = file.read().decode("utf-8-sig", "surrogateescape")
+        text = text.removesuffix("\n").removesuffix("\r")
+    valid = text == text.encode(errors="ignore").decode()  # no surrogates
     check(valid, "the prompt is no UTF-8 text")
-    return text
-
-
-def report(stats: Counter, iters: int, seconds: float) -> str:
-    if stats["settled"]:
-        iters = round(stats["depths"] / stats["settled"], 2)
-    text = f"{stats['tokens']} tokens, {stats['tokens'] / seconds:.1f} tokens/s, {iters} iterations per token"
-    if stats["drafted"]:
-        text += f", {stats['accepted']} of {stats['drafted']} drafted tokens accepted"
     return text
 
 
@@ -455,24 +422,31 @@ def main(argv: list[str]):
     args = parse_args(argv)
     prompt, device = read_prompt(args), choose_device(args.device)
     model = load_model(args.ckpt, device).eval().to(choose_dtype(args.dtype, device))
-    several, tokenizer = parse_list(args.iters or model.config.iters, "iters"), tokenizer_of(model)
     print(f"[{model.meta['ckpt']}, {model.embed.weight.dtype} on {device}]", file=sys.stderr)
+    several = parse_list(args.iters or model.config.iters, "iters")
+    tokenizer = tokenizer_of(model)
     ids = encode_prompt(tokenizer, prompt, model.config.block_size)
     if args.lens:
         return show(lens(model, tokenizer, ids, several, args.last))
-    names = ("temperature", "top_k", "top_p", "cache_mode", "early_exit", "draft_iters")
-    options = {name: getattr(args, name) for name in names}
-    separator = ""
+    options = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
+    options |= dict(cache_mode=args.cache, early_exit=args.exit, draft_iters=args.draft_iters)
+    separator, n = "", args.max_new_tokens
     for iters in several:
+        stats, start = Counter(), time.perf_counter()
         print(f"iters {iters}: {prompt}", end="" if prompt else "\n", file=sys.stderr, flush=True)
-        options["stats"], start = Counter(), time.perf_counter()
-        for seed in range(args.seed, args.seed + args.num_samples):
+        for b in range(args.num_samples):
             show(separator, end="")
-            for piece in stream_text(model, tokenizer, ids, args.max_new_tokens, iters, seed=seed, **options):
+            row = {"seed": args.seed + b, "stats": stats, **options}
+            for piece in stream_text(model, tokenizer, ids, n, iters, **row):
                 show(piece, end="")
             show("")
             separator = "---\n"
-        print(f"[{report(options['stats'], iters, time.perf_counter() - start)}]", file=sys.stderr)
+        rate = stats["tokens"] / (time.perf_counter() - start)
+        depth = round(stats["depths"] / stats["settled"], 2) if stats["settled"] else iters
+        report = f"{stats['tokens']} tokens, {rate:.1f} tokens/s, {depth} iterations per token"
+        if stats["drafted"]:
+            report += f", {stats['accepted']} of {stats['drafted']} drafted tokens accepted"
+        print(f"[{report}]", file=sys.stderr)
 
 
 if __name__ == "__main__":
