@@ -583,9 +583,9 @@ def show_off(model: AbbIE, config: Config, shards: Shards, n_examples: int):
             print_table(run_tasks(model, tokenizer, BUILT_IN, [1, 2, 4], config.data, limit=n_examples))
             ids, n = tokenizer.encode_ordinary(prompt), min(200, n_examples)
             options = {"temperature": 0.8, "top_k": 50, "seed": config.seed}
-            pieces = stream_text(model, tokenizer, [ids], n, None, **options)
+            pieces = stream_text(model, tokenizer, ids, n, None, **options)
             print(f"\na sample at iters {model.config.iters} (python sample.py makes more):")
-            show(prompt + "".join(piece for _, piece in pieces))
+            show(prompt + "".join(pieces))
     except UserError as error:  # a context or split too small, a tokenizer that is not at hand
         print(f"not shown: {error}")
     if config.rule == "abbie_d" and config.iters == 2:
