@@ -20,7 +20,7 @@ import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import dataclass
 
 import torch
@@ -73,7 +73,7 @@ class KVCache:
         self.places = torch.where(kept, self.positions, self.length)
 
     def at(self, index: int, k: int) -> "KVCache":
-        """Turn to the slot of block `index` in iteration k: all blocks, then the Body for k = 1, 2, ..."""
+        """Turn to the slot of block `index` in iteration k. Slots: all blocks, the Body at k = 1, 2, ..."""
         config, self.slot = self.model.config, index
         if k > 0 and self.mode == "full":
             self.slot += config.n_blocks - config.n_head_blocks + (k - 1) * config.n_body_blocks
@@ -95,8 +95,8 @@ def step(cache: KVCache, idx: Tensor, n_new: list[int], early_exit=0.0, stats=No
     cache.expect(n_new)
     if early_exit:
         z, depths = settle(cache, x, early_exit)
-        stats["settled"] += sum(n_new)
-        stats["depths"] += int(depths.sum())
+        stats["read"] += sum(n_new)
+        stats["iterations"] += int(depths.sum())
     else:
         [z] = model.sweep(x, [cache.iters], cache.cos_sin, cache)
     cache.lengths = [length + n for length, n in zip(cache.lengths, n_new)]
@@ -109,18 +109,18 @@ def step(cache: KVCache, idx: Tensor, n_new: list[int], early_exit=0.0, stats=No
 
 @dataclass(frozen=True)
 class Decoding:
-    """How to decode. Raises UserError for what is out of range or excludes one another."""
+    """How to decode. Raises UserError for options that are out of range or exclude each other."""
 
     max_new_tokens: int
     iters: int
     temperature: float = 0.0  # 0: the best token
     top_k: int = 0  # draw from the k best tokens (0: all)
-    top_p: float = 1.0  # draw from the fewest that hold it together (arXiv 1904.09751)
+    top_p: float = 1.0  # draw from the fewest that have this probability together (arXiv 1904.09751)
     seed: int = 1  # row b draws from seed + b: a batch of N is N batches of 1
-    stop_tokens: frozenset[int] = frozenset()  # end a row, and are not yielded
+    stop_tokens: Set[int] = frozenset()  # end a row, and are not yielded
     cache_mode: str = "full"  # full or last: see KVCache
-    early_exit: float = 0.0  # in nats, 0: no exit; see settle
-    draft_iters: int = 0  # 0: no drafting; see draft_and_verify
+    early_exit: float = 0.0  # a token stops once its prediction changes by less, in nats: see settle
+    draft_iters: int = 0  # above 0: see draft_and_verify
     draft_tokens: int = 4
 
     def __post_init__(self):
@@ -316,7 +316,7 @@ def encode_prompt(tokenizer, text: str, block_size: int) -> list[int]:
     bos = getattr(tokenizer, "bos_tokens", [])
     ids = [*bos, *tokenizer.encode_ordinary(text)] or [tokenizer.eot_token]
     if len(ids) > block_size:
-        print(f"the context takes the last {block_size} of {len(ids)} tokens", file=sys.stderr)
+        print(f"the context takes the prompt's last {block_size} of {len(ids)} tokens", file=sys.stderr)
     return ids[-block_size:]
 
 
@@ -331,9 +331,8 @@ def stream_text(model, tokenizer, ids, max_new_tokens, iters, **options) -> Iter
     """What follows a prompt in pieces of text, as soon as it is certain, since the bytes of a character may
     be spread over tokens. It ends where the model ends its text."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    stops = getattr(tokenizer, "eot_tokens", [tokenizer.eot_token])
-    tokens = stream(model, [ids], max_new_tokens, iters, stop_tokens=frozenset(stops), **options)
-    for _, token in tokens:
+    stops = getattr(tokenizer, "eot_tokens", {tokenizer.eot_token})
+    for _, token in stream(model, [ids], max_new_tokens, iters, stop_tokens=stops, **options):
         yield decoder.decode(token_bytes(tokenizer, token))
     yield decoder.decode(b"", final=True)
 
@@ -436,13 +435,13 @@ def main(argv: list[str]):
         print(f"iters {iters}: {prompt}", end="" if prompt else "\n", file=sys.stderr, flush=True)
         for b in range(args.num_samples):
             show(separator, end="")
-            row = {"seed": args.seed + b, "stats": stats, **options}
-            for piece in stream_text(model, tokenizer, ids, n, iters, **row):
+            options |= {"seed": args.seed + b, "stats": stats}
+            for piece in stream_text(model, tokenizer, ids, n, iters, **options):
                 show(piece, end="")
             show("")
             separator = "---\n"
         rate = stats["tokens"] / (time.perf_counter() - start)
-        depth = round(stats["depths"] / stats["settled"], 2) if stats["settled"] else iters
+        depth = round(stats["iterations"] / stats["read"], 2) if stats["read"] else iters
         report = f"{stats['tokens']} tokens, {rate:.1f} tokens/s, {depth} iterations per token"
         if stats["drafted"]:
             report += f", {stats['accepted']} of {stats['drafted']} drafted tokens accepted"

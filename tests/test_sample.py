@@ -21,7 +21,7 @@ S = 16  # context of most models here
 PROMPTS = [[5, 6, 7], list(range(20, 30)), [3] * S, [4]]  # ragged; one fills its context
 DRAWN = {"temperature": 1.0, "top_k": 20, "top_p": 0.9}
 EXIT = {"early_exit": 1e-3}
-FLOAT32 = [(rule, torch.float32, 1e-4) for rule in MAX_ITERS]  # how much less the second best may be
+EXACT = [(rule, "float32", 1e-4) for rule in MAX_ITERS]
 
 
 @torch.no_grad()
@@ -41,9 +41,10 @@ def assert_best(new, model, prompt, iters, margin=1e-4):
 
 
 @pytest.mark.parametrize("drafting", [False, True], ids=["plain", "drafted"])
-@pytest.mark.parametrize("rule, dtype, margin", [*FLOAT32, ("abbie_d", torch.bfloat16, 0.1)])
+@pytest.mark.parametrize("rule, dtype, margin", [*EXACT, ("abbie_d", "bfloat16", 0.1)])
 def test_tokens_are_those_of_whole_sequences_past_the_context(rule, dtype, margin, drafting):
-    exact, model = make(rule=rule, block_size=S), make(rule=rule, block_size=S).to(dtype)
+    exact, model = make(rule=rule, block_size=S), make(rule=rule, block_size=S)
+    model.to(getattr(torch, dtype))
     for iters, draft_iters, draft_tokens in [(2, 1, 1), (8, 2, 4), (4, 3, 20)]:
         options = dict(draft_iters=draft_iters, draft_tokens=draft_tokens) if drafting else {}
         for prompt, new in zip(PROMPTS, generate(model, PROMPTS, S + 6, iters, **options)):
@@ -73,7 +74,7 @@ def test_a_row_ends_with_any_stop_token_and_the_others_go_on():
 
 def test_a_cache_is_as_large_as_needed(monkeypatch):
     model, lengths = make(), []
-    assert KVCache(model, 3, 8).keys.shape == (4 + 7 * 2, 3, 2, 33, 8)  # slots, rows, heads, places, channels
+    assert KVCache(model, 3, 8).keys.shape == (4 + 7 * 2, 3, 2, 33, 8)  # slots, B, K, S + 1, E
     assert KVCache(model, 3, 8, mode="last").keys.shape == (4, 3, 2, 33, 8)
     init = KVCache.__init__
     monkeypatch.setattr(KVCache, "__init__", lambda *args: lengths.append(args[-1]) or init(*args))
@@ -142,7 +143,7 @@ def test_one_slot_and_early_exit_equal_the_uncached_rule_with_masks(rule, early_
     keeps its state, keys and values."""
     model, idx, iters = make(rule=rule), tokens(1, 24), 8
     cache, reference, depths = KVCache(model, 1, iters, mode="last"), Appending(), Counter()
-    for start, end in [(0, 5), *((t, t + 1) for t in range(5, 24))]:  # a prompt, then token by token
+    for start, end in [(0, 5), *((t, t + 1) for t in range(5, 24))]:  # a prompt, then one by one
         part, cos_sin = idx[:, start:end], model.cos_sin(idx, torch.arange(start, end)[None])
         running = torch.ones(end - start, 1, dtype=torch.bool)
         reference.running, ran, logits = running, 0, None
@@ -162,7 +163,7 @@ def test_one_slot_and_early_exit_equal_the_uncached_rule_with_masks(rule, early_
         stats = Counter()
         ours = step(cache, part, [end - start], early_exit, stats)
         assert_close(ours, logits[:, -1], atol=1e-4, rtol=1e-4)
-        assert not early_exit or stats["depths"] == ran.sum()
+        assert not early_exit or stats["iterations"] == ran.sum()
     assert (len(depths) > 1) == (early_exit > 0)
 
 
@@ -170,7 +171,7 @@ def test_a_settled_token_costs_no_more_iterations():
     model, stats = make(), Counter()
     calls = calls_of(model.body[0])
     generate(model, [[5]], 20, 8, stats=stats, **EXIT)
-    assert len(calls) == stats["depths"] < 8 * 20
+    assert len(calls) == stats["iterations"] < 8 * 20
 
 
 # ------------------------------------------------------------------------------------- choosing a token, text
@@ -201,7 +202,7 @@ def test_characters_that_span_tokens_come_whole(monkeypatch):
 
     assert speak("aé中🙂b".encode()) == ["a", "", "é", "", "", "中", "", "", "", "🙂", "b", ""]
     assert "".join(speak(b"a\xe4\xb8")) == "a\ufffd"  # cut in the middle
-    assert speak([97, 300, 98]) == ["a", "", "b", ""]  # 300: of a vocab_size beyond the tokenizer's
+    assert speak([97, 300, 98]) == ["a", "", "b", ""]  # 300: beyond the tokenizer's
 
 
 def test_the_lens_shows_the_best_token_of_every_position_and_iteration():
@@ -253,12 +254,12 @@ def test_only_generated_text_is_on_stdout(cli, folder):
     for part in ("out/run/step_00000001", "def ", "tokens/s", "3 iterations per token"):
         assert part in err
     (folder / "prompt.txt").write_text("def \n")
-    assert cli("--prompt_file=prompt.txt", *flags).out == out, "the file's final newline is no prompt"
+    assert cli("--prompt_file=prompt.txt", *flags).out == out, "without the final newline"
     drafted = cli("--prompt", "def ", *flags, "--draft_iters=1")
     assert drafted.out == out and "drafted tokens accepted" in drafted.err
     assert cli(*flags).out == best(20, 3, [256]) + "\n", "a text begins with end-of-text"
     err = cli("--prompt", "x" * 70, *flags, "--exit", "kl:1e3").err
-    assert "the last 64 of 70 tokens" in err and "2.0 iterations per token" in err
+    assert "last 64 of 70 tokens" in err and "2.0 iterations per token" in err
 
 
 def test_samples_and_several_iters_follow_one_another(cli):
