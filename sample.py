@@ -172,18 +172,17 @@ def draw(p: Tensor, rngs: list[random.Random]) -> list[int]:
 def settle(cache: KVCache, x: Tensor, early_exit: float) -> tuple[Tensor, Tensor]:
     """Embeddings x (B, T, D) -> the states that are unembedded, (B, T, D), and the iterations that each token
     ran, (B, T). A token has settled when an iteration changes its prediction by a KL divergence below
-    early_exit (as arXiv 2502.05171, section 6.1; each look costs a Tail and an unembedding). Then it keeps
-    its state, keys and values, which the tokens still running read; the loop ends when all have settled. So a
-    row's depths do not depend on other rows. The cache has one slot for all iterations."""
+    early_exit (as arXiv 2502.05171, section 6.1; each look costs a Tail and an unembedding). It keeps this
+    state, and its keys and values, which the tokens still running read; the loop ends when all have settled.
+    So a row's depths do not depend on other rows. The cache has one slot for all iterations."""
     model, cos_sin = cache.model, cache.cos_sin
     h = model.run(model.head, x, cos_sin, cache)
     x, z, before = model.start(h), torch.zeros_like(h), None
     running, depths = cache.real.clone(), torch.zeros_like(cache.positions)
     for k in range(cache.iters):
         cache.keep(running)
-        u, next_x = model.iterate(x, h, k, k + 1, cos_sin, cache)
+        u, x = model.iterate(x, h, k, k + 1, cos_sin, cache)
         next_z = model.norm(model.run(model.tail, u, cos_sin, cache))
-        x = torch.where(running[..., None], next_x, x)
         z = torch.where(running[..., None], next_z, z)
         depths += running
         now = model.logits(z).float().log_softmax(-1)  # (B, T, V)

@@ -46,8 +46,11 @@ def test_tokens_are_those_of_whole_sequences_past_the_context(rule, dtype, margi
     exact, model = make(rule=rule, block_size=S), make(rule=rule, block_size=S)
     model.to(getattr(torch, dtype))
     for iters, draft_iters, draft_tokens in [(2, 1, 1), (8, 2, 4), (4, 3, 20)]:
-        options = dict(draft_iters=draft_iters, draft_tokens=draft_tokens) if drafting else {}
-        for prompt, new in zip(PROMPTS, generate(model, PROMPTS, S + 6, iters, **options)):
+        prompts, options = PROMPTS, {}
+        if drafting:  # one prompt after the other
+            prompts = PROMPTS[1:3]
+            options = dict(draft_iters=draft_iters, draft_tokens=draft_tokens)
+        for prompt, new in zip(prompts, generate(model, prompts, S + 6, iters, **options)):
             assert len(new) == S + 6
             assert_best(new, exact, prompt, iters, margin)
 
@@ -136,14 +139,20 @@ class Appending:
         self.old, self.new, self.all = self.all, {}, {}
 
 
-@pytest.mark.parametrize("rule, early_exit", [("recall", 0), ("abbie_d", 1e-3)])
+CHUNKS = [(0, 6), *((t, t + 1) for t in range(6, 12)), (12, 18), (18, 24)]
+
+
+@pytest.mark.parametrize("early_exit", [0, 1e-3])
 @torch.no_grad()
-def test_one_slot_and_early_exit_equal_the_uncached_rule_with_masks(rule, early_exit):
+def test_one_slot_and_early_exit_equal_the_uncached_rule_with_masks(early_exit):
     """A slot holds what the last iteration wrote. A token whose prediction changes by less than early_exit
     keeps its state, keys and values."""
-    model, idx, iters = make(rule=rule), tokens(1, 24), 8
+    model, idx, iters = make(seed=3, rule="recall"), tokens(1, 24), 8
+    for block in model.body:  # calmer, so that some tokens settle soon and some late
+        block.attn.out.weight *= 0.3
+        block.mlp.down.weight *= 0.3
     cache, reference, depths = KVCache(model, 1, iters, mode="last"), Appending(), Counter()
-    for start, end in [(0, 5), *((t, t + 1) for t in range(5, 24))]:  # a prompt, then one by one
+    for start, end in CHUNKS:
         part, cos_sin = idx[:, start:end], model.cos_sin(idx, torch.arange(start, end)[None])
         running = torch.ones(end - start, 1, dtype=torch.bool)
         reference.running, ran, logits = running, 0, None
@@ -164,7 +173,7 @@ def test_one_slot_and_early_exit_equal_the_uncached_rule_with_masks(rule, early_
         ours = step(cache, part, [end - start], early_exit, stats)
         assert_close(ours, logits[:, -1], atol=1e-4, rtol=1e-4)
         assert not early_exit or stats["iterations"] == ran.sum()
-    assert (len(depths) > 1) == (early_exit > 0)
+    assert (len(depths) > 2) == (early_exit > 0)
 
 
 def test_a_settled_token_costs_no_more_iterations():
