@@ -18,13 +18,13 @@ that the model gives to the continuation's tokens, each after the context and th
     "Question: What do bees make?\\nAnswer:"  " honey"  -23.8
     "Question: What do bees make?\\nAnswer:"  " iron"   -17.2
 
-These two scores are of config/abbie_tiny.py, a byte model that has read nothing but Python, at r = 2. `acc`
-asks whether the right continuation has the highest score, `acc_norm` whether it has the highest score per
-character (not counting the space): -23.8 / 5 against -17.2 / 4, wrong both times. A LAMBADA row is one
-request, for the last word of a text: `acc` asks whether each of its tokens is the most probable one,
-`perplexity` is exp(-mean score), per word. Tasks, strings and metrics are those of EleutherAI's
-lm-evaluation-harness 0.4.13, example by example. Two tasks need no download: `cloze` and `lastword` are made
-of the validation text of the data that a model was trained on.
+(of config/abbie_tiny.py, a byte model that has read nothing but Python, at r = 2). `acc` asks whether the
+right continuation has the highest score, `acc_norm` whether it has the highest score per character (not
+counting the space): -23.8 / 5 against -17.2 / 4, wrong both times. A LAMBADA row is one request, for the last
+word of a text: `acc` asks whether each of its tokens is the most probable one, `perplexity` is exp(-mean
+score), per word. All this is as in EleutherAI's lm-evaluation-harness 0.4.13, example by example. Two tasks
+need no download: `cloze` and `lastword` are made of the validation text of a model's training data, or of
+the folder that --ppl names.
 
 Shapes: B rows, T tokens, D n_embd, V vocab_size, M scored tokens, N requests (windows), R entries of iters.
 """
@@ -35,8 +35,9 @@ import os
 import random
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import nullcontext
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -49,8 +50,9 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from checkpoint import load_model, write_json
+from checkpoint import load_model, write_json, write_whole
 from config import (
+    DTYPES,
     ArgumentParser,
     choose_device,
     choose_dtype,
@@ -68,59 +70,58 @@ from model import AbbIE, UserError, check
 
 
 class Example(NamedTuple):
-    requests: list[tuple[str, str]]  # (context, continuation), one for each choice
-    gold: int  # number of the right one
+    """A (context, continuation) for each choice, and the number of the right one."""
+
+    requests: list[tuple[str, str]]
+    gold: int
 
 
 def choose(context: str, choices: list[str], gold: int) -> Example:
     return Example([(context, " " + choice) for choice in choices], gold)
 
 
-def hellaswag(row: dict) -> Example:
-    def clean(text):  # the order matters: an ending may keep a space in front
-        text = text.strip().replace(" [title]", ". ")
-        return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
-
-    context = f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"
-    return choose(clean(context), [clean(ending) for ending in row["endings"]], int(row["label"]))
-
-
-def arc(row: dict) -> Example:
-    gold = row["choices"]["label"].index(row["answerKey"].strip())
-    return choose(f"Question: {row['question']}\nAnswer:", row["choices"]["text"], gold)
-
-
-def commonsense_qa(row: dict) -> Example:
-    letters, texts = list("ABCDE"), row["choices"]["text"]
-    listed = "\n".join(f"{letter}. {texts[i]}" for i, letter in enumerate(letters))
-    context = f"Question: {row['question'].strip()}\n{listed}\nAnswer:"
-    return choose(context, letters, letters.index(row["answerKey"]))
-
-
-def piqa(row: dict) -> Example:
-    return choose(f"Question: {row['goal']}\nAnswer:", [row["sol1"], row["sol2"]], int(row["label"]))
-
-
-def sciq(row: dict) -> Example:
-    choices = [row[name] for name in ("distractor1", "distractor2", "distractor3", "correct_answer")]
-    return choose(f"{row['support'].lstrip()}\nQuestion: {row['question']}\nAnswer:", choices, 3)
-
-
-def openbookqa(row: dict) -> Example:
-    gold = row["choices"]["label"].index(row["answerKey"].strip())
-    return choose(row["question_stem"], row["choices"]["text"], gold)
-
-
-def lambada(row: dict) -> Example:
-    context, _, word = row["text"].rpartition(" ")
+def last_word(text: str) -> Example:
+    context, _, word = text.rpartition(" ")
     return Example([(context, " " + word)], 0)
 
 
-def winogrande(row: dict) -> Example:
-    """Two contexts and one continuation: which option makes the rest of the sentence likelier?"""
-    before, after = row["sentence"].split("_", 1)
-    contexts = [before + row["option1"], before + row["option2"]]
-    return Example([(context, " " + after.strip()) for context in contexts], int(row["answer"]) - 1)
+def clean(text: str) -> str:
+    """HellaSwag's text. The order matters: an ending may keep a space in front."""
+    text = text.strip().replace(" [title]", ". ")
+    return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
+
+
+def render(name: str, row: dict) -> Example:
+    """A row of a task's dataset -> what the harness makes of it."""
+    match name:
+        case "hellaswag":
+            context = f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"
+            endings = [clean(ending) for ending in row["endings"]]
+            return choose(clean(context), endings, int(row["label"]))
+        case "lambada_openai":
+            return last_word(row["text"])
+        case "arc_easy" | "arc_challenge" | "openbookqa":
+            bare = name == "openbookqa"
+            context = row["question_stem"] if bare else f"Question: {row['question']}\nAnswer:"
+            gold = row["choices"]["label"].index(row["answerKey"].strip())
+            return choose(context, row["choices"]["text"], gold)
+        case "commonsense_qa":
+            letters, texts = list("ABCDE"), row["choices"]["text"]
+            listed = "\n".join(f"{letter}. {texts[i]}" for i, letter in enumerate(letters))
+            context = f"Question: {row['question'].strip()}\n{listed}\nAnswer:"
+            return choose(context, letters, letters.index(row["answerKey"]))
+        case "piqa":
+            choices = [row["sol1"], row["sol2"]]
+            return choose(f"Question: {row['goal']}\nAnswer:", choices, int(row["label"]))
+        case "sciq":
+            context = f"{row['support'].lstrip()}\nQuestion: {row['question']}\nAnswer:"
+            wrong = [row[f"distractor{i}"] for i in (1, 2, 3)]
+            return choose(context, [*wrong, row["correct_answer"]], 3)
+        case "winogrande":  # which option makes the rest of the sentence likelier?
+            before, after = row["sentence"].split("_", 1)
+            contexts = [before + row["option1"], before + row["option2"]]
+            requests = [(context, " " + after.strip()) for context in contexts]
+            return Example(requests, int(row["answer"]) - 1)
 
 
 def draw(spots: list, n: int) -> list:
@@ -147,73 +148,58 @@ def make_cloze(texts: list[str], n: int, before: int) -> list[Example]:
 
 
 def make_last_word(texts: list[str], n: int, before: int) -> list[Example]:
-    """LAMBADA's form: the last word of a line of four words or more."""
-    lines = re.compile(r"(?m)^.*\S [^\W\d_]{1,20}[.,:;]?$")  # the word: letters, and a point at most
-    matches = [(text, match) for text in texts for match in lines.finditer(text)]
-    spots = [(text, match.end()) for text, match in matches if len(match.group().split()) >= 4]
-    return [lambada({"text": text[max(0, end - before) : end]}) for text, end in draw(spots, n)]
+    """LAMBADA's form: the last word, letters and a point at most, of a line of four words or more."""
+    lines = re.compile(r"(?m)^.*\S [^\W\d_]{1,20}[.,:;]?$")
+    spots = []
+    for text in texts:
+        for match in lines.finditer(text):
+            if len(match.group().split()) >= 4:
+                spots.append((text, match.end()))
+    return [last_word(text[max(0, end - before) : end]) for text, end in draw(spots, n)]
 
 
 # -------------------------------------------------------------------------------- the tasks and their rows
 
-CONVERTED = "refs/convert/parquet"  # the branch in which the Hub keeps datasets as CONFIG/SPLIT/0000.parquet
-HELLASWAG = "218ec52e09a7e7462a5400043bb9a69a41d06b76"  # a revision that has all rows
-LAMBADA = "4aa8d02cd17c719165fc8a7887fddd641f43fcafa4b1c806ca8abc31fabdb226"  # SHA-256 of OpenAI's file
-
 
 class Task(NamedTuple):
-    """What is measured, and how a row becomes an Example. Rows are a file of a dataset on the Hugging Face
-    Hub; where there is none, render makes Examples of texts: (texts, how many, characters before)."""
+    """Its metrics, and a file of a dataset on the Hugging Face Hub, which keeps what it has converted under
+    CONFIG/SPLIT/0000.parquet in a branch (piqa's we have not seen). A built-in task has none."""
 
     metrics: tuple[str, ...]
-    render: Callable
     repo: str = ""
     file: str = ""
     split: str = ""
     n_rows: int = 0
-    revision: str = CONVERTED
-    sha256: str = ""  # "": what the Hub says it is
+    revision: str = "refs/convert/parquet"
 
 
-# The names of the converted files follow the Hub's rule. We have not seen piqa's: should its
-# download fail, look the name up on the Hub.
 ACC, NORM, WORD = ("acc",), ("acc", "acc_norm"), ("perplexity", "acc")
+TEST, VAL = "test/0000.parquet", "validation/0000.parquet"
 TASKS = {
-    "cloze": Task(NORM, make_cloze),
-    "lastword": Task(WORD, make_last_word),
+    "cloze": Task(NORM),
+    "lastword": Task(WORD),
     "hellaswag": Task(
-        NORM, hellaswag,
-        "Rowan/hellaswag", "data/validation-00000-of-00001.parquet", "validation", 10042, HELLASWAG,
+        NORM, "Rowan/hellaswag", "data/validation-00000-of-00001.parquet", "validation", 10042,
+        "218ec52e09a7e7462a5400043bb9a69a41d06b76",  # a revision that has all rows
     ),
     "lambada_openai": Task(
-        WORD, lambada,
-        "EleutherAI/lambada_openai", "data/lambada_test.jsonl", "test", 5153, "main", LAMBADA,
+        WORD, "EleutherAI/lambada_openai", "data/lambada_test.jsonl", "test", 5153, "main"
     ),
-    "arc_easy": Task(NORM, arc, "allenai/ai2_arc", "ARC-Easy/test/0000.parquet", "test", 2376),
-    "arc_challenge": Task(NORM, arc, "allenai/ai2_arc", "ARC-Challenge/test/0000.parquet", "test", 1172),
-    "commonsense_qa": Task(
-        ACC, commonsense_qa, "tau/commonsense_qa", "default/validation/0000.parquet", "validation", 1221
-    ),
-    "piqa": Task(NORM, piqa, "baber/piqa", "default/validation/0000.parquet", "validation", 1838),
-    "openbookqa": Task(NORM, openbookqa, "allenai/openbookqa", "main/test/0000.parquet", "test", 500),
-    "sciq": Task(NORM, sciq, "allenai/sciq", "default/test/0000.parquet", "test", 1000),
-    "winogrande": Task(
-        ACC, winogrande, "allenai/winogrande", "winogrande_xl/validation/0000.parquet", "validation", 1267
-    ),
+    "arc_easy": Task(NORM, "allenai/ai2_arc", f"ARC-Easy/{TEST}", "test", 2376),
+    "arc_challenge": Task(NORM, "allenai/ai2_arc", f"ARC-Challenge/{TEST}", "test", 1172),
+    "commonsense_qa": Task(ACC, "tau/commonsense_qa", f"default/{VAL}", "validation", 1221),
+    "piqa": Task(NORM, "baber/piqa", f"default/{VAL}", "validation", 1838),
+    "openbookqa": Task(NORM, "allenai/openbookqa", f"main/{TEST}", "test", 500),
+    "sciq": Task(NORM, "allenai/sciq", f"default/{TEST}", "test", 1000),
+    "winogrande": Task(ACC, "allenai/winogrande", f"winogrande_xl/{VAL}", "validation", 1267),
 }  # fmt: skip
-BUILT_IN = [name for name, task in TASKS.items() if not task.repo]
-DOWNLOADED = [name for name, task in TASKS.items() if task.repo]
+BUILT_IN = ["cloze", "lastword"]
+DOWNLOADED = [name for name in TASKS if name not in BUILT_IN]
 
 
 def load_task(name: str, data, data_dir, block_size: int, limit: int | None) -> list[Example]:
     """The first `limit` examples of a task (None: all): rows of DATA_DIR/TASK/SPLIT.jsonl, or, of a built-in
-    task, made of the folder of shards `data` (None: 300). Raises UserError for an unknown task, a missing
-    file and the first row that is not one of the task's."""
-    if name not in TASKS:
-        raise UserError(
-            f"unknown task {name!r}{nearest(name, TASKS)}; there are {', '.join(TASKS)}\n"
-            "the harness has others: python -m hf.export, then lm_eval --model hf"
-        )
+    task, made of the folder of shards `data` (None: 300)."""
     if name in BUILT_IN:
         return make_task(name, data, block_size, limit or 300)
     path, examples = Path(data_dir, name, f"{TASKS[name].split}.jsonl"), []
@@ -222,39 +208,37 @@ def load_task(name: str, data, data_dir, block_size: int, limit: int | None) -> 
     with open(path, "rb") as file:
         for number, line in enumerate(islice(file, limit), 1):
             try:
-                example = TASKS[name].render(json.loads(line))
-                if not 0 <= example.gold < len(example.requests):
-                    raise ValueError(f"no choice {example.gold}")
-                if not all(continuation.strip() for _, continuation in example.requests):
-                    raise ValueError("an empty choice")
-            except (KeyError, IndexError, ValueError, TypeError, AttributeError, RecursionError) as error:
-                raise UserError(
-                    f"{path}, line {number} is no row of {name} ({type(error).__name__}: {error})\n"
-                    f"remove the file and get it again: {command}"
-                ) from None
+                example = render(name, json.loads(line))
+                texts = [continuation.strip() for _, continuation in example.requests]
+                check(0 <= example.gold < len(texts), f"no choice {example.gold}")
+                check(all(texts), "an empty choice")
+            except Exception as error:  # whatever a row of another form leads to
+                problem = f"{path}, line {number} is no row of {name}: {error!r}"
+                raise UserError(f"{problem}\nremove the file and get it again: {command}") from None
             examples.append(example)
     check(bool(examples), f"{path} has no rows\nremove it and get it again: {command}")
     return examples
 
 
 def make_task(name: str, data: str | Path, block_size: int, n: int) -> list[Example]:
-    """n examples (if there are so many) from the first two million characters of the validation split of
-    `data`; those for a larger n begin with them. Contexts have at most block_size / 2 characters, and at most
-    512."""
+    """n examples (if there are so many) from the first two million characters of the validation split; those
+    for a larger n begin with them. Contexts have at most block_size / 2 characters, and at most 512."""
     tokenizer, texts, size = tokenizer_in(data, Shards(data, "val", 1).tokenizer), [], 0
     for tokens in documents(data, "val"):
         texts.append(tokenizer.decode(tokens[: 1 << 20].tolist()))
         size += len(texts[-1])
         if size > 1 << 21:
             break
-    examples = TASKS[name].render(texts, n, min(512, block_size // 2))
-    check(bool(examples), f"the validation split of {data} is too small to make {name} of\nprepare more text")
+    make = make_cloze if name == "cloze" else make_last_word
+    examples = make(texts, n, min(512, block_size // 2))
+    check(bool(examples), f"{data}: the validation split is too small for {name}\nprepare more text")
     return examples
 
 
 # ------------------------------------------------------------------------------------- requests -> scores
 
-LOGITS_AT_A_TIME = 1 << 24  # so that memory grows neither with the batch nor with the vocabulary
+# So that memory grows neither with the batch nor with the vocabulary.
+LOGITS_AT_A_TIME = 1 << 24
 
 
 def encode_requests(tokenizer, requests: list[tuple[str, str]]) -> list[tuple]:
@@ -268,13 +252,14 @@ def encode_requests(tokenizer, requests: list[tuple[str, str]]) -> list[tuple]:
         if not start:
             start = [tokenizer.eot_token]
             whole = whole if whole[:1] == start else start + whole
-        pairs.append((torch.tensor(start), torch.tensor(whole[len(start) :], dtype=torch.int64)))
+        check(len(whole) > len(start), f"{continuation!r} adds no token to its context")
+        pairs.append((torch.tensor(start), torch.tensor(whole[len(start) :])))
     return pairs
 
 
 def score_tokens(model: AbbIE, z: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """States z (M, D) that predict tokens (M,) -> log-probabilities (M,) float64, and whether each token is
-    the most probable one (M,). The softmax is fp32, over the vocabulary without its padding."""
+    the most probable one (M,). The softmax is fp32."""
     at_a_time = max(1, LOGITS_AT_A_TIME // model.config.vocab_size)
     logprobs, hits = [], []
     for part, token in zip(z.split(at_a_time), tokens.split(at_a_time)):
@@ -289,9 +274,8 @@ def score(
     model: AbbIE, pairs, iters, batch_size=32, rank=0, world=1, autocast=nullcontext, bar=""
 ) -> tuple[np.ndarray, np.ndarray]:
     """N pairs of tokens (context, continuation) -> log-likelihoods (N, R), and whether every token is the
-    argmax (N, R), at each of the ascending iters, computed in the context autocast(). A context that is too
-    long loses its start. Batches are the same for any number of ranks, each of which takes a stride of them;
-    so are the scores. bar: name of a progress bar."""
+    argmax (N, R), at each of the ascending iters. A context that is too long loses its start. Batches are the
+    same for any number of ranks, each of which takes a stride of them; so are the scores."""
     device, N = model.embed.weight.device, len(pairs)
     longest_first = sorted(range(N), key=lambda n: -len(pairs[n][0]) - len(pairs[n][1]))
     batches = [longest_first[first : first + batch_size] for first in range(0, N, batch_size)]
@@ -299,36 +283,29 @@ def score(
     for batch in tqdm(batches[rank::world], desc=bar, disable=None if bar and rank == 0 else True):
         rows = [torch.cat(pairs[n])[-(model.config.block_size + 1) :] for n in batch]
         lengths = [len(pairs[n][1]) for n in batch]
+        ends = [len(row) - 1 for row in rows]
         # Each position predicts the next token, so the last one of a row is not read. Rows are padded on the
         # right, where no token before can see it.
         idx = pad_sequence([row[:-1] for row in rows], batch_first=True).to(device)  # (B, T)
         tokens = torch.cat([pairs[n][1] for n in batch]).to(device)  # (M,)
         with autocast():
             for i, z in enumerate(model.states_at(idx, iters)):  # (B, T, D)
-                ends = [len(row) - 1 for row in rows]
-                scored = [z[b, end - n : end] for b, (end, n) in enumerate(zip(ends, lengths))]
+                scored = [row[end - n : end] for row, end, n in zip(z, ends, lengths)]
                 logprobs, hits = score_tokens(model, torch.cat(scored), tokens)  # (M,) each
-                result[0, batch, i] = torch.stack([part.sum() for part in logprobs.split(lengths)])
-                result[1, batch, i] = torch.stack([part.all() for part in hits.split(lengths)]).double()
+                for n, nats, hit in zip(batch, logprobs.split(lengths), hits.split(lengths)):
+                    result[0, n, i], result[1, n, i] = nats.sum(), hit.all()
     if world > 1:
         dist.all_reduce(result)  # exact: one rank has the scores of a request, and the others 0
     return result[0].numpy(), result[1].bool().numpy()
 
 
-def window_losses(
-    model: AbbIE, shards: Shards, iters, n_windows=None, batch_size=32, rank=0, world=1, bar="", **options
-) -> np.ndarray:
+def window_losses(model: AbbIE, shards: Shards, iters, n_windows=None, **options) -> np.ndarray:
     """Mean nats per token (N, R) of N windows, evenly spaced over the split (None: all of them). A window is
-    a request whose context is one token. Read by one batch for each rank. The options are score's."""
+    a request whose context is one token. The options are score's."""
     N = min(n_windows or shards.n_windows, shards.n_windows)
-    windows = np.arange(N) * shards.n_windows // N
-    step, losses = batch_size * world, []
-    for first in tqdm(range(0, N, step), desc=bar, disable=None if bar and rank == 0 else True):
-        x, y = shards.batch(windows[first : first + step])
-        pairs = list(zip(x[:, :1], y))
-        scores, _ = score(model, pairs, iters, batch_size, rank, world, **options)
-        losses.append(-scores / shards.block_size)
-    return np.concatenate(losses)
+    x, y = shards.batch(np.arange(N) * shards.n_windows // N)
+    scores, _ = score(model, list(zip(x[:, :1], y)), iters, **options)
+    return -scores / shards.block_size
 
 
 def evaluate_loss(model: AbbIE, shards: Shards, iters: Iterable[int], n_windows=None, **options) -> dict:
@@ -338,28 +315,39 @@ def evaluate_loss(model: AbbIE, shards: Shards, iters: Iterable[int], n_windows=
     return dict(zip(iters, losses.mean(0).tolist()))
 
 
-# ------------------------------------------------------------------------------------------ scores -> metrics
+# --------------------------------------------------------------------------------- scores -> metrics, a table
 
 
 def check_finite(scores: np.ndarray, iters: list[int]):
     """Scores (N, R). NaN compares as False: without this, a broken model would seem to guess choice 0."""
     broken = [r for r, finite in zip(iters, np.isfinite(scores).all(0)) if not finite]
-    check(
-        not broken,
-        f"the model is not finite: at iters {broken} it has NaN or infinite scores\n"
-        "take an earlier checkpoint, fewer iterations, or --dtype float32",
-    )
+    problem = f"the model is not finite: at iters {broken} it has NaN or infinite scores"
+    check(not broken, f"{problem}\ntake an earlier checkpoint, fewer iterations, or --dtype float32")
 
 
-def summary(metric: str, x: np.ndarray) -> dict:
-    """The mean of x (N,) and its standard error (None where N is 1). A perplexity is exp(mean), and its
-    error, by the delta method, exp(mean) times that of the mean."""
-    mean = float(x.mean())
-    stderr = float(x.std(ddof=1)) / math.sqrt(len(x)) if len(x) > 1 else None
-    if metric == "perplexity":
-        mean = math.exp(min(700, mean))
-        stderr = stderr and mean * stderr
-    return {metric: mean, f"{metric}_stderr": stderr}
+def measure(metrics: tuple[str, ...], example: Example, scores, greedy) -> dict[str, np.ndarray]:
+    """One example's scores and greedy, (choices, R) each -> {metric: what it is the mean of, (R,)}."""
+    if metrics == WORD:  # every token of the word is the argmax
+        return {"perplexity": -scores[0], "acc": greedy[0]}
+    # Per character of the choice, without the space before it.
+    lengths = np.array([len(continuation) - 1 for _, continuation in example.requests])
+    right = scores.argmax(0) == example.gold
+    return {"acc": right, "acc_norm": (scores / lengths[:, None]).argmax(0) == example.gold}
+
+
+def summarize(values: dict[str, np.ndarray], iters: list[int]) -> dict:
+    """{metric: (N, R)} -> {r: {metric: the mean, metric_stderr: its standard error, None where N is 1}}. A
+    perplexity is exp(mean), and its error, by the delta method, exp(mean) times that of the mean."""
+    entries = {str(r): {} for r in iters}
+    for metric, table in values.items():
+        for entry, x in zip(entries.values(), table.T):
+            mean = float(x.mean())
+            stderr = float(x.std(ddof=1)) / math.sqrt(len(x)) if len(x) > 1 else None
+            if metric == "perplexity":
+                mean = math.exp(min(700, mean))
+                stderr = stderr and mean * stderr
+            entry |= {metric: mean, f"{metric}_stderr": stderr}
+    return entries
 
 
 def mcnemar(before: np.ndarray, after: np.ndarray) -> dict:
@@ -371,133 +359,86 @@ def mcnemar(before: np.ndarray, after: np.ndarray) -> dict:
     return {"gained": gained, "lost": lost, "p": min(1.0, 2 * tail / 2**n)}
 
 
-def measure(metric: str, example: Example, scores: np.ndarray, greedy: np.ndarray) -> np.ndarray:
-    """One example's scores and greedy, (choices, R) each -> what the metric is the mean of, (R,)."""
-    if metric == "perplexity":
-        return -scores[0]
-    if len(example.requests) == 1:  # LAMBADA: every token of the word is the argmax
-        return greedy[0]
-    if metric == "acc_norm":  # per character of the choice, without the space before it
-        lengths = [len(continuation) - 1 for _, continuation in example.requests]
-        scores = scores / np.array(lengths)[:, None]
-    return scores.argmax(0) == example.gold
-
-
 def run_task(
     model: AbbIE, tokenizer, name: str, examples: list[Example], iters: list[int], **options
 ) -> tuple[dict, list[dict]]:
-    """Score one task at ascending iters -> its result, and a sample for every example and r.
-
-    The result: {"n", "left_out", "truncated": examples, "iters": {r: {metric, metric_stderr}}, "paired":
-    {"reference": the default r (else the first), r: {metric: McNemar's test}}}. Examples with a continuation
-    longer than the model's context are left out. The options are score's."""
-    T, kept, pairs, truncated = model.config.block_size, [], [], 0
+    """One task at ascending iters -> {"n", "left_out", "iters": {r: {metric, metric_stderr}}, "paired":
+    {"reference": the default r (else the first), r: {metric: McNemar's test}}}, and a sample for every
+    example and r. Those with a continuation longer than the context are left out. Options: score's."""
+    metrics, T, kept, pairs = TASKS[name].metrics, model.config.block_size, [], []
     for number, example in enumerate(examples):
         encoded = encode_requests(tokenizer, example.requests)
-        for (_, tokens), (_, text) in zip(encoded, example.requests):
-            check(len(tokens) > 0, f"{name}, row {number + 1}: {text!r} adds no token to its context")
         if max(len(tokens) for _, tokens in encoded) <= T:
             kept.append(number)
             pairs += encoded
-            truncated += any(len(context) + len(tokens) > T + 1 for context, tokens in encoded)
-    check(len(kept) > 0, f"{name}: no row's continuations fit into the model's context of {T} tokens")
+    check(bool(kept), f"{name}: no row's continuations fit into the context of {T} tokens")
     scores, greedy = score(model, pairs, iters, bar=name, **options)
     check_finite(scores, iters)
     ends = np.cumsum([len(examples[number].requests) for number in kept])[:-1]
-    rows = list(zip(kept, np.split(scores, ends), np.split(greedy, ends)))  # (number, (choices, R) twice)
-
-    reference = model.config.iters if model.config.iters in iters else iters[0]
-    entries, paired = ({str(r): {} for r in iters} for _ in range(2))
-    for metric in TASKS[name].metrics:
-        values = np.array([measure(metric, examples[number], *row) for number, *row in rows])  # (N, R)
-        for r, column in zip(entries, values.T):
-            entries[r] |= summary(metric, column)
-            if metric != "perplexity":
-                paired[r][metric] = mcnemar(values[:, iters.index(reference)], column)
-    result = {"n": len(kept), "left_out": len(examples) - len(kept), "truncated": truncated}
-    result |= {"iters": entries, "paired": {"reference": reference, **paired}}
-    samples = []
-    for number, nats, hits in rows:
+    measured, samples = [], []
+    for number, nats, hits in zip(kept, np.split(scores, ends), np.split(greedy, ends)):
+        measured.append(measure(metrics, examples[number], nats, hits))
         for i, r in enumerate(iters):
             sample = {"task": name, "doc_id": number, "iters": r}
             sample["loglikelihoods"] = nats[:, i].tolist()
             sample["is_greedy"] = hits[:, i].tolist()
             sample["gold"] = examples[number].gold
             samples.append(sample)
-    return result, samples
 
-
-def run_tasks(
-    model: AbbIE, tokenizer, names, iters, data=None, data_dir="data/icl", limit=None, **options
-) -> dict:
-    """Score tasks at every r -> {"tasks": {name: the result of run_task}}. Arguments as load_task's; the
-    options are score's."""
-    iters, results = sorted({model.check_iters(r) for r in iters}), {}
-    for name in names:
-        examples = load_task(name, data, data_dir, model.config.block_size, limit)
-        results[name], _ = run_task(model, tokenizer, name, examples, iters, **options)
-    return {"tasks": results}
+    reference = model.config.iters if model.config.iters in iters else iters[0]
+    values, paired = {}, {"reference": reference, **{str(r): {} for r in iters}}
+    for metric in metrics:
+        values[metric] = x = np.array([example[metric] for example in measured])  # (N, R)
+        for i, r in enumerate(iters):
+            if metric != "perplexity":
+                paired[str(r)][metric] = mcnemar(x[:, iters.index(reference)], x[:, i])
+    result = {"n": len(kept), "left_out": len(examples) - len(kept)}
+    return {**result, "iters": summarize(values, iters), "paired": paired}, samples
 
 
 def perplexity(model: AbbIE, shards: Shards, iters: list[int], **options) -> dict:
     """Of a whole split: loss in nats per token, perplexity per token, and bits per byte of its text, which
     compare models of different tokenizers. Errors are those of a mean over windows."""
-    losses = window_losses(model, shards, iters, **options, bar="perplexity")
+    losses = window_losses(model, shards, iters, bar="perplexity", **options)
     check_finite(losses, iters)
     n, bits = losses.shape[0] * shards.block_size, shards.n_tokens / shards.n_bytes / math.log(2)
-    entries = {}
-    for r, loss in zip(iters, losses.T):
-        entry = summary("loss", loss) | summary("perplexity", loss)
-        entries[str(r)] = entry | summary("bits_per_byte", bits * loss)
-    result = {"data": str(shards.folder), "n": n}
-    return result | {"left_out": shards.n_tokens - n, "iters": entries}
+    values = {"loss": losses, "perplexity": losses, "bits_per_byte": bits * losses}
+    result = {"data": str(shards.folder), "n": n, "left_out": shards.n_tokens - n}
+    return {**result, "iters": summarize(values, iters)}
 
 
-# -------------------------------------------------------------------------------------------------- the table
-
-
-def cell(metric: str, value: float) -> str:
-    if metric.startswith("acc"):  # in percent
-        return f"{100 * value:.2f}"
-    return f"{value:.4f}" if value < 1000 else f"{value:.4g}"
+def cell(entry: dict, metric: str, best: float) -> str:
+    """A metric and its error; accuracies in percent."""
+    texts = []
+    for value in (entry[metric], entry[f"{metric}_stderr"]):
+        if value is not None and metric.startswith("acc"):
+            texts.append(f"{100 * value:.2f}")
+        elif value is not None:
+            texts.append(f"{value:.4f}" if value < 1000 else f"{value:.4g}")
+    return " ± ".join(texts) + ("*" if entry[metric] == best else " ")
 
 
 def print_table(results: dict):
     """Rows: tasks and metrics. Columns: iters. The best r of a row is marked with *."""
-    sections, lines, notes = dict(results.get("tasks", {})), [], []
+    sections, lines = dict(results["tasks"]), []
     if "ppl" in results:
         sections[results["ppl"]["data"]] = results["ppl"]
     for name, section in sections.items():
-        n, left_out, entries = section["n"], section["left_out"], section["iters"]
-        official = TASKS[name].n_rows if name in DOWNLOADED else n + left_out
+        n, entries = section["n"], list(section["iters"].values())
+        official = TASKS[name].n_rows if name in DOWNLOADED else n + section["left_out"]
         count = str(n) if n == official else f"{n}/{official}"
-        lines = lines or [["", "*: best", "n", *(f"r={r} " for r in entries)]]
-        for metric in [key for key in next(iter(entries.values())) if not key.endswith("_stderr")]:
+        lines = lines or [["", "*: best", "n", *(f"r={r} " for r in section["iters"])]]
+        for metric in [key for key in entries[0] if not key.endswith("_stderr")]:
             better = max if metric.startswith("acc") else min
-            best = better(entries, key=lambda r: entries[r][metric])
-            cells = []
-            for entry in entries.values():
-                value, stderr = entry[metric], entry[f"{metric}_stderr"]
-                error = "" if stderr is None else f" ± {cell(metric, stderr)}"
-                mark = "*" if value == entries[best][metric] else " "
-                cells.append(cell(metric, value) + error + mark)
-            lines.append([name, metric, count, *cells])
-            test = section.get("paired", {}).get(best, {}).get(metric)
-            if test and test["gained"] > test["lost"]:
-                notes.append(
-                    f"{name} {metric}: r={best} gains {test['gained']} and loses {test['lost']} "
-                    f"examples against r={section['paired']['reference']}, McNemar p = {test['p']:.2g}"
-                )
-        if name in TASKS and left_out:
-            notes.append(f"{name}: {left_out} rows left out: a choice is longer than the model's context")
-        if section.get("truncated"):
-            notes.append(f"{name}: {section['truncated']} rows longer than the context lost their beginning")
+            best = better(entry[metric] for entry in entries)
+            lines.append([name, metric, count, *(cell(entry, metric, best) for entry in entries)])
     widths = [max(map(len, column)) for column in zip(*lines)]
     for name, metric, *cells in lines:
         cells = [text.rjust(width) for text, width in zip(cells, widths[2:])]
-        print("  ".join([name.ljust(widths[0]), metric.ljust(widths[1]), *cells]))
-    for note in notes:
-        print(note)
+        print(name.ljust(widths[0]), metric.ljust(widths[1]), *cells, sep="  ")
+    for name, section in results["tasks"].items():
+        if section["left_out"]:
+            print(f"{name}: {section['left_out']} rows left out, longer than the model's context")
 
 
 # ------------------------------------------------------------------------------------------------ the command
@@ -506,38 +447,26 @@ def print_table(results: dict):
 def parse_args(argv: list[str]):
     parser = ArgumentParser(prog="eval_icl.py", description=__doc__.split("\n\nHow")[0])
     add = parser.add_argument
-    add("--ckpt", help="run folder, checkpoint or hf:FOLDER (default: the newest under out/)")
-    add("--iters", default="1,2,4,8", help="iterations of the Body (default 1,2,4,8)")
-    default = f"default: {','.join(BUILT_IN)}, where --ppl is not given"
-    add("--tasks", default="", help=f"of {', '.join(TASKS)} ({default})")
-    add("--data_dir", default="data/icl", help="holds TASK/SPLIT.jsonl (default data/icl)")
-    add("--limit", type=int, help="examples of each task, the first N (default: all; of a built-in one 300)")
-    text = "loss, perplexity and bits per byte on the validation split of a folder of shards "
-    text += "(default: the training data; the built-in tasks are made of the same folder)"
-    add("--ppl", nargs="?", const="", metavar="FOLDER", help=text)
-    add("--batch_size", type=int, default=32, help="requests or windows at a time (default 32)")
+    add("--ckpt", help="run folder, checkpoint or hf:FOLDER (the newest under out/)")
+    add("--iters", default="1,2,4,8", help="iterations of the Body (1,2,4,8)")
+    add("--tasks", default="", help=f"of {', '.join(TASKS)} (without --ppl: {','.join(BUILT_IN)})")
+    add("--data_dir", default="data/icl", help="holds TASK/SPLIT.jsonl (data/icl)")
+    add("--limit", type=int, help="the first N examples of each task (all; of a built-in one 300)")
+    add("--ppl", nargs="?", const="", metavar="FOLDER", help="perplexity on shards (the training data)")
+    add("--batch_size", type=int, default=32, help="requests or windows at a time (32)")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
-    text = "of matrix products (default float32, as the harness; auto: bfloat16 where it is fast)"
-    add("--dtype", default="float32", choices=("auto", "float32", "bfloat16"), help=text)
-    add("--out", metavar="FILE", help="write the results here as JSON, after every task")
-    add("--log_samples", metavar="FILE", help="write every example's scores here, a line of JSON each")
+    add("--dtype", default="float32", choices=("auto", *DTYPES), help="of matrix products (float32)")
+    add("--out", type=Path, metavar="FILE", help="JSON of the results, written after every task")
+    add("--log_samples", type=Path, metavar="FILE", help="JSON lines of every example's scores")
     args = parser.parse_args(argv)
-    check(args.batch_size >= 1, f"--batch_size={args.batch_size} must be at least 1")
-    check(args.limit is None or args.limit >= 1, f"--limit={args.limit} must be at least 1")
-    args.tasks = [name.strip() for name in args.tasks.split(",") if name.strip()]
-    if not args.tasks and args.ppl is None:
-        args.tasks = BUILT_IN
+    check(args.batch_size >= 1, "--batch_size must be at least 1")
+    check(args.limit is None or args.limit >= 1, "--limit must be at least 1")
+    default = BUILT_IN if args.ppl is None else []
+    args.tasks = re.findall(r"[^,\s]+", args.tasks) or default
+    for name in args.tasks:
+        if name not in TASKS:
+            raise UserError(f"no task {name}{nearest(name, TASKS)}\nthere are {', '.join(TASKS)}")
     return args
-
-
-def save(args, rank: int, results: dict, samples: list[dict]):
-    """Rank 0 replaces the results, and adds the samples to those of earlier tasks."""
-    with together():
-        if args.out and rank == 0:
-            write_json(Path(args.out), results)
-        if args.log_samples and rank == 0:
-            with open(args.log_samples, "a") as file:
-                file.writelines(json.dumps(sample) + "\n" for sample in samples)
 
 
 def main(argv: list[str]):
@@ -550,40 +479,39 @@ def main(argv: list[str]):
         iters = sorted({model.check_iters(r) for r in parse_list(args.iters, "iters")})
         data = args.ppl or model.meta.get("data")
         if args.ppl is not None or set(args.tasks) & set(BUILT_IN):
-            check(
-                isinstance(data, str) and data != "",
-                "this model does not say what it was trained on\n"
-                "name a folder of shards: --ppl FOLDER, with --tasks cloze,lastword to make these of it",
-            )
+            check(isinstance(data, str), "the model names no data: give shards by --ppl FOLDER")
         tasks = {name: load_task(name, data, args.data_dir, T, args.limit) for name in args.tasks}
         if args.ppl is not None:
-            shards, name = Shards(data, "val", T), model.meta["tokenizer"]
-            check(
-                shards.tokenizer == name,
-                f"{data} holds {shards.tokenizer} tokens, but the model reads {name}\n"
-                f"prepare the text again with --tokenizer {name}",
-            )
-        for path in map(Path, filter(None, (args.out, args.log_samples))):
+            shards, tokens = Shards(data, "val", T), model.meta["tokenizer"]
+            advice = f"prepare the text with --tokenizer {tokens}"
+            check(shards.tokenizer == tokens, f"{data}: {shards.tokenizer} tokens\n{advice}")
+        for path in filter(None, (args.out, args.log_samples)):
             writable = os.access(path.parent, os.W_OK) and not path.is_dir()
-            check(writable, f"{path} cannot be written\nname a file in a folder that exists")
-        if rank == 0:
-            print(f"evaluating {model.meta['ckpt']}", file=sys.stderr)
-            if args.log_samples:
-                open(args.log_samples, "w").close()
+            check(writable, f"{path} cannot be written\nname one in a folder that exists")
+    if rank == 0:
+        print(f"evaluating {model.meta['ckpt']}", file=sys.stderr)
 
-    def autocast():
-        return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-
-    options = {"batch_size": args.batch_size, "rank": rank, "world": world}
-    options["autocast"] = autocast
     results = {"ckpt": model.meta["ckpt"], "trained_iters": model.config.iters}
     results |= {"dtype": str(dtype).removeprefix("torch."), "tasks": {}}
+    samples = []
+
+    def save():
+        with together():
+            if rank == 0 and args.out:
+                write_json(args.out, results)
+            if rank == 0 and args.log_samples:
+                lines = "".join(json.dumps(sample) + "\n" for sample in samples)
+                write_whole(args.log_samples, lines.encode())
+
+    autocast = partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
+    options = {"batch_size": args.batch_size, "rank": rank, "world": world, "autocast": autocast}
     for name, examples in tasks.items():
-        results["tasks"][name], samples = run_task(model, tokenizer, name, examples, iters, **options)
-        save(args, rank, results, samples)
+        results["tasks"][name], more = run_task(model, tokenizer, name, examples, iters, **options)
+        samples += more
+        save()
     if args.ppl is not None:
         results["ppl"] = perplexity(model, shards, iters, **options)
-        save(args, rank, results, [])
+        save()
     print_table(results)
     leave_ranks()
 

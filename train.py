@@ -66,7 +66,7 @@ from config import (
     together,
 )
 from data import Shards, tokenizer_in
-from eval_icl import BUILT_IN, evaluate_loss, print_table, run_tasks
+from eval_icl import BUILT_IN, evaluate_loss, load_task, print_table, run_task
 from model import AbbIE, UserError, check
 from sample import show, stream_text
 
@@ -580,7 +580,11 @@ def show_off(model: AbbIE, config: Config, shards: Shards, n_examples: int):
         tokenizer = tokenizer_in(config.data, shards.tokenizer)
         prompt = "def " if shards.tokenizer == "bytes" else "The "
         with torch.compiler.set_stance("force_eager"):  # shapes vary from here on
-            print_table(run_tasks(model, tokenizer, BUILT_IN, [1, 2, 4], config.data, limit=n_examples))
+            tasks = {}
+            for name in BUILT_IN:
+                examples = load_task(name, config.data, None, config.block_size, n_examples)
+                tasks[name], _ = run_task(model, tokenizer, name, examples, [1, 2, 4])
+            print_table({"tasks": tasks})
             ids, n = tokenizer.encode_ordinary(prompt), min(200, n_examples)
             options = {"temperature": 0.8, "top_k": 50, "seed": config.seed}
             pieces = stream_text(model, tokenizer, ids, n, None, **options)
