@@ -181,6 +181,8 @@ def test_a_settled_token_costs_no_more_iterations():
     calls = calls_of(model.body[0])
     generate(model, [[5]], 20, 8, stats=stats, **EXIT)
     assert len(calls) == stats["iterations"] < 8 * 20
+    last = generate(model, PROMPTS, 10, 4, cache_mode="last")
+    assert generate(model, PROMPTS, 10, 4, early_exit=1e-30) == last != generate(model, PROMPTS, 10, 4)
 
 
 # ------------------------------------------------------------------------------------- choosing a token, text
@@ -194,7 +196,7 @@ def test_tokens_are_drawn_by_their_probability_among_the_best():
 
     assert_close(p(0.5), (logits.double() / 0.5).softmax(-1))
     assert p(0.0, top_k=3, top_p=0.5).tolist() == [[1, 0, 0, 0], [0, 1, 0, 0]]
-    assert p(1e-300)[0].tolist() == [1, 0, 0, 0]
+    assert p(1e-308)[0].tolist() == [1, 0, 0, 0]
     for options, kept in (
         ({"top_k": 2}, [[1, 1, 0, 0], [0, 1, 1, 0]]),
         ({"top_p": 0.7}, [[1, 1, 0, 0], [0, 1, 1, 0]]),  # 0.64 + 0.24
