@@ -299,13 +299,18 @@ def score(
     return result[0].numpy(), result[1].bool().numpy()
 
 
-def window_losses(model: AbbIE, shards: Shards, iters, n_windows=None, **options) -> np.ndarray:
+def window_losses(
+    model: AbbIE, shards: Shards, iters, n_windows=None, batch_size=32, rank=0, world=1, bar="", **options
+) -> np.ndarray:
     """Mean nats per token (N, R) of N windows, evenly spaced over the split (None: all of them). A window is
-    a request whose context is one token. The options are score's."""
+    a request whose context is one token. Read by one batch for each rank. The options are score's."""
     N = min(n_windows or shards.n_windows, shards.n_windows)
-    x, y = shards.batch(np.arange(N) * shards.n_windows // N)
-    scores, _ = score(model, list(zip(x[:, :1], y)), iters, **options)
-    return -scores / shards.block_size
+    windows, step, losses = np.arange(N) * shards.n_windows // N, batch_size * world, []
+    for first in tqdm(range(0, N, step), desc=bar, disable=None if bar and rank == 0 else True):
+        x, y = shards.batch(windows[first : first + step])
+        scores, _ = score(model, list(zip(x[:, :1], y)), iters, batch_size, rank, world, **options)
+        losses.append(-scores / shards.block_size)
+    return np.concatenate(losses)
 
 
 def evaluate_loss(model: AbbIE, shards: Shards, iters: Iterable[int], n_windows=None, **options) -> dict:

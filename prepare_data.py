@@ -1,9 +1,11 @@
 """Text -> token shards on disk (data.py reads them), and the evaluation sets.
 
-    python prepare_data.py stdlib                                   # the source of this Python: no download
+    python prepare_data.py stdlib               # the source of this Python's library, as bytes: no download
     python prepare_data.py text --input FILE_OR_DIR ... --tokenizer gpt2 --out data/NAME
-    python prepare_data.py c4 --shards 48                           # or tinystories, fineweb_edu
-    python prepare_data.py icl                                      # the evaluation sets
+    python prepare_data.py c4 --shards 48       # 1024 files of 0.32 GB, each about 152M GPT-2 tokens
+    python prepare_data.py tinystories          # version 2, by GPT-4: 2.2 GB, about 540M tokens
+    python prepare_data.py fineweb_edu          # of 10B tokens 14 files of 2.2 GB, each about 730M
+    python prepare_data.py icl                  # the evaluation sets
 
 A document is a line of .jsonl, a row of .parquet, a .py file, or the text between lines <|endoftext|> of .txt
 and .md. It goes to validation where the first 64 bits of its SHA-256 lie below --val_fraction of their range,
@@ -11,9 +13,10 @@ and stays there whatever is added later. Text of .txt and .md is cut at paragrap
 hashed one by one; neighbours that go the same way stay joined. With --val_input nothing is hashed: that is
 validation, and all of --input is training.
 
-The unit of work is a group of files: one that is downloaded, or one's own up to about --shard_tokens. It
-becomes a shard of each split, under another name until it is whole; unfinished.json lists the groups that are
-done. So the same command, killed at any time, goes on and ends with the same bytes.
+The unit of work is a group of files: one that is downloaded, or one's own up to about SHARD_TOKENS. It
+becomes a shard of each split, under another name until it is whole; unfinished.json tells of the groups that
+are done, and in the end becomes meta.json. So the same command, killed at any time, goes on and ends with the
+same bytes.
 
 Downloads come from the Hugging Face Hub: HF_ENDPOINT names a mirror, HF_TOKEN is your token.
 """
@@ -27,13 +30,13 @@ import re
 import shutil
 import sys
 import sysconfig
-import zlib
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count, groupby
+from operator import itemgetter
 from pathlib import Path
-from typing import NamedTuple
+from tempfile import TemporaryDirectory
 
 import numpy as np
 from tqdm import tqdm
@@ -47,15 +50,15 @@ from model import UserError, check
 SPLITS = ("train", "val")
 FORMATS = (".txt", ".md", ".py", ".jsonl", ".jsonl.gz", ".json.gz", ".parquet")  # C4's .json.gz has lines
 RUNNING = (".txt", ".md")
+SHARD_TOKENS = 10**8  # of one's own files that become one shard, about
 SECTION = 1 << 20  # characters of running text that are read at a time
 PIECE = 8192  # characters of running text that are hashed, and so split, as one, at most
 PIECES = re.compile(rf"(?s).{{1,{PIECE - 2}}}\n\n|.{{1,{PIECE - 1}}}\s|.{{1,{PIECE}}}")  # of paragraphs
 SEPARATOR = re.compile(r"(?m)^<\|endoftext\|>[ \t\r]*\n")
-BROKEN = (OSError, EOFError, zlib.error, ValueError, TypeError, LookupError, AttributeError, RecursionError)
 CHUNK = 1 << 18  # characters that a thread encodes at a time, or one document that is larger
-DOWNLOADS = ".download"  # in the folder that is made: what has been fetched and not yet read
-GOES_ON = "nothing is lost: once that is mended, the same command goes on"
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+WORK = ".unfinished"  # in the folder that is made: downloads, and shards until they are whole
+GOES_ON = "nothing is lost: once that is mended, the same command goes on"
 
 
 # --------------------------------------------------------------------------------------- files -> documents
@@ -78,14 +81,12 @@ def running_text(file) -> Iterator[str]:
         yield text
 
 
-def documents(path: Path, file, key: str) -> Iterator[str]:
-    """Those of a file, as they stand there (in .jsonl as JSON). Raises an error of BROKEN where it is."""
+def documents(path: Path, file, field: str) -> Iterator[str]:
+    """Those of a file, as they stand there (in .jsonl as JSON)."""
     name = path.name.lower()
     if name.endswith(".parquet"):
         table = optional("pyarrow.parquet").ParquetFile(file)
-        if key not in table.schema_arrow.names:
-            raise KeyError(key)
-        for batch in table.iter_batches(batch_size=64, columns=[key], use_threads=False):
+        for batch in table.iter_batches(batch_size=64, columns=[field]):
             yield from batch.column(0).to_pylist()
         return
     binary = gzip.GzipFile(fileobj=file) if name.endswith(".gz") else file
@@ -97,8 +98,8 @@ def documents(path: Path, file, key: str) -> Iterator[str]:
         yield from running_text(text) if path.suffix.lower() in RUNNING else text
 
 
-def read(path: Path, args, counts: dict, bar) -> Iterator[str]:
-    """The texts of a file. What is left out goes to counts; the bar follows the place in the file."""
+def read(path: Path, args, meta: dict, bar) -> Iterator[str]:
+    """The texts of a file. meta counts what is left out; the bar follows the place in the file."""
     with open(path, "rb") as file:
         to_come, position = documents(path, file, args.field), 0
         for number in count(1):
@@ -109,270 +110,217 @@ def read(path: Path, args, counts: dict, bar) -> Iterator[str]:
                 text.encode()
             except StopIteration:
                 return
-            except BROKEN as error:
+            except Exception as error:  # of gzip, JSON, Arrow, or of a text that is none
                 reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
                 problem = f"{path}: document {number} cannot be read ({reason})"
-                if not args.skip_bad:
-                    form = f"files are UTF-8, rows have their text under {args.field!r} (--field)"
-                    advice = "mend it, or leave out and count the bad with --skip_bad"
-                    raise UserError(f"{problem}\n{form}\n{advice}") from None
-                if not counts["skipped"]:
+                check(
+                    args.skip_bad,
+                    f"{problem}\nfiles are UTF-8, rows have their text under {args.field!r} (--field)\n"
+                    "mend it, or leave out and count the bad with --skip_bad",
+                )
+                if not meta["skipped"]:
                     tqdm.write(f"left out, and counted with others: {problem}", file=sys.stderr)
-                counts["skipped"] += 1
+                meta["skipped"] += 1
                 continue
             if text:
                 yield text
             else:
-                counts["empty"] += 1
+                meta["empty"] += 1
             bar.update(file.tell() - position)
             position = file.tell()
-
-
-def chunks(group: list[tuple], args, counts: dict, bar) -> Iterator[list[tuple]]:
-    """[(path, split, text), ...] of documents in order, CHUNK characters together or one that is larger."""
-    chunk, size = [], 0
-    for path, split in group:
-        for text in read(path, args, counts, bar):
-            chunk.append((path, split, text))
-            size += len(text)
-            if size >= CHUNK:
-                yield chunk
-                chunk, size = [], 0
-    yield chunk
 
 
 # -------------------------------------------------------------------------------------- documents -> tokens
 
 
-def encode(tokenizer, text: str) -> np.ndarray:
-    """text -> its n ids and end-of-text, (n + 1,). tiktoken's array spares a list of Python integers, whose
-    making holds Python's lock and so keeps the other threads waiting."""
-    if hasattr(tokenizer, "encode_to_numpy"):
-        ids = tokenizer.encode_to_numpy(text, disallowed_special=())  # the ids of encode_ordinary
-    else:
-        ids = tokenizer.encode_ordinary(text)
-    return np.append(ids, tokenizer.eot_token).astype(token_dtype(tokenizer.n_vocab))
+def split_of(text: str, val_fraction: float) -> str:
+    number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+    return "val" if number < int(val_fraction * 2**64) else "train"
 
 
-def encode_chunk(tokenizer, val_fraction: float, chunk: list[tuple]) -> list[tuple]:
-    """-> [(split, bytes, tokens), ...] in order. The threads' work."""
-
-    def split_of(text: str) -> str:
-        number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
-        return "val" if number < int(val_fraction * 2**64) else "train"
-
-    encoded = []
-    for path, whole_split, document in chunk:
-        long_text = len(document) > PIECE and path.suffix.lower() in RUNNING
-        pieces = PIECES.findall(document) if long_text else [document]
-        for split, stretch in [(whole_split, pieces)] if whole_split else groupby(pieces, split_of):
-            text = "".join(stretch)
+def encode(chunk: list[tuple], tokenizer, val_fraction: float) -> list[tuple]:
+    """A chunk -> [(split, bytes of text, its tokens and end-of-text), ...] in order. The threads' work."""
+    encoded, dtype = [], token_dtype(tokenizer.n_vocab)
+    for path, given, document in chunk:
+        long = path.suffix.lower() in RUNNING and len(document) > PIECE
+        pieces = PIECES.findall(document) if long else [document]
+        splits = [(given or split_of(piece, val_fraction), piece) for piece in pieces]
+        for split, stretch in groupby(splits, itemgetter(0)):
+            text = "".join(piece for _, piece in stretch)
             try:
-                encoded.append((split, len(text.encode()), encode(tokenizer, text)))
+                if hasattr(tokenizer, "encode_to_numpy"):  # making a list would keep other threads waiting
+                    ids = tokenizer.encode_to_numpy(text, disallowed_special=())
+                else:
+                    ids = tokenizer.encode_ordinary(text)
             except ValueError as error:  # tiktoken's, of a million spaces in a row
                 raise UserError(f"{path}: {tokenizer.name} cannot encode this text\n{error}") from None
+            tokens = np.append(ids, tokenizer.eot_token).astype(dtype)
+            encoded.append((split, len(text.encode()), tokens))
     return encoded
 
 
-def encode_all(tokenizer, val_fraction: float, to_come: Iterable[list], workers: int) -> Iterator[tuple]:
-    """What encode_chunk makes of each chunk, in order; some chunks ahead, never more than memory allows."""
-    pending = deque()
-    with ThreadPoolExecutor(workers) as pool:
-        for chunk in to_come:
-            pending.append(pool.submit(encode_chunk, tokenizer, val_fraction, chunk))
-            if len(pending) > 2 * workers:
-                yield from pending.popleft().result()
-        while pending:
-            yield from pending.popleft().result()
+def encode_all(files: list[tuple], args, meta: dict, tokenizer, bar) -> Iterator[tuple]:
+    """What encode makes of the documents of files, in order. Threads are some chunks ahead, never more than
+    memory allows; a chunk is CHUNK characters of documents, or one document that is larger."""
+    pending, chunk, size = deque(), [], 0
+    with ThreadPoolExecutor(CORES) as pool:
+        for path, split in files:
+            for document in read(path, args, meta, bar):
+                chunk.append((path, split, document))
+                size += len(document)
+                if size >= CHUNK:
+                    pending.append(pool.submit(encode, chunk, tokenizer, args.val_fraction))
+                    chunk, size = [], 0
+                if len(pending) > 2 * CORES:
+                    yield from pending.popleft().result()
+        pending.append(pool.submit(encode, chunk, tokenizer, args.val_fraction))
+        for future in pending:
+            yield from future.result()
 
 
 # ------------------------------------------------------------------------------ downloads, evaluation sets
 
-
-class Source(NamedTuple):
-    """Text on the Hub, in n_files of about so many bytes each, of which `default` are taken."""
-
-    repo: str
-    revision: str
-    file: str  # with {} for its number
-    n_files: int
-    default: int
-    n_bytes: int
-
-
-C4, STORIES = "1588ec454efa1a09f29cd18ddd04fe05fc8653a2", "TinyStoriesV2-GPT4-train.txt"
-EDU = "sample/10BT/{:03d}_00000.parquet"
+C4 = "1588ec454efa1a09f29cd18ddd04fe05fc8653a2"
+# Repository on the Hub, file with {} for its number, revision, number of files, how many are taken.
 SOURCES = {
-    "c4": Source("allenai/c4", C4, "en/c4-train.{:05d}-of-01024.json.gz", 1024, 48, 320_000_000),
-    "tinystories": Source("roneneldan/TinyStories", "main", STORIES, 1, 1, 2_230_000_000),
-    "fineweb_edu": Source("HuggingFaceFW/fineweb-edu", "main", EDU, 14, 10, 2_150_000_000),
+    "c4": ("allenai/c4", "en/c4-train.{:05d}-of-01024.json.gz", C4, 1024, 48),
+    "tinystories": ("roneneldan/TinyStories", "TinyStoriesV2-GPT4-train.txt", "main", 1, 1),
+    "fineweb_edu": ("HuggingFaceFW/fineweb-edu", "sample/10BT/{:03d}_00000.parquet", "main", 14, 10),
 }
 
 
-def sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def download(repo: str, file: str, revision: str, folder: Path, expected: str = "") -> Path:
-    """A file of a dataset on the Hub -> folder/FILE, whose SHA-256 is what is expected of it, or else what
-    the Hub says. huggingface_hub resumes and retries by itself; what it gives up on raises UserError."""
-    hub = optional("huggingface_hub")
+def download(repo: str, file: str, revision: str, folder: Path) -> Path:
+    """A file of a dataset on the Hub -> folder/FILE. huggingface_hub resumes and retries by itself."""
+    fetch = optional("huggingface_hub").hf_hub_download
     try:
-        path = Path(hub.hf_hub_download(repo, file, repo_type="dataset", revision=revision, local_dir=folder))
-        url = hub.hf_hub_url(repo, file, repo_type="dataset", revision=revision)
-        if sha256(path) != (expected or hub.get_hf_file_metadata(url).etag):
-            path.unlink()
-            raise ValueError("the file arrived corrupted, or is another one: its SHA-256 differs")
+        return Path(fetch(repo, file, repo_type="dataset", revision=revision, local_dir=folder))
     except Exception as error:  # whatever the Hub, the network, a proxy or the disk came up with
         reason = " ".join(str(error).split())[:300] or type(error).__name__
-        message = f"{repo}, {file}: {reason}\n{GOES_ON}\nHF_ENDPOINT names a mirror, HF_TOKEN your token"
-        raise UserError(message) from None
-    return path
+        advice = "HF_ENDPOINT names a mirror, HF_TOKEN your token"
+        raise UserError(f"{repo}, {file}: {reason}\n{GOES_ON}\n{advice}") from None
 
 
 def fetch_eval_set(name: str, folder: Path):
     """-> folder/TASK/SPLIT.jsonl, a Hugging Face row a line."""
     task, path = TASKS[name], folder / name / f"{TASKS[name].split}.jsonl"
     if name == "hellaswag":
-        print("hellaswag: its WikiHow rows are under a copyright takedown claim of September 2026, for which")
-        print("GitHub disabled the authors' repository. You fetch them for yourself; do not pass them on.")
-    if path.exists():
-        print(f"{path} is there")
-        return
-    file = download(task.repo, task.file, task.revision, folder / DOWNLOADS, task.sha256)
-    if file.suffix == ".parquet":
-        rows = optional("pyarrow.parquet").read_table(file).to_pylist()
-        lines = [json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows]
-    else:
-        lines = file.read_bytes().splitlines(keepends=True)
-    n, expected = len(lines), task.n_rows
-    check(n == expected, f"{task.repo}, {task.file} has {n} rows, not {expected}: it may have changed")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, b"".join(lines))
-    shutil.rmtree(folder / DOWNLOADS)
-    print(f"{path}: {n} rows", flush=True)
+        print("hellaswag: its WikiHow rows are under a copyright takedown claim of September 2026.")
+        print("You fetch them for yourself; do not pass them on.")
+    if not path.exists():
+        file = download(task.repo, task.file, task.revision, folder / WORK)
+        data = file.read_bytes()
+        if file.suffix == ".parquet":
+            rows = optional("pyarrow.parquet").read_table(file).to_pylist()
+            data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+        n = len(data.splitlines())
+        check(n == task.n_rows, f"{task.repo}, {task.file} has {n} rows, not {task.n_rows}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, data)
+        shutil.rmtree(folder / WORK)
+    print(f"{path}: {task.n_rows} rows", flush=True)
 
 
 # ----------------------------------------------------------------------------------------- tokens -> shards
 
 
-def write_group(group: list[tuple], number: int, args, tokenizer, bar) -> dict:
-    """Write a shard of each split from these files -> what each holds, and counts of what is left out."""
-    result = {"skipped": 0, "empty": 0}
-    digests = {split: hashlib.sha256() for split in SPLITS}
-    paths = {split: Path(args.out, f"{split}_{number:05d}.bin") for split in SPLITS}
-    # The process is part of the name: two at once, by mistake, cannot write into one file.
-    temporary = {split: paths[split].with_suffix(f".{os.getpid()}.tmp") for split in SPLITS}
-    for split in SPLITS:
-        result[split] = {"file": paths[split].name, "documents": 0, "tokens": 0, "bytes": 0}
+def state_of(folder: Path, job: str) -> dict:
+    """meta.json, or until it is there unfinished.json, of this job; {} where there is no data. A folder with
+    other data is refused: what took long to make is never deleted."""
+    paths = folder / "meta.json", folder / "unfinished.json"
+    states = [path for path in paths if path.exists()]
+    if not states and not any(folder.glob("*.bin")):
+        return {}
     try:
-        with open(temporary["train"], "wb") as train, open(temporary["val"], "wb") as val:
-            to_come = chunks(group, args, result, bar)
-            for split, n_bytes, tokens in encode_all(tokenizer, args.val_fraction, to_come, args.workers):
+        state = json.loads(states[0].read_bytes()) if states else {}
+        ours = state["job"] == job and "splits" in state
+    except (ValueError, LookupError, TypeError, RecursionError):  # damaged
+        ours = False
+    check(
+        ours,
+        f"{folder} holds other data, or of other settings, files or Python\n"
+        f"remove {folder}, or choose another folder with --out",
+    )
+    return state
+
+
+def write_group(files: list[tuple], number: int, args, meta: dict, tokenizer, bar):
+    """Write a shard of each split from these files, and tell meta of them."""
+    digests = {split: hashlib.sha256() for split in SPLITS}
+    with TemporaryDirectory(dir=Path(args.out, WORK)) as temporary:
+        paths = {split: Path(temporary, f"{split}_{number:05d}.bin") for split in SPLITS}
+        with open(paths["train"], "wb") as train, open(paths["val"], "wb") as val:
+            for split, n_bytes, tokens in encode_all(files, args, meta, tokenizer, bar):
                 (train if split == "train" else val).write(tokens)
                 digests[split].update(tokens)
-                result[split]["documents"] += 1
-                result[split]["tokens"] += len(tokens)
-                result[split]["bytes"] += n_bytes
-            for file in (train, val):
-                file.flush()
-                os.fsync(file.fileno())
-        for split in SPLITS:
-            result[split]["sha256"] = digests[split].hexdigest()
-            os.replace(temporary[split], paths[split])
-        sync(Path(args.out))
-    finally:
-        for split in SPLITS:
-            temporary[split].unlink(missing_ok=True)
-    return result
+                meta["splits"][split]["documents"] += 1
+                meta["splits"][split]["tokens"] += len(tokens)
+                meta["splits"][split]["bytes"] += n_bytes
+        for split, path in paths.items():
+            n_tokens = path.stat().st_size // token_dtype(tokenizer.n_vocab).itemsize
+            shard = {"file": path.name, "tokens": n_tokens, "sha256": digests[split].hexdigest()}
+            meta["splits"][split]["shards"].append(shard)
+            sync(path)
+            os.replace(path, Path(args.out, path.name))
+    sync(Path(args.out))
 
 
-def json_or_empty(path: Path) -> dict:
-    """{} where there is none, or none that can be read."""
-    try:
-        return dict(json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError, RecursionError):
-        return {}
-
-
-def write_groups(args, groups: list[list[tuple]], job: str, tokenizer) -> list[dict]:
-    """What write_group says of each group. Goes on after those that unfinished.json lists. A folder with
-    other data is refused: what took long to make is never deleted."""
-    folder, source, unfinished = Path(args.out), SOURCES.get(args.command), Path(args.out, "unfinished.json")
-    state = json_or_empty(unfinished)
-    if state.get("job") != job or "groups" not in state:
-        if (folder / "meta.json").exists() or any(folder.glob("*.bin")):
-            other = f"{folder} holds other data, or of other settings, files or Python"
-            raise UserError(f"{other}\nremove {folder}, or choose another folder with --out")
-        state = {"job": job, "groups": []}
-    done = state["groups"]
-    if done:
-        print(f"{folder}: going on after {len(done)} of {len(groups)} shards")
-    folder.mkdir(parents=True, exist_ok=True)
-    for path in folder.glob("*_?????.*.tmp"):  # of a process that was killed
-        path.unlink()
-    write_json(unfinished, state)  # before the first shard, which tells whose it is
-    sizes = [source.n_bytes if source else sum(path.stat().st_size for path, _ in group) for group in groups]
-    begun = sum(sizes[: len(done)])
-    with tqdm(total=sum(sizes), initial=begun, unit="B", unit_scale=True, disable=None) as bar:
-        for number in range(len(done), len(groups)):
-            if source:
-                download(source.repo, source.file.format(number), source.revision, folder / DOWNLOADS)
-            done.append(write_group(groups[number], number, args, tokenizer, bar))
-            bar.update(sum(sizes[: number + 1]) - bar.n)
-            if source:
-                shutil.rmtree(folder / DOWNLOADS, ignore_errors=True)
-            write_json(unfinished, state)
-    return done
-
-
-def describe(done: list[dict]) -> dict:
-    """What meta.json says of the splits, and of what was left out."""
-    meta = {key: sum(group[key] for group in done) for key in ("skipped", "empty")} | {"splits": {}}
-    for split in SPLITS:
-        shards = [group[split] for group in done]
-        entry = {key: sum(shard[key] for shard in shards) for key in ("documents", "tokens", "bytes")}
-        entry["shards"] = [{key: shard[key] for key in ("file", "tokens", "sha256")} for shard in shards]
-        meta["splits"][split] = entry
-    return meta
+def write_groups(groups: list[list[tuple]], args, meta: dict, tokenizer):
+    """Write the shards that are missing."""
+    folder, n_done = Path(args.out), len(meta["splits"]["train"]["shards"])
+    if n_done:
+        print(f"{folder}: going on after {n_done} of {len(groups)} shards")
+    with tqdm(unit="B", unit_scale=True, disable=None) as bar:
+        for number in range(n_done, len(groups)):
+            (folder / WORK).mkdir(exist_ok=True)
+            if args.command in SOURCES:
+                repo, file, revision, *_ = SOURCES[args.command]
+                download(repo, file.format(number), revision, folder / WORK)
+            size = sum(path.stat().st_size for path, _ in groups[number])
+            bar.total = bar.n + size * (len(groups) - number)  # as if all to come were of this size
+            write_group(groups[number], number, args, meta, tokenizer, bar)
+            shutil.rmtree(folder / WORK)
+            write_json(folder / "unfinished.json", meta)
 
 
 def prepare(args, groups: list[list[tuple]], source: str, identity):
     """Shards of the groups of (path, split), "" where hashes choose the split, and meta.json in args.out.
     identity: whatever tells them from others of the same source."""
-    folder = Path(args.out)
-    decides = [source, identity, args.tokenizer, args.val_fraction, args.shard_tokens, args.field]
+    folder, unfinished = Path(args.out), Path(args.out, "unfinished.json")
+    decides = [source, identity, args.tokenizer, args.val_fraction, SHARD_TOKENS, args.field]
     job = hashlib.sha256(json.dumps(decides).encode()).hexdigest()
-    meta = json_or_empty(folder / "meta.json")
-    if meta.get("job") != job:
-        tokenizer = get_tokenizer(args.tokenizer)
-        meta = {"tokenizer": args.tokenizer, "vocab_size": tokenizer.n_vocab, "source": source, "job": job}
-        meta |= describe(write_groups(args, groups, job, tokenizer))
+    tokenizer, meta = get_tokenizer(args.tokenizer), state_of(folder, job)
+    if any(path.suffix.lower() == ".parquet" for group in groups for path, _ in group):
+        optional("pyarrow.parquet")  # what is missing is said at once
+    if not meta:
+        meta = {"tokenizer": args.tokenizer, "vocab_size": tokenizer.n_vocab, "source": source}
+        meta |= {"job": job, "skipped": 0, "empty": 0, "splits": {}}
         for split in SPLITS:
-            if not meta["splits"][split]["documents"]:
-                raise UserError(
-                    f"no document is left for the {split} split\nremove {folder} and give more text, another "
-                    f"--val_fraction than {args.val_fraction}, or validation text of its own with --val_input"
-                )
+            meta["splits"][split] = {"documents": 0, "tokens": 0, "bytes": 0, "shards": []}
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(unfinished, meta)  # before the first shard, which it makes ours
+    if unfinished.exists():
+        write_groups(groups, args, meta, tokenizer)
+    train, val = (meta["splits"][split]["bytes"] for split in SPLITS)
+    share = val / max(1, train + val)
+    reason = f"{share:.1%} of the text went to validation"
+    check(
+        0 < share < 1,
+        f"{reason}\nremove {folder} and give more text, another --val_fraction,\n"
+        "or validation text of its own with --val_input",
+    )
+    if unfinished.exists():
         if args.tokenizer.startswith("hf:"):
             from hf.llama import copy_tokenizer
 
             copy_tokenizer(args.tokenizer[3:], folder)
-        write_json(folder / "meta.json", meta)
-    (folder / "unfinished.json").unlink(missing_ok=True)
-    print(f"{folder} is complete\n{meta['source']}; tokenizer {meta['tokenizer']}")
-    print(f"left out: {meta['skipped']} bad documents, {meta.get('empty', 0)} empty ones")
+        os.replace(unfinished, folder / "meta.json")
+        sync(folder)
+    print(f"{folder} is complete\n{source}; tokenizer {args.tokenizer}")
+    print(f"left out: {meta['skipped']} bad documents, {meta['empty']} empty ones")
     for split, n in meta["splits"].items():
         print(f"{split}: {n['documents']:,} documents, {n['bytes']:,} bytes, {n['tokens']:,} tokens")
-    n_train, n_val = (meta["splits"][split]["bytes"] for split in SPLITS)
-    share = n_val / (n_train + n_val)
     if not args.val_input and not args.val_fraction / 2 < share < args.val_fraction * 2:
-        gone = f"{share:.1%} of the text went to validation, not {args.val_fraction:.1%}"
-        print(f"warning: {gone}: it is short or repeats itself (see --val_input)", file=sys.stderr)
+        print(f"warning: {reason}: it is short or repeats itself (see --val_input)", file=sys.stderr)
 
 
 # ------------------------------------------------------------------------------------------------- commands
@@ -393,30 +341,25 @@ def stdlib_groups(args):
     return [group], source, None
 
 
-def text_files(names: list[str], split: str) -> list[tuple]:
-    """Files, and those below folders in the order of their names, for a split ("": as their hashes say)."""
-    files = []
-    for path in map(Path, names):
-        below = [file for file in sorted(path.rglob("*")) if file.is_file()] if path.is_dir() else [path]
-        usable = [file for file in below if file.name.lower().endswith(FORMATS)]
-        check(bool(usable), f"{path}: no file that can be read\nfiles must end in {', '.join(FORMATS)}")
-        if len(usable) < len(below):
-            print(f"{path}: {len(below) - len(usable)} files of other formats left out", file=sys.stderr)
-        files += [(file, split) for file in usable]
-    return files
-
-
 def text_groups(args):
-    """One's own files, as many in a group as have --shard_tokens together, or one that has more."""
-    files = text_files(args.input, "train" if args.val_input else "")
-    val_files = text_files(args.val_input, "val")
-    for path in {path.resolve() for path, _ in files} & {path.resolve() for path, _ in val_files}:
-        raise UserError(f"{path} is in both --input and --val_input\nvalidate on text that is not trained on")
-    if any(path.suffix.lower() == ".parquet" for path, _ in files + val_files):
-        optional("pyarrow.parquet")  # what is missing is said at once
-    groups, size, identity = [], 0, []
-    largest = args.shard_tokens * (1 if args.tokenizer == "bytes" else 4)  # about 4 bytes of text a token
-    for path, split in files + val_files:
+    """One's own files, those of folders in the order of their names: as many in a group as have SHARD_TOKENS
+    together, or one that has more."""
+    files, groups, size, identity, splits = [], [], 0, [], {}
+    named = [(Path(name), "train" if args.val_input else "") for name in args.input]
+    named += [(Path(name), "val") for name in args.val_input]
+    for path, split in named:
+        below = [file for file in sorted(path.rglob("*")) if file.is_file()] or [path]
+        usable = [(file, split) for file in below if file.name.lower().endswith(FORMATS)]
+        formats = ", ".join(FORMATS)
+        check(bool(usable), f"{path}: no file that can be read\nfiles must end in {formats}")
+        n_others = len(below) - len(usable)
+        if n_others:
+            print(f"{path}: {n_others} files of other formats left out", file=sys.stderr)
+        files += usable
+    largest = SHARD_TOKENS * (1 if args.tokenizer == "bytes" else 4)  # about 4 bytes of text a token
+    for path, split in files:
+        if splits.setdefault(path.resolve(), split) != split:
+            raise UserError(f"{path} is in both --input and --val_input\nvalidate on text of its own")
         stat = path.stat()
         if not groups or size + stat.st_size > largest:
             groups.append([])
@@ -425,79 +368,63 @@ def text_groups(args):
         size += stat.st_size
         identity.append((str(path.absolute()), split, stat.st_size, stat.st_mtime_ns))
     places = args.input + args.val_input
-    source = f"{len(identity)} files of {', '.join(places[:3])}{', ...' if len(places) > 3 else ''}"
+    source = f"{len(files)} files of {', '.join(places[:3])}{', ...' if len(places) > 3 else ''}"
     return groups, source, identity
 
 
 def web_groups(args):
     """A group for each file to fetch."""
-    source, folder, n = SOURCES[args.command], Path(args.out, DOWNLOADS), args.shards
-    check(1 <= n <= source.n_files, f"--shards {n}: {args.command} has 1 to {source.n_files} files")
-    optional("huggingface_hub")
-    if source.file.endswith(".parquet"):
-        optional("pyarrow.parquet")
-    paths = [folder / source.file.format(number) for number in range(n)]
-    return [[(path, "")] for path in paths], f"{args.command}, {n} files", [path.name for path in paths]
-
-
-COMMANDS = {
-    "stdlib": "the source of this Python's standard library, as bytes",
-    "text": f"your own files ({' '.join(FORMATS)})",
-    "c4": "C4 (English): 1024 files of 0.32 GB, each about 152M GPT-2 tokens",
-    "tinystories": "TinyStories V2 (GPT-4): 2.2 GB, about 540M GPT-2 tokens",
-    "fineweb_edu": "FineWeb-Edu's sample of 10B tokens: 14 files of 2.2 GB, each about 730M (needs pyarrow)",
-    "icl": "the evaluation sets",
-}
+    n = args.shards
+    _, file, _, n_files, _ = SOURCES[args.command]
+    check(1 <= n <= n_files, f"--shards {n}: {args.command} has 1 to {n_files} files")
+    optional("huggingface_hub")  # what is missing is said at once
+    paths = [Path(args.out, WORK, file.format(number)) for number in range(n)]
+    groups = [[(path, "")] for path in paths]
+    return groups, f"{args.command}, {n} files", [path.name for path in paths]
 
 
 def parse(argv: list[str]):
     parser = ArgumentParser(prog="prepare_data.py", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    parser.set_defaults(field="text", skip_bad=True, shard_tokens=10**8, val_input=[])
-    for name, about in COMMANDS.items():
-        sub = commands.add_parser(name, help=about, description=about)
-        flag, out = sub.add_argument, None if name == "text" else f"data/{name}"
-        flag("--out", default=out, required=not out, help="folder to write" + (f" ({out})" if out else ""))
+    parser.set_defaults(field="text", skip_bad=True, val_input=[])
+    for name in ("stdlib", "text", *SOURCES, "icl"):
+        flag = commands.add_parser(name).add_argument
+        flag("--out", default=f"data/{name}", help="folder to write (%(default)s)")
         if name == "icl":
             flag("--tasks", default=",".join(DOWNLOADED), help="with commas between them (all)")
             continue
-        if name == "text":
-            flag("--input", nargs="+", required=True, metavar="FILE_OR_DIR", help="text")
-            flag("--val_input", nargs="+", default=[], metavar="FILE_OR_DIR", help="all for validation")
-            flag("--field", default="text", help="key or column of .jsonl and .parquet (text)")
-            flag("--skip_bad", action="store_true", help="leave out and count the bad (of .txt, .md: 1 MB)")
-            flag("--shard_tokens", type=int, default=10**8, help="about, of files together (100 million)")
-        tokenizer, fraction = "bytes", 0.05
+        tokenizer, fraction = ("gpt2", 0.002) if name in SOURCES else ("bytes", 0.05)
+        flag("--tokenizer", default=tokenizer, help="bytes, gpt2, ..., hf:FOLDER (%(default)s)")
+        flag("--val_fraction", type=float, default=fraction, help="for validation (%(default)s)")
         if name in SOURCES:
-            tokenizer, fraction, n = "gpt2", 0.002, SOURCES[name].default
-            flag("--shards", type=int, default=n, help=f"files to take ({n})")
-        flag("--tokenizer", default=tokenizer, help=f"bytes, gpt2, ..., hf:FOLDER ({tokenizer})")
-        flag("--val_fraction", type=float, default=fraction, help=f"for validation ({fraction})")
-        flag("--workers", type=int, default=CORES, help="threads (as many as cores)")
+            *_, default = SOURCES[name]
+            flag("--shards", type=int, default=default, help="files to take (%(default)s)")
+        if name == "text":
+            many = {"nargs": "+", "metavar": "FILE_OR_DIR"}
+            flag("--input", required=True, help="text", **many)
+            flag("--val_input", default=[], help="all of it for validation", **many)
+            flag("--field", default="text", help="key or column of the text (%(default)s)")
+            flag("--skip_bad", action="store_true", help="leave out and count the bad")
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         commands.choices[args.command].error(f"unrecognized arguments: {' '.join(unknown)}")
     return args
 
 
-def run(args):
-    if args.command == "icl":
-        names = [name.strip() for name in args.tasks.split(",")]
-        for name in names:
-            check(name in DOWNLOADED, f"unknown task {name!r}\nknown: {', '.join(DOWNLOADED)}")
-        for name in names:
-            fetch_eval_set(name, Path(args.out))
-        return
-    check(0 < args.val_fraction < 1, "--val_fraction must lie between 0 and 1")
-    check(args.shard_tokens > 0 and args.workers > 0, "--shard_tokens and --workers must be positive")
-    make = {"stdlib": stdlib_groups, "text": text_groups}.get(args.command, web_groups)
-    prepare(args, *make(args))
-
-
 def main(argv: list[str]):
     args = parse(argv)
     try:
-        run(args)
+        if args.command == "icl":
+            names = [name.strip() for name in args.tasks.split(",")]
+            for name in names:
+                known = ", ".join(DOWNLOADED)
+                check(name in DOWNLOADED, f"unknown task {name!r}\nknown: {known}")
+            for name in names:
+                fetch_eval_set(name, Path(args.out))
+        else:
+            check(0 < args.val_fraction < 1, "--val_fraction must lie between 0 and 1")
+            own = {"stdlib": stdlib_groups, "text": text_groups}
+            prepare(args, *own.get(args.command, web_groups)(args))
     except OSError as error:  # of a full disk it is not said which file had no room
         raise UserError(f"{error.filename or args.out}: {error.strerror or error}\n{GOES_ON}") from None
 

@@ -12,51 +12,32 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def log_message(self, *args):
         pass
 
-    def answer(self, status: int, body: bytes, length: int, **headers):
-        self.send_response(status)
-        for name, value in headers.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.send_header("Content-Length", str(length))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def do_HEAD(self):
-        body = self.server.files.get(urllib.parse.unquote(self.path))
-        if body is None:
-            return self.answer(404, b"", 0, X_Error_Code="EntryNotFound", X_Repo_Commit="c" * 40)
-        stated = {"X_Linked_Size": str(len(body)), "X_Linked_ETag": f'"{hashlib.sha256(body).hexdigest()}"'}
-        return self.answer(200, b"", len(body), X_Repo_Commit="c" * 40, ETag='"storage"', **stated)
-
     def do_GET(self):
-        hub, path, asked = self.server, urllib.parse.unquote(self.path), self.headers.get("Range")
-        if path not in hub.files:
-            return self.answer(404, b"", 0)
-        hub.log.append((path.rpartition("/")[2], asked))
-        hub.on_get()
-        fault = hub.faults.pop(0) if hub.faults else None
-        if isinstance(fault, int):
-            return self.answer(fault, b"", 0)
-        body, status, headers = hub.files[path], 200, {}
-        if asked:
-            first, size, status = int(asked.removeprefix("bytes=").rstrip("-")), len(body), 206
-            body, headers = body[first:], {"Content_Range": f"bytes {first}-{size - 1}/{size}"}
-        length = len(body)
-        if fault == "corrupt":
-            body = body[:-20] + bytes([body[-20] ^ 1]) + body[-19:]
-        if fault == "cut":
-            body, self.close_connection = body[: length // 2], True
-        return self.answer(status, body, length, **headers)
+        hub, path = self.server, urllib.parse.unquote(self.path)
+        status = 200 if path in hub.files else 404
+        if self.command == "GET" and status == 200:
+            status = hub.faults.pop(0) if hub.faults else 200
+            hub.log.append((path.rpartition("/")[2], status))
+        body = hub.files[path] if status == 200 else b""
+        self.send_response(status)
+        self.send_header("ETag", f'"{hashlib.sha256(body).hexdigest()}"')
+        self.send_header("X-Repo-Commit", "c" * 40)
+        self.send_header("Content-Length", len(body))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    do_HEAD = do_GET
 
 
 class Hub(http.server.ThreadingHTTPServer):
-    """A server of dataset files. Each GET meets the next of `faults`: a status, 'cut' (the connection ends
-    after half) or 'corrupt' (a flipped byte)."""
+    """A server of files. Each GET is answered with the next status of `faults`."""
 
     daemon_threads = True
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.files, self.faults, self.log, self.on_get = {}, [], [], lambda: None
+        self.files, self.faults, self.log = {}, [], []
         self.url = f"http://127.0.0.1:{self.server_port}"
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 
