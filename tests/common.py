@@ -18,8 +18,6 @@ TINY = dict(
     vocab_size=97, block_size=32, n_embd=32, n_attn_heads=4, n_kv_heads=2, ffn_dim=48,
     n_head_blocks=1, n_body_blocks=2, n_tail_blocks=1,
 )  # fmt: skip
-
-
 STRETCH = {
     "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
@@ -38,8 +36,7 @@ def randomize(model: torch.nn.Module) -> torch.nn.Module:
 def make(seed=0, **keys) -> AbbIE:
     """A tiny model."""
     torch.manual_seed(seed)
-    model = AbbIE(AbbIEConfig(**{**TINY, **keys}))
-    return randomize(model)
+    return randomize(AbbIE(AbbIEConfig(**{**TINY, **keys})))
 
 
 def tokens(batch=2, length=24, seed=1, vocab=97):
@@ -62,10 +59,9 @@ def calls_of(part: torch.nn.Module) -> list[tuple]:
 
 
 def save(run: Path, step: int, model: AbbIE, **meta) -> Path:
-    """A checkpoint as train.py writes it, with an optimizer's state of two numbers per weight."""
+    """A checkpoint of the model."""
     config = {**asdict(model.config), "tokenizer": "bytes", "step": step, **meta}
-    moments = {name: [p.detach() + 1, p.detach() ** 2] for name, p in model.named_parameters()}
-    return save_checkpoint(run, step, model.state_dict(), {"optimizer": moments, "step": step}, config)
+    return save_checkpoint(run, step, model.state_dict(), {"step": step}, config)
 
 
 def refused(message: str, function, *args, **keys):

@@ -2,133 +2,103 @@
 
 import json
 import os
-import pickle
 import random
 import resource
 import shutil
 import sys
 from itertools import count
+from pathlib import Path
 
 import pytest
 import torch
 from common import fork_server, make, refused, save, tokens
 
-import sample
-from checkpoint import checkpoints, load_model, newest_run, read_tensors, save_checkpoint
+from checkpoint import checkpoints, load_model, read_tensors, save_checkpoint
 from model import UserError
 
 
-@pytest.mark.parametrize("keys", [dict(), dict(tie_embeddings=False, rule="zero_pt", iters=3)])
-def test_a_checkpoint_comes_back_as_it_was(tmp_path, keys):
+@pytest.fixture
+def run(tmp_path, monkeypatch) -> Path:
+    """A run of two checkpoints."""
+    monkeypatch.chdir(tmp_path)
+    for step in (1, 2):
+        save(tmp_path / "run", step, make(seed=step))
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize("keys", [{}, {"tie_embeddings": False, "rule": "zero_pt", "iters": 3}])
+def test_a_checkpoint_comes_back_as_it_was(run, keys):
     model, idx = make(**keys), tokens()
-    save(tmp_path / "run", 6, make(seed=1, **keys))
-    folder = save(tmp_path / "run", 7, model)
-    moments = read_tensors(folder / "train.pt")["optimizer"]
-    for name, p in model.named_parameters():
-        assert torch.equal(moments[name][0], p + 1) and torch.equal(moments[name][1], p**2), name
-    shutil.copytree(folder, tmp_path / "model", ignore=shutil.ignore_patterns("train.pt"))
-    for path in (folder, str(tmp_path / "run"), tmp_path / "model"):
-        again = load_model(path)
-        assert (again.config, again.n_params()) == (model.config, model.n_params())
-        assert again.meta["step"] == 7 and torch.equal(again(idx)[0], model(idx)[0])
+    folder = save(run, 3, model)
+    shutil.copytree(folder, "model", ignore=shutil.ignore_patterns("train.pt"))
+    for path in (folder, "run", "model"):
+        loaded = load_model(path)
+        assert (loaded.config, loaded.meta["step"]) == (model.config, 3)
+        assert loaded.n_params() == model.n_params()
+        assert torch.equal(loaded(idx)[0], model(idx)[0])
 
 
-@pytest.mark.parametrize("cut", [(0, 4, 0), (2, 1, 1)])
-def test_the_same_blocks_load_under_another_cut_and_rule(tmp_path, cut):
-    model, idx = make(), tokens()
-    save(tmp_path, 1, model)
-    keys = dict(zip(("n_head_blocks", "n_body_blocks", "n_tail_blocks"), cut))
-    other = load_model(tmp_path, rule="recall", iters=3, **keys)
-    assert (other.config.rule, other.config.iters, len(other.body)) == ("recall", 3, cut[1])
-    assert torch.equal(other(idx, iters=1)[0], model(idx, iters=1)[0])  # the same standard Transformer
-    zero_pt = load_model(tmp_path, rule="zero_pt", **keys)  # `adapter` has no counterpart: fresh
+def test_the_same_blocks_load_under_another_cut_and_rule(run):
+    model, idx = make(seed=2), tokens()
+    cut = {"n_head_blocks": 0, "n_body_blocks": 4, "n_tail_blocks": 0}
+    other = load_model(run, rule="recall", iters=3, **cut)
+    assert (other.config.rule, other.config.iters, len(other.body)) == ("recall", 3, 4)
+    assert torch.equal(other(idx, iters=1)[0], model(idx, iters=1)[0]), "the same standard Transformer"
+    zero_pt = load_model(run, rule="zero_pt", **cut)  # `adapter` has no counterpart: fresh
     assert torch.equal(zero_pt.embed.weight, model.embed.weight)
-    refused("has 4 blocks, not", load_model, tmp_path, n_body_blocks=3)
+    refused("has 4 blocks, not", load_model, run, n_body_blocks=3)
 
 
-def test_a_checkpoint_cannot_run_code(tmp_path):
-    class Bomb:
-        def __reduce__(self):
-            return os.mkdir, (str(tmp_path / "exploded"),)
-
-    pickle.loads(pickle.dumps(Bomb()))
-    (tmp_path / "exploded").rmdir()  # the bomb is a real one
-    save_checkpoint(tmp_path / "bomb", 1, {"embed.weight": Bomb()}, {}, {"step": 1})
-    refused("model.pt cannot be read", load_model, tmp_path / "bomb")
-    assert not (tmp_path / "exploded").exists()
+def test_the_newest_checkpoint_of_the_newest_run_is_taken_and_no_copy(run):
+    shutil.copytree(run, "out/z")
+    shutil.copytree(run, "out/study/b")
+    os.utime("out/study/b/step_00000001/config.json", (2e9, 2e9))
+    shutil.copytree("out/z/step_00000001", "out/study/b/step_best")
+    assert load_model().meta["ckpt"] == "out/study/b/step_00000002"
 
 
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        (lambda meta, weights: meta.update(ffn_dim=50), "its weights do not fit its config"),
-        (lambda meta, weights: meta.pop("rule"), "does not describe a model"),
-        (lambda meta, weights: meta.update(model_class="AbbIE"), "of an earlier version"),
-        (lambda meta, weights: weights.pop("norm.weight"), "its weights do not fit its config"),
-        (lambda meta, weights: weights["norm.weight"].fill_(torch.nan), "its weights are not finite"),
-    ],
-)
-def test_what_cannot_be_a_model_is_said_and_passed_over(tmp_path, capsys, change, message):
-    save(tmp_path, 1, make())
-    folder = save(tmp_path, 2, make())
-    meta = json.loads((folder / "config.json").read_text())
-    weights = torch.load(folder / "model.pt")
+class Bomb:
+    def __reduce__(self):
+        return os.mkdir, ("exploded",)
+
+
+NO_MODEL = [
+    (lambda meta, weights: meta.update(ffn_dim=50), "its weights do not fit its config"),
+    (lambda meta, weights: meta.pop("rule"), "does not describe a model"),
+    (lambda meta, weights: meta.update(model_class="AbbIE"), "of an earlier version"),
+    (lambda meta, weights: weights.pop("norm.weight"), "its weights do not fit its config"),
+    (lambda meta, weights: weights["norm.weight"].fill_(torch.nan), "its weights are not finite"),
+    (lambda meta, weights: weights.update(code=Bomb()), "model.pt cannot be read"),
+]
+
+
+@pytest.mark.parametrize("change, message", NO_MODEL)
+def test_what_cannot_be_a_model_is_said_and_passed_over(run, capsys, change, message):
+    newest = checkpoints(run)[-1]
+    meta, weights = json.loads((newest / "config.json").read_text()), torch.load(newest / "model.pt")
     change(meta, weights)
-    save_checkpoint(tmp_path, 2, weights, {}, meta)
-    assert load_model(tmp_path).meta["step"] == 1
+    save_checkpoint(run, 2, weights, {}, meta)
+    assert load_model(run).meta["step"] == 1
     assert message in capsys.readouterr().err
-    refused(message, load_model, folder)
+    refused(message, load_model, newest)
+    assert not Path("exploded").exists()
 
 
-def test_damaged_weights_are_never_loaded(tmp_path, capsys):
+def test_damaged_weights_are_never_loaded(run):
     """A bit changed anywhere in a tensor, the second half cut off, or missing."""
-    save(tmp_path, 999, make())
-    new = save(tmp_path, 1000, make(seed=1))
-    path, rng = new / "model.pt", random.Random(0)
-    whole = path.read_bytes()
-    start = whole.find(load_model(new).embed.weight.detach().numpy().tobytes())
-    flips = [start + rng.randrange(4000) for _ in range(20)]
-    damaged = [whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :] for at in flips]
+    newest = checkpoints(run)[-1]
+    whole = (newest / "model.pt").read_bytes()
+    start = whole.find(load_model(newest).embed.weight.detach().numpy().tobytes())
+    places = random.Random(0).sample(range(start, start + 4000), 20)
+    damaged = [whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :] for at in places]
     for content in (whole[: len(whole) // 2], b"", *damaged):
-        path.write_bytes(content)
-        assert load_model(tmp_path).meta["step"] == 999
-        assert "passed over: " in capsys.readouterr().err
-        refused("model.pt", load_model, new)
-
-
-def test_a_copy_under_another_name_is_no_checkpoint_of_the_run(tmp_path):
-    old, new = save(tmp_path, 1, make()), save(tmp_path, 2, make(seed=1))
-    shutil.copytree(old, tmp_path / "step_best")
-    assert checkpoints(tmp_path) == [old, new] and load_model(tmp_path).meta["step"] == 2
-    assert load_model(tmp_path / "step_best").meta["step"] == 1
-
-
-def test_without_a_path_the_newest_run_is_found(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for age, run in enumerate(("study/b", "c", "a")):
-        folder = save(tmp_path / "out" / run, 5 - age, make())
-        os.utime(folder / "config.json", (1000 - age, 1000 - age))
-    assert str(newest_run()) == "out/study/b"
-
-
-@pytest.mark.skipif(not os.path.exists("/proc/self/io"), reason="counts bytes as Linux does")
-def test_sampling_reads_the_weights_once_and_nothing_else(tmp_path, monkeypatch):
-    def read_so_far():
-        with open("/proc/self/io") as file:
-            return int(file.readline().split()[1])
-
-    monkeypatch.chdir(tmp_path)
-    model = make(vocab_size=257, block_size=64, n_embd=256, ffn_dim=2048)  # 7 million numbers
-    folder = save(tmp_path / "out" / "run", 1, model)
-    weights = (folder / "model.pt").stat().st_size
-    before = read_so_far()
-    sample.main(["--prompt=a", "--max_new_tokens=1", "--device=cpu"])
-    assert weights <= read_so_far() - before < 1.1 * weights
+        (newest / "model.pt").write_bytes(content)
+        refused("model.pt", load_model, newest)
 
 
 def save_number(run, number: int):
-    weights = torch.full((3,), float(number))
-    save_checkpoint(run, number, {"weights": weights}, {"moments": weights + 0.5}, {"step": number})
+    tensors = {"number": torch.tensor(number)}
+    save_checkpoint(run, number, tensors, tensors, {"step": number})
 
 
 def die_at_operation(number: int, run):
@@ -164,15 +134,13 @@ def test_a_save_cut_short_leaves_the_old_state_or_the_new(tmp_path, cut_short, s
         process.join()
         assert process.exitcode in (0, 9)  # saved, or cut short
         newest = checkpoints(tmp_path)[-1]
-        step = int(newest.name.removeprefix("step_"))
-        assert read_tensors(newest / "model.pt")["weights"].tolist() == [step] * 3
-        assert read_tensors(newest / "train.pt")["moments"].tolist() == [step + 0.5] * 3
-        assert json.loads((newest / "config.json").read_text()) == {"step": step}
+        step = json.loads((newest / "config.json").read_text())["step"]
+        assert newest.name == f"step_{step:08d}"
+        assert all(read_tensors(newest / name)["number"] == step for name in ("model.pt", "train.pt"))
         outcomes.append(step)
         if process.exitcode == 0:
             break
         save_number(tmp_path, 2)  # the same save can be repeated, and clears up
-        names = sorted(path.name for path in tmp_path.iterdir())
-        assert names == ["step_00000001", "step_00000002"]
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000001", "step_00000002"]
         shutil.rmtree(tmp_path / "step_00000002")
     assert len(outcomes) > 9 and set(outcomes) == {1, 2} and outcomes == sorted(outcomes)

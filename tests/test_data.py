@@ -11,79 +11,60 @@ from common import refused
 
 from data import Shards, documents, get_tokenizer
 
+SIZES = (5001, 3007, 64, 4000)
+TRAIN = [np.random.default_rng(size).integers(0, 256, size) for size in SIZES]
 
-def write_folder(folder: Path, shards: dict[str, list], vocab_size: int = 257) -> Path:
-    """A folder of prepared data, with the keys and the file that older ones have besides."""
-    folder.mkdir()
-    meta = {"tokenizer": "bytes", "vocab_size": vocab_size, "source": "made here", "splits": {}}
-    meta |= {"job": "5e1f", "skipped": 0, "progress": {"stage": 1, "chunk": 0}}
-    (folder / "verified.json").write_text("{}")
-    for split, arrays in shards.items():
-        entries = []
-        for number, tokens in enumerate(arrays):
-            raw = np.asarray(tokens, "<u2" if vocab_size <= 65536 else "<u4").tobytes()
-            name = f"{split}_{number:05d}.bin"
-            (folder / name).write_bytes(raw)
-            entries.append({"file": name, "tokens": len(tokens), "sha256": "of its bytes"})
-        count = sum(map(len, arrays))
-        meta["splits"][split] = {"documents": 1, "tokens": count, "bytes": count - 1, "shards": entries}
-    (folder / "meta.json").write_text(json.dumps(meta))
+
+def write_folder(folder: Path, shards: list, vocab_size: int = 257) -> Path:
+    """A folder of prepared data, with a key that older ones have besides."""
+    entries = []
+    for i, shard in enumerate(shards):
+        entries.append({"file": f"{i}.bin", "tokens": len(shard)})
+        tokens = np.asarray(shard, "<u2" if vocab_size == 257 else "<u4")
+        tokens.tofile(folder / f"{i}.bin")
+    split = {"tokens": sum(map(len, shards)), "bytes": 9, "shards": entries}
+    meta = {"tokenizer": "bytes", "vocab_size": vocab_size, "job": "5e1f"}
+    (folder / "meta.json").write_text(json.dumps({**meta, "splits": {"train": split}}))
     return folder
 
 
-TRAIN = [np.random.default_rng(i).integers(0, 256, n) for i, n in enumerate((5001, 3007, 64, 4000))]
-
-
-@pytest.fixture
-def prepared(tmp_path) -> Path:
-    return write_folder(tmp_path / "prepared", {"train": TRAIN, "val": [TRAIN[0][:500]]})
-
-
-ALL = "".join(map(chr, [*range(0xD800), *range(0xE000, 0x11000)]))
-TRICKY = ["", "a", "\r\n \t\n\n", "<|endoftext|>", "\0\x7f\x80\ufeff\U0010ffff", "e\u0301中😀" * 99, ALL]
-
-
-@pytest.mark.parametrize("text", TRICKY)
-def test_the_bytes_tokenizer_gives_exactly_the_bytes(text):
+def test_the_bytes_tokenizer_gives_exactly_the_bytes():
+    every_character = "".join(map(chr, [*range(0xD800), *range(0xE000, 0x11000)]))
     tokenizer = get_tokenizer("bytes")
     assert (tokenizer.name, tokenizer.n_vocab, tokenizer.eot_token) == ("bytes", 257, 256)
-    ids = tokenizer.encode_ordinary(text)
-    assert ids == list(text.encode())
-    assert tokenizer.decode(ids) == text and tokenizer.decode_bytes(ids) == text.encode()
+    for text in ("", "\r\n \t\n\n", "<|endoftext|>", "e\u0301中😀" * 99, every_character):
+        ids = tokenizer.encode_ordinary(text)
+        assert ids == list(text.encode())
+        assert tokenizer.decode(ids) == text and tokenizer.decode_bytes(ids) == text.encode()
 
 
-def test_every_window_is_served_once_and_y_is_one_token_ahead(prepared):
-    T, shards = 100, Shards(prepared, "train", 100)
-    expected = [tokens[at : at + T + 1] for tokens in TRAIN for at in range(0, len(tokens) - T, T)]
+@pytest.mark.parametrize("vocab_size", [257, 70_001])
+def test_every_window_is_served_once_and_y_is_one_token_ahead(tmp_path, vocab_size):
+    texts = [tokens + vocab_size - 257 for tokens in TRAIN]
+    shards = Shards(write_folder(tmp_path, texts, vocab_size), "train", 100)
+    expected = [text[at : at + 101] for text in texts for at in range(0, len(text) - 100, 100)]
     assert shards.n_windows == len(expected) == 50 + 30 + 0 + 39
     x, y = shards.batch(range(shards.n_windows))
-    assert x.shape == y.shape == (len(expected), T) and x.dtype == y.dtype == torch.int64
     assert torch.equal(torch.cat([x, y[:, -1:]], dim=1), torch.from_numpy(np.stack(expected)))
-    shuffled = [5, 0, shards.n_windows - 1, 5]
-    assert torch.equal(shards.batch(shuffled)[0], x[shuffled])
-    assert (shards.tokenizer, shards.vocab_size) == ("bytes", 257)
-    assert shards.n_tokens == sum(map(len, TRAIN))
+    assert torch.equal(x[:, 1:], y[:, :-1])
+    assert torch.equal(shards.batch([5, 0, 118, 5])[0], x[[5, 0, 118, 5]])
+    assert (shards.tokenizer, shards.vocab_size) == ("bytes", vocab_size)
+    assert shards.n_tokens == sum(SIZES)
 
 
-def test_an_epoch_shows_every_window_once_in_an_order_that_seed_and_epoch_decide(prepared):
-    shards = Shards(prepared, "train", 64)
+def test_an_epoch_shows_every_window_once_in_an_order_that_seed_and_epoch_decide(tmp_path):
+    shards = Shards(write_folder(tmp_path, TRAIN), "train", 64)
     n = shards.n_windows
     run = np.concatenate([shards.windows(3, first, 8) for first in range(0, 4 * n, 8)])[: 4 * n]
     epochs = run.reshape(4, n).tolist()
     assert all(sorted(epoch) == list(range(n)) for epoch in epochs)
     assert len(set(map(tuple, epochs))) == 4
-    again = Shards(prepared, "train", 64)
+    again = Shards(tmp_path, "train", 64)
     assert again.windows(3, n, n).tolist() == epochs[1] != again.windows(4, n, n).tolist()
 
 
-def test_large_vocabularies_are_read_as_uint32(tmp_path):
-    folder = write_folder(tmp_path / "wide", {"train": [np.arange(69000, 70000)]}, vocab_size=70001)
-    assert Shards(folder, "train", 999).batch([0])[1].tolist() == [list(range(69001, 70000))]
-
-
 def test_documents_may_run_across_shards(tmp_path):
-    shards = [[1, 2, 256, 3], [4, 4], [], [5, 256, 256, 6, 256]]
-    folder = write_folder(tmp_path / "old", {"train": shards})
+    folder = write_folder(tmp_path, [[1, 2, 256, 3], [4, 4], [], [5, 256, 256, 6, 256]])
     assert [tokens.tolist() for tokens in documents(folder, "train")] == [[1, 2], [3, 4, 4, 5], [], [6]]
 
 
@@ -94,9 +75,9 @@ DAMAGE = [
 ]
 
 
-@pytest.mark.parametrize("damage, said", DAMAGE)
-def test_damage_is_noticed(prepared, damage, said):
-    damage(prepared / "train_00001.bin")
-    message = f"train_00001.bin .*{said}[^\n]*\n.*prepare the data again"
-    refused(message, lambda: Shards(prepared, "train", 64).batch(range(119)))
-    refused(message, list, documents(prepared, "train"))
+@pytest.mark.parametrize("damage, problem", DAMAGE)
+def test_damage_is_noticed(tmp_path, damage, problem):
+    damage(write_folder(tmp_path, TRAIN) / "1.bin")
+    message = f"1.bin .*{problem}[^\n]*\n.*prepare the data again"
+    refused(message, lambda: Shards(tmp_path, "train", 64).batch(range(119)))
+    refused(message, list, documents(tmp_path, "train"))

@@ -314,6 +314,11 @@ def test_before_any_training_the_error_says_what_to_do(tmp_path, monkeypatch):
     refused(message, sample.main, ["--iters=8"])
 
 
-def test_bad_prompts_are_refused():
+def test_bad_prompts_and_options_are_refused():
+    model = make()
     for prompt in ([], [1] * 33, [97]):
-        refused("token id", generate, make(), [[1], prompt], 5)
+        refused("token id", generate, model, [[1], prompt], 5)
+    wrong = {"temperature": float("nan"), "top_k": -1, "top_p": 0, "early_exit": -1, "draft_iters": 2}
+    for name, value in wrong.items():
+        refused(f"{name}={value} must be", generate, model, [[1]], 5, 2, **{name: value})
+    refused("max_new_tokens=0 must be", generate, model, [[1]], 0)
