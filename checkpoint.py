@@ -53,13 +53,34 @@ def write_json(path: Path, value):
     write_whole(path, json.dumps(value, indent=1).encode() + b"\n")
 
 
-def save_checkpoint(run: Path, step: int, model: dict, train: dict, config: dict) -> Path:
-    """Write run/step_NNNNNNNN, with the tokenizer's files where config names a folder of them ("hf:..."),
-    which may move. Raises UserError where the disk fails; earlier checkpoints are left alone."""
-    folder, temporary = run / f"step_{step:08d}", run / f".step_{step:08d}.tmp"
+@contextmanager
+def whole_folder(folder: Path):
+    """Yield a temporary folder, which gets its name `folder` when it is written, whole or not at all. Raises
+    UserError where the disk fails."""
+    temporary = folder.with_name(f".{folder.name}.tmp")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
+        yield temporary
+        for path in (*temporary.iterdir(), temporary):
+            sync(path)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.rename(temporary, folder)
+        sync(folder.parent)
+    except (OSError, RuntimeError) as error:  # torch.save covers a failed write with a RuntimeError
+        while error.__context__ is not None:
+            error = error.__context__
+        advice = "what was saved before is untouched: once that is mended, run the same command again"
+        raise UserError(f"{folder} could not be saved ({error})\n{advice}") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def save_checkpoint(run: Path, step: int, model: dict, train: dict, config: dict) -> Path:
+    """Write run/step_NNNNNNNN, with the tokenizer's files where config names a folder of them ("hf:..."),
+    which may move."""
+    folder = run / f"step_{step:08d}"
+    with whole_folder(folder) as temporary:
         for name, content in (("model.pt", model), ("train.pt", train)):
             with open(temporary / name, "wb") as file:  # of a path, torch would not say why it failed
                 torch.save(content, file)
@@ -70,20 +91,6 @@ def save_checkpoint(run: Path, step: int, model: dict, train: dict, config: dict
             data = Path(config.get("data", ""))
             own = data if (data / "tokenizer.json").exists() else config["tokenizer"][3:]
             copy_tokenizer(str(own), temporary)
-        for path in (*temporary.iterdir(), temporary):
-            sync(path)
-        shutil.rmtree(folder, ignore_errors=True)  # of the same step
-        os.rename(temporary, folder)
-        sync(run)
-    except (OSError, RuntimeError) as error:  # torch.save covers a failed write with a RuntimeError
-        while error.__context__ is not None:
-            error = error.__context__
-        raise UserError(
-            f"{folder} could not be saved ({error}); earlier checkpoints are untouched\n"
-            "make room, then run the same command again"
-        ) from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return folder
 
 
@@ -134,14 +141,12 @@ def checkpoints(run: str | Path) -> list[Path]:
     return sorted(Path(run).glob("step_" + 8 * "[0-9]"))
 
 
-def read_json(path: Path) -> dict:
-    """Raises UserError for a file that is missing, damaged or no dictionary."""
+def read_json(path: Path, advice: str = "") -> dict:
+    """Raises UserError, with the advice, for a file that is missing, damaged or no dictionary."""
     try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is missing or damaged ({error})") from None
-    check(isinstance(value, dict), f"{path} is damaged: it holds no dictionary")
-    return value
+        return dict(json.loads(path.read_bytes()))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"{path} is missing or damaged ({error})\n{advice}") from None
 
 
 def read_tensors(path: Path) -> dict:

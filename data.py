@@ -11,7 +11,6 @@ T-th token of a shard; what is left at a shard's end is dropped. prepare_data.py
 
 import hashlib
 import json
-from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 
@@ -20,6 +19,7 @@ import tiktoken
 import torch
 from torch import Tensor
 
+from checkpoint import read_json
 from model import UserError, check
 
 # ------------------------------------------------------------------------------------------------- tokenizers
@@ -85,17 +85,14 @@ def command_for(folder: Path) -> str:
 
 def read_meta(folder: str | Path) -> dict:
     """meta.json of a folder of shards, or a UserError that names the command which makes them."""
-    folder = Path(folder)
-    try:
-        return json.loads((folder / "meta.json").read_text())
-    except (FileNotFoundError, NotADirectoryError):
+    path = Path(folder, "meta.json")
+    if not path.is_file():
         raise UserError(
             f"{folder} holds no prepared data, or its preparation was interrupted\n"
-            f"make it: {command_for(folder)}\n"
+            f"make it: {command_for(path.parent)}\n"
             "if it has moved, name its folder: --data of train.py, --ppl of eval_icl.py"
-        ) from None
-    except (ValueError, RecursionError) as error:
-        raise broken(folder / "meta.json", f"is damaged ({error})") from None
+        )
+    return read_json(path, f"remove {folder} and prepare the data again")
 
 
 @lru_cache(maxsize=1)  # an order is as long as the data: that of one epoch at a time
@@ -162,17 +159,3 @@ class Shards:
             rows.append(self.read(shard, int(window - self.first[shard]) * T, T + 1))
         tokens = torch.from_numpy(np.stack(rows))
         return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-
-
-def documents(folder: str | Path, split: str) -> Iterator[np.ndarray]:
-    """The documents of a split in order, each (n,) int64 without its end-of-text."""
-    shards, block, begun = Shards(folder, split, 1), 1 << 20, []
-    eot = tokenizer_in(folder, shards.tokenizer).eot_token
-    for number, size in enumerate(shards.sizes):
-        for start in range(0, size, block):
-            tokens = shards.read(number, start, min(block, size - start))
-            *ended, rest = np.split(tokens, np.flatnonzero(tokens == eot) + 1)
-            for part in ended:
-                yield np.concatenate([*begun, part[:-1]])
-                begun = []
-            begun.append(rest)  # of a document that ends in a later block

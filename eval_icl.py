@@ -63,7 +63,7 @@ from config import (
     start_ranks,
     together,
 )
-from data import Shards, documents, tokenizer_in, tokenizer_of
+from data import Shards, tokenizer_in, tokenizer_of
 from model import AbbIE, UserError, check
 
 # --------------------------------------------------------------------------------- a row -> its requests
@@ -162,37 +162,27 @@ def make_last_word(texts: list[str], n: int, before: int) -> list[Example]:
 
 
 class Task(NamedTuple):
-    """Its metrics, and a file of a dataset on the Hugging Face Hub, which keeps what it has converted under
-    CONFIG/SPLIT/0000.parquet in a branch (piqa's we have not seen). A built-in task has none."""
+    """Its metrics, and the split and number of its rows; a built-in task has none."""
 
     metrics: tuple[str, ...]
-    repo: str = ""
-    file: str = ""
     split: str = ""
     n_rows: int = 0
-    revision: str = "refs/convert/parquet"
 
 
 ACC, NORM, WORD = ("acc",), ("acc", "acc_norm"), ("perplexity", "acc")
-TEST, VAL = "test/0000.parquet", "validation/0000.parquet"
 TASKS = {
     "cloze": Task(NORM),
     "lastword": Task(WORD),
-    "hellaswag": Task(
-        NORM, "Rowan/hellaswag", "data/validation-00000-of-00001.parquet", "validation", 10042,
-        "218ec52e09a7e7462a5400043bb9a69a41d06b76",  # a revision that has all rows
-    ),
-    "lambada_openai": Task(
-        WORD, "EleutherAI/lambada_openai", "data/lambada_test.jsonl", "test", 5153, "main"
-    ),
-    "arc_easy": Task(NORM, "allenai/ai2_arc", f"ARC-Easy/{TEST}", "test", 2376),
-    "arc_challenge": Task(NORM, "allenai/ai2_arc", f"ARC-Challenge/{TEST}", "test", 1172),
-    "commonsense_qa": Task(ACC, "tau/commonsense_qa", f"default/{VAL}", "validation", 1221),
-    "piqa": Task(NORM, "baber/piqa", f"default/{VAL}", "validation", 1838),
-    "openbookqa": Task(NORM, "allenai/openbookqa", f"main/{TEST}", "test", 500),
-    "sciq": Task(NORM, "allenai/sciq", f"default/{TEST}", "test", 1000),
-    "winogrande": Task(ACC, "allenai/winogrande", f"winogrande_xl/{VAL}", "validation", 1267),
-}  # fmt: skip
+    "hellaswag": Task(NORM, "validation", 10042),
+    "lambada_openai": Task(WORD, "test", 5153),
+    "arc_easy": Task(NORM, "test", 2376),
+    "arc_challenge": Task(NORM, "test", 1172),
+    "commonsense_qa": Task(ACC, "validation", 1221),
+    "piqa": Task(NORM, "validation", 1838),
+    "openbookqa": Task(NORM, "test", 500),
+    "sciq": Task(NORM, "test", 1000),
+    "winogrande": Task(ACC, "validation", 1267),
+}
 BUILT_IN = ["cloze", "lastword"]
 DOWNLOADED = [name for name in TASKS if name not in BUILT_IN]
 
@@ -221,14 +211,13 @@ def load_task(name: str, data, data_dir, block_size: int, limit: int | None) -> 
 
 
 def make_task(name: str, data: str | Path, block_size: int, n: int) -> list[Example]:
-    """n examples (if there are so many) from the first two million characters of the validation split; those
-    for a larger n begin with them. Contexts have at most block_size / 2 characters, and at most 512."""
-    tokenizer, texts, size = tokenizer_in(data, Shards(data, "val", 1).tokenizer), [], 0
-    for tokens in documents(data, "val"):
-        texts.append(tokenizer.decode(tokens[: 1 << 20].tolist()))
-        size += len(texts[-1])
-        if size > 1 << 21:
-            break
+    """n examples (if there are so many) from the first two million tokens of the largest validation shard;
+    those for a larger n begin with them. Contexts have at most block_size / 2 characters, and at most 512."""
+    shards = Shards(data, "val", 1)
+    tokenizer, largest = tokenizer_in(data, shards.tokenizer), int(np.argmax(shards.sizes))
+    tokens = shards.read(largest, 0, min(1 << 21, shards.sizes[largest]))
+    documents = np.split(tokens, np.flatnonzero(tokens == tokenizer.eot_token) + 1)
+    texts = [tokenizer.decode(part[part != tokenizer.eot_token].tolist()) for part in documents]
     make = make_cloze if name == "cloze" else make_last_word
     examples = make(texts, n, min(512, block_size // 2))
     check(bool(examples), f"{data}: the validation split is too small for {name}\nprepare more text")
@@ -457,7 +446,7 @@ def parse_args(argv: list[str]):
     add("--tasks", default="", help=f"of {', '.join(TASKS)} (without --ppl: {','.join(BUILT_IN)})")
     add("--data_dir", default="data/icl", help="holds TASK/SPLIT.jsonl (data/icl)")
     add("--limit", type=int, help="the first N examples of each task (all; of a built-in one 300)")
-    add("--ppl", nargs="?", const="", metavar="FOLDER", help="perplexity on shards (the training data)")
+    add("--ppl", nargs="?", const="", metavar="FOLDER", help="validation loss on shards (its own data)")
     add("--batch_size", type=int, default=32, help="requests or windows at a time (32)")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     add("--dtype", default="float32", choices=("auto", *DTYPES), help="of matrix products (float32)")

@@ -56,7 +56,7 @@ class AbbIEConfig:
     """The shape of a model and its recurrence. Raises UserError where a value is out of bounds."""
 
     # `train.py --help` prints these comments.
-    vocab_size: int = 50257  # tokens of the vocabulary (in a run's config 0: as its data says)
+    vocab_size: int = 50257  # tokens of the vocabulary
     block_size: int = 1024  # longest context in tokens
     n_embd: int = 1024  # width D of the residual stream
     n_attn_heads: int = 16  # attention heads, of n_embd / n_attn_heads channels each
@@ -69,7 +69,7 @@ class AbbIEConfig:
     rope_scaling: dict | None = None  # Llama 3's stretching of rotary wavelengths, as in Hugging Face
     norm_eps: float = 1e-5  # epsilon of every RMSNorm
     tie_embeddings: bool = True  # the unembedding is the embedding
-    rule: str = "abbie_d"  # how one iteration follows another: abbie_d, abbie_d_literal, abbie_c, ...
+    rule: str = "abbie_d"  # abbie_d, abbie_d_literal, abbie_c, zero_pt or recall
     iters: int = 2  # r, the iterations of the Body where a call does not say
 
     def __post_init__(self):
@@ -293,13 +293,17 @@ class AbbIE(nn.Module):
 
     def sweep(self, x: Tensor, iters: list[int], cos_sin, kv=None, backprop_from=0) -> Iterator[Tensor]:
         """Embeddings x (B, T, D) -> at each of the strictly ascending iters the state that is unembedded,
-        (B, T, D); the Body runs as often as the largest says. Training, evaluation, decoding come here."""
+        (B, T, D); the Body runs as often as the largest says. Training, evaluation and plain decoding."""
         h = self.run(self.head, x, cos_sin, kv)
         x, done = self.start(h), 0
         for r in iters:
             u, x = self.iterate(x, h, done, r, cos_sin, kv, backprop_from)
             done = r
-            yield self.norm(self.run(self.tail, u, cos_sin, kv))
+            yield self.finish(u, cos_sin, kv)
+
+    def finish(self, u: Tensor, cos_sin, kv=None) -> Tensor:
+        """What the Tail reads, (B, T, D) -> the state that is unembedded, z."""
+        return self.norm(self.run(self.tail, u, cos_sin, kv))
 
     def forward(self, idx: Tensor, targets: Tensor | None = None, iters: int | None = None, backprop_iters=0):
         """idx (B, T) int64 -> logits (B, T, V) for all positions, and the mean next-token NLL in nats against
@@ -386,18 +390,16 @@ class AbbIE(nn.Module):
         """All unique parameters, embeddings included: independent of iters."""
         return sum(p.numel() for p in self.parameters())
 
-    def flops_per_token(self, iters=None, context=None, training=True, backprop_iters=0) -> float:
-        """Floating-point operations per token: 2 per weight of every matrix product, r x Body counted, plus
-        attention over the context/2 tokens that a causal mask shows on average (context: block_size). The
+    def flops_per_token(self, iters: int, backprop_iters: int = 0) -> float:
+        """Floating-point operations of training, per token: 2 per weight of every matrix product, r x Body
+        counted, plus attention over the block_size / 2 tokens that a causal mask shows on average. The
         backward pass is twice the forward pass, of the updates that it reaches. No elementwise work."""
         config, r = self.config, self.check_iters(iters)
         matrices = sum(p.numel() for p in self.body[0].parameters() if p.dim() == 2)
-        block = 2 * matrices + 2 * config.n_embd * (context or config.block_size)
+        block = 2 * matrices + 2 * config.n_embd * config.block_size
         once = (config.n_head_blocks + config.n_tail_blocks) * block + 2 * self.unembed.weight.numel()
         again = config.n_body_blocks * block
         adapter = 2 * self.adapter.weight.numel() if config.rule == "zero_pt" else 0
-        if not training:
-            return once + r * (again + adapter)
         reached = min(r, backprop_iters or r)
         return 3 * once + r * (again + 3 * adapter) + 2 * reached * again
 

@@ -9,9 +9,9 @@
 
 A document is a line of .jsonl, a row of .parquet, a .py file, or the text between lines <|endoftext|> of .txt
 and .md. It goes to validation where the first 64 bits of its SHA-256 lie below --val_fraction of their range,
-and stays there whatever is added later. Text of .txt and .md is cut at paragraphs into pieces, which are
-hashed one by one; neighbours that go the same way stay joined. With --val_input nothing is hashed: that is
-validation, and all of --input is training.
+and stays there whatever is added later. A .txt or .md file of more than PIECE characters is cut at paragraphs
+into pieces of at most so many, which are hashed one by one; neighbours that go the same way stay joined. With
+--val_input nothing is hashed: that is validation, and all of --input is training.
 
 The unit of work is a group of files: one that is downloaded, or one's own up to about SHARD_TOKENS. It
 becomes a shard of each split, under another name until it is whole; unfinished.json tells of the groups that
@@ -41,10 +41,10 @@ from tempfile import TemporaryDirectory
 import numpy as np
 from tqdm import tqdm
 
-from checkpoint import sync, write_json, write_whole
+from checkpoint import read_json, sync, write_json, write_whole
 from config import ArgumentParser, cli, optional
 from data import get_tokenizer, token_dtype
-from eval_icl import DOWNLOADED, TASKS
+from eval_icl import TASKS
 from model import UserError, check
 
 SPLITS = ("train", "val")
@@ -189,6 +189,22 @@ SOURCES = {
 }
 
 
+# Of the evaluation sets: repository, file, revision. What the Hub has converted is on a branch of its own.
+CONVERTED = "refs/convert/parquet"
+HELLASWAG = "218ec52e09a7e7462a5400043bb9a69a41d06b76"  # a revision that has all rows
+EVAL_SETS = {
+    "hellaswag": ("Rowan/hellaswag", "data/validation-00000-of-00001.parquet", HELLASWAG),
+    "lambada_openai": ("EleutherAI/lambada_openai", "data/lambada_test.jsonl", "main"),
+    "arc_easy": ("allenai/ai2_arc", "ARC-Easy/test/0000.parquet", CONVERTED),
+    "arc_challenge": ("allenai/ai2_arc", "ARC-Challenge/test/0000.parquet", CONVERTED),
+    "commonsense_qa": ("tau/commonsense_qa", "default/validation/0000.parquet", CONVERTED),
+    "piqa": ("baber/piqa", "default/validation/0000.parquet", CONVERTED),
+    "openbookqa": ("allenai/openbookqa", "main/test/0000.parquet", CONVERTED),
+    "sciq": ("allenai/sciq", "default/test/0000.parquet", CONVERTED),
+    "winogrande": ("allenai/winogrande", "winogrande_xl/validation/0000.parquet", CONVERTED),
+}
+
+
 def download(repo: str, file: str, revision: str, folder: Path) -> Path:
     """A file of a dataset on the Hub -> folder/FILE. huggingface_hub resumes and retries by itself."""
     fetch = optional("huggingface_hub").hf_hub_download
@@ -207,13 +223,13 @@ def fetch_eval_set(name: str, folder: Path):
         print("hellaswag: its WikiHow rows are under a copyright takedown claim of September 2026.")
         print("You fetch them for yourself; do not pass them on.")
     if not path.exists():
-        file = download(task.repo, task.file, task.revision, folder / WORK)
+        file = download(*EVAL_SETS[name], folder / WORK)
         data = file.read_bytes()
         if file.suffix == ".parquet":
             rows = optional("pyarrow.parquet").read_table(file).to_pylist()
             data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
         n = len(data.splitlines())
-        check(n == task.n_rows, f"{task.repo}, {task.file} has {n} rows, not {task.n_rows}")
+        check(n == task.n_rows, f"{name} has {n} rows there, not {task.n_rows}")
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, data)
         shutil.rmtree(folder / WORK)
@@ -230,13 +246,9 @@ def state_of(folder: Path, job: str) -> dict:
     states = [path for path in paths if path.exists()]
     if not states and not any(folder.glob("*.bin")):
         return {}
-    try:
-        state = json.loads(states[0].read_bytes()) if states else {}
-        ours = state["job"] == job and "splits" in state
-    except (ValueError, LookupError, TypeError, RecursionError):  # damaged
-        ours = False
+    state = read_json(states[0], f"remove {folder}") if states else {}
     check(
-        ours,
+        state.get("job") == job and "splits" in state,
         f"{folder} holds other data, or of other settings, files or Python\n"
         f"remove {folder}, or choose another folder with --out",
     )
@@ -386,12 +398,12 @@ def web_groups(args):
 def parse(argv: list[str]):
     parser = ArgumentParser(prog="prepare_data.py", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    parser.set_defaults(field="text", skip_bad=True, val_input=[])
+    parser.set_defaults(field="text", skip_bad=True, val_input=[])  # where a command has no such flag
     for name in ("stdlib", "text", *SOURCES, "icl"):
         flag = commands.add_parser(name).add_argument
         flag("--out", default=f"data/{name}", help="folder to write (%(default)s)")
         if name == "icl":
-            flag("--tasks", default=",".join(DOWNLOADED), help="with commas between them (all)")
+            flag("--tasks", default=",".join(EVAL_SETS), help="with commas between them (all)")
             continue
         tokenizer, fraction = ("gpt2", 0.002) if name in SOURCES else ("bytes", 0.05)
         flag("--tokenizer", default=tokenizer, help="bytes, gpt2, ..., hf:FOLDER (%(default)s)")
@@ -417,8 +429,8 @@ def main(argv: list[str]):
         if args.command == "icl":
             names = [name.strip() for name in args.tasks.split(",")]
             for name in names:
-                known = ", ".join(DOWNLOADED)
-                check(name in DOWNLOADED, f"unknown task {name!r}\nknown: {known}")
+                known = ", ".join(EVAL_SETS)
+                check(name in EVAL_SETS, f"unknown task {name!r}\nknown: {known}")
             for name in names:
                 fetch_eval_set(name, Path(args.out))
         else:

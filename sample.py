@@ -41,7 +41,10 @@ class KVCache:
     the B rows holds. In mode "full" there is one slot per block and *iteration*: iteration k of a new token
     reads what iteration k of the old ones wrote, so decoding is exact. In mode "last" all iterations of a
     block share one slot, which holds the newest that they wrote: a prompt's tokens read one another's keys of
-    the same iteration, later tokens those of the last one. One place more takes what is not to be kept."""
+    the same iteration, later tokens those of the last one. One place more takes what is not to be kept.
+
+    It is the model's `kv`: `expect` says which tokens come, `at` turns to a block's slot, `extend` stores and
+    reads there."""
 
     def __init__(self, model: AbbIE, batch_size=1, iters=None, mode="full", length=None):
         config, weight = model.config, model.embed.weight
@@ -65,7 +68,7 @@ class KVCache:
         if not equal or (T > 1 and starts[0] > 0):
             self.mask = torch.arange(self.end, device=device) <= positions[:, None, :, None]  # (B, 1, T, S)
         self.positions = positions.clamp(max=self.length - 1)
-        self.cos_sin = self.model.cos_sin(positions, self.positions)
+        self.cos_sin = self.model.cos_sin(self.positions, self.positions)
         self.keep(self.real)
 
     def keep(self, kept: Tensor):
@@ -76,7 +79,7 @@ class KVCache:
         """Turn to the slot of block `index` in iteration k. Slots: all blocks, the Body at k = 1, 2, ..."""
         config, self.slot = self.model.config, index
         if k > 0 and self.mode == "full":
-            self.slot += config.n_blocks - config.n_head_blocks + (k - 1) * config.n_body_blocks
+            self.slot += config.n_tail_blocks + k * config.n_body_blocks
         return self
 
     def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -182,7 +185,7 @@ def settle(cache: KVCache, x: Tensor, early_exit: float) -> tuple[Tensor, Tensor
     for k in range(cache.iters):
         cache.keep(running)
         u, x = model.iterate(x, h, k, k + 1, cos_sin, cache)
-        next_z = model.norm(model.run(model.tail, u, cos_sin, cache))
+        next_z = model.finish(u, cos_sin, cache)
         z = torch.where(running[..., None], next_z, z)
         depths += running
         now = model.logits(z).float().log_softmax(-1)  # (B, T, V)
@@ -214,7 +217,7 @@ def draft_and_verify(cache: KVCache, token: int, n: int, rng, decoding, stats) -
         states.append((h, x))
         cache.lengths[0] += 1
         if j < n - 1:  # after the last one, the verification itself predicts
-            z = model.norm(model.run(model.tail, u, cache.cos_sin, cache))
+            z = model.finish(u, cache.cos_sin, cache)
             qs.append(decoding.distribution(model.logits(z)[:, 0]))
             [token] = draw(qs[-1], [rng])
             drafted.append(token)
@@ -223,7 +226,7 @@ def draft_and_verify(cache: KVCache, token: int, n: int, rng, decoding, stats) -
     cache.expect([n])
     h, x = (torch.cat(parts, dim=1) for parts in zip(*states))  # (1, n, D)
     u, _ = model.iterate(x, h, decoding.draft_iters, cache.iters, cache.cos_sin, cache)
-    z = model.norm(model.run(model.tail, u, cache.cos_sin, cache))
+    z = model.finish(u, cache.cos_sin, cache)
     p = decoding.distribution(model.logits(z)[0])  # (n, V)
 
     accepted = 0
@@ -242,7 +245,7 @@ def draft_and_verify(cache: KVCache, token: int, n: int, rng, decoding, stats) -
 # ------------------------------------------------------------------------------------------------- generating
 
 
-def unread(cache: KVCache, contexts: list[list[int]]) -> tuple[Tensor, list[int]]:
+def new_tokens(cache: KVCache, contexts: list[list[int]]) -> tuple[Tensor, list[int]]:
     """What the cache does not hold yet of the contexts -> ids (B, T), padded, and how many of each row. A
     context that is full starts again with its last block_size // 2 tokens."""
     block_size = cache.model.config.block_size
@@ -264,12 +267,12 @@ def stream_batch(cache, prompts, rngs, decoding, stats):
             n = min(decoding.draft_tokens + 1, room, left[0])
             chosen = [draft_and_verify(cache, contexts[0][-1], n, rngs[0], decoding, stats)]
         else:  # also a prompt, and a context that starts again
-            logits = step(cache, *unread(cache, contexts), decoding.early_exit, stats)
+            logits = step(cache, *new_tokens(cache, contexts), decoding.early_exit, stats)
             chosen = [[token] for token in draw(decoding.distribution(logits), rngs)]
         for b, tokens in enumerate(chosen):
             for token in tokens:
                 if token in decoding.stop_tokens:
-                    left[b] = 0  # the row is over: nothing of it is unread
+                    left[b] = 0  # the row is over: nothing of it is new
                 if left[b] > 0:
                     left[b] -= 1
                     contexts[b].append(token)
@@ -402,8 +405,9 @@ def parse_args(argv: list[str]):
     add("--top_k", type=int, default=50, help="draw from the k best (0: all; default 50)")
     add("--top_p", type=float, default=1.0, help="draw from the best of this probability")
     add("--seed", type=int, default=1, help="sample b draws from seed + b")
-    add("--cache", default="full", help="full, or last: one slot for all iterations")
-    add("--exit", type=kl, default=0.0, help="kl:1e-2: a token stops when settled")
+    add("--cache", dest="cache_mode", default="full", help="full, or last: one slot for all iterations")
+    text = "kl:1e-2: a token stops when settled (--cache last)"
+    add("--exit", dest="early_exit", type=kl, default=0.0, help=text)
     add("--draft_iters", type=int, default=0, help="draft at so many iterations")
     add("--lens", action="store_true", help="show the prediction after each iteration")
     add("--last", type=int, default=16, help="--lens: tokens (0: all; default 16)")
@@ -436,12 +440,13 @@ def main(argv: list[str]):
     ids = encode_prompt(tokenizer, prompt, model.config.block_size)
     if args.lens:
         return show(lens(model, tokenizer, ids, several, args.last))
-    options = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
-    options |= dict(cache_mode=args.cache, early_exit=args.exit, draft_iters=args.draft_iters)
-    options["seed"], prompts, separator = args.seed, [ids] * args.num_samples, ""
+    names = ("temperature", "top_k", "top_p", "seed", "cache_mode", "early_exit", "draft_iters")
+    options = {name: getattr(args, name) for name in names}
+    prompts, separator = [ids] * args.num_samples, ""
     for iters in several:
         stats, start, texts = Counter(), time.perf_counter(), [""] * args.num_samples
-        print(f"iters {iters}: {prompt}", end="" if prompt else "\n", file=sys.stderr, flush=True)
+        end = "" if prompt and sys.stdout.isatty() else "\n"  # on a terminal the text follows its prompt
+        print(f"iters {iters}: {prompt}", end=end, file=sys.stderr, flush=True)
         pieces = stream_text(model, tokenizer, prompts, args.max_new_tokens, iters, stats=stats, **options)
         show(separator, end="")
         for b, piece in pieces:  # the first sample as it comes, the others after it

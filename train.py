@@ -37,7 +37,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+import eval_icl
 import prepare_data
+import sample
 from checkpoint import (
     checkpoints,
     load_model,
@@ -63,9 +65,7 @@ from config import (
     together,
 )
 from data import Shards, tokenizer_in
-from eval_icl import BUILT_IN, evaluate_loss, load_task, print_table, run_task
 from model import AbbIE, UserError, check
-from sample import show, stream_text
 
 # Dense bf16 peaks in FLOP/s (no sparsity) from the vendors' data sheets; MFU is shown for these devices only.
 PEAK_FLOPS = {
@@ -231,12 +231,12 @@ def new_model(config: Config, shards: Shards) -> AbbIE:
     shape, source = config.model_config(shards.vocab_size), config.init_from
     if not source:
         return AbbIE(shape)
-    names = ("rule", "iters", "block_size", "n_head_blocks", "n_body_blocks", "n_tail_blocks")
-    model = load_model(source, **{name: getattr(shape, name) for name in names})
+    free = ("rule", "iters", "block_size", "n_head_blocks", "n_body_blocks", "n_tail_blocks")
+    model = load_model(source, **{name: getattr(shape, name) for name in free})
     there = {**vars(model.config), "tokenizer": model.meta["tokenizer"]}
     here = {**vars(shape), "tokenizer": shards.tokenizer}
-    names = ["tokenizer"] if source.startswith("hf:") else here  # whose shape counts
-    changed = differences(there, here, names)
+    # The shape of a Llama is taken as it is.
+    changed = differences(there, here, ["tokenizer"] if source.startswith("hf:") else here)
     check(not changed, f"init_from={source}: {changed}\nset these keys, or prepare the data, as it is there")
     return model
 
@@ -263,7 +263,8 @@ def begin(config: Config, shards: Shards) -> tuple[Config, AbbIE, dict]:
     saved = checkpoints(out_dir)
     if source == "auto":
         source = str(out_dir) if saved else "never"
-    if saved and Path(source).resolve() not in [path.resolve() for path in (out_dir, saved[-1])]:
+    goes_on = Path(source).resolve() in [path.resolve() for path in (out_dir, *saved[-1:])]
+    if saved and (source == "never" or not goes_on):
         advice = "choose another --out_dir, or leave out --resume to continue the run"
         raise UserError(f"{out_dir} holds a run, which would lose checkpoints\n{advice}")
     if source == "never":
@@ -271,14 +272,14 @@ def begin(config: Config, shards: Shards) -> tuple[Config, AbbIE, dict]:
         return with_length(config, model), model, {"step": 0, "flops": 0.0}
     model, state = load_newest(source, functools.partial(load_run, config=config))
     config, meta = with_length(config, model), model.meta
-    here, goes_on = vars(config), config.max_steps > state["step"]
-    fixed = [name for name in here if name not in FREE and not (goes_on and name in MID_RUN)]
+    here, unfinished = vars(config), config.max_steps > state["step"]
+    fixed = [name for name in here if name not in FREE and not (unfinished and name in MID_RUN)]
     changed = differences(meta["run"], here, fixed)
     if meta.get("data_sha256") != shards.digest():
         changed = f"it was trained on other data than {config.data} holds"
     if changed:
         advice = "set these keys as they were, or choose another --out_dir"
-        if not goes_on:
+        if not unfinished:
             advice = f"nothing was trained: give a --max_steps above {state['step']}, {advice}"
         raise UserError(f"{meta['ckpt']} cannot be continued: {changed}\n{advice}")
     return config, model, state
@@ -397,14 +398,16 @@ def run(config: Config, device: torch.device, rank: int, world: int, command: st
     if "optimizer" in state:
         optimizer.load_state_dict(state["optimizer"])
     start = step = state["step"]
-    facts = {"command": command, **versions(device), **choices, "world": world, "n_params": model.n_params()}
-    about = {
+    flops, skipped = state["flops"], 0
+    made_by = {"command": command, **versions(device), **choices}
+    made_by |= {"world": world, "n_params": model.n_params()}
+    meta = {
         **vars(model.config), "tokenizer": shards.tokenizer, "data": config.data,
-        "data_sha256": shards.digest(), "run": vars(config), "made_by": facts,
+        "data_sha256": shards.digest(), "run": vars(config), "made_by": made_by,
     }  # fmt: skip
     run_tokens = config.max_steps * config.tokens_per_step
-    settings = "  ".join(f"{name}={value}" for name, value in {**vars(config), **facts}.items())
-    print(textwrap.fill(settings, 110))
+    for settings in (vars(config), made_by):
+        print(textwrap.fill("  ".join(f"{name}={value}" for name, value in settings.items()), 110))
     print(f"{run_tokens:,} tokens, {run_tokens / T / shards.n_windows:.2f} epochs")
     if step:
         finished = ": it is finished, and its evaluation follows again" if step == config.max_steps else ""
@@ -413,13 +416,13 @@ def run(config: Config, device: torch.device, rank: int, world: int, command: st
         if rank == 0:
             set_aside(out_dir, step)
         log = functools.partial(append, out_dir / "log.jsonl" if rank == 0 else os.devnull)
-        log({**about, "resumed_at": step})
+        log({**meta, "resumed_at": step})
 
     def validate(iters: list[int], tokens: int):
         # At most a quarter of what the run trains on: a short run is not outlasted by its evaluation.
         n = max(1, min(tokens, run_tokens // 4, val_shards.n_windows * T) // T)
         options = {"batch_size": config.micro_batch, "rank": rank, "world": world, "autocast": autocast}
-        losses = evaluate_loss(model, val_shards, iters, n_windows=n, **options)
+        losses = eval_icl.evaluate_loss(model, val_shards, iters, n_windows=n, **options)
         text = "  ".join(f"r={r} {value:.4f}" for r, value in losses.items())
         say(f"step {step:>6d} | validation loss, {n * T:,} tokens (nats/token)  {text}")
         log({"step": step, "tokens": n * T, "val_loss": losses})
@@ -431,11 +434,11 @@ def run(config: Config, device: torch.device, rank: int, world: int, command: st
                 raise UserError(f"{diverged}\n{newest(out_dir)} is saved: run again with a lower --lr")
             if rank == 0 and not (out_dir / f"step_{step:08d}").exists():
                 state = {"optimizer": optimizer.state_dict(), "step": step, "flops": flops}
-                save_checkpoint(out_dir, step, model.state_dict(), state, {**about, "step": step})
+                save_checkpoint(out_dir, step, model.state_dict(), state, {**meta, "step": step})
                 prune(out_dir, config.keep_last, f"step_{decay_start(config):08d}")
 
-    eval_iters, peak = parse_list(config.eval_iters, "eval_iters"), peak_flops(facts["device"])
-    flops, skipped, stopped, began, shown = state["flops"], 0, False, time.perf_counter(), -math.inf
+    eval_iters, peak = parse_list(config.eval_iters, "eval_iters"), peak_flops(made_by["device"])
+    stopped, began, shown = False, time.perf_counter(), -math.inf
     with noticed_signals(rank) as asked, ThreadPoolExecutor(1) as reader:
         upcoming = reader.submit(read_step, shards, config, step, rank, world)
         while step < config.max_steps and skipped < MAX_SKIPS and not stopped:
@@ -481,9 +484,8 @@ def run(config: Config, device: torch.device, rank: int, world: int, command: st
         number = (asked or [signal.SIGTERM])[0]
         say(f"{signal.Signals(number).name}: {newest(out_dir)} is saved; the same command continues")
         return 128 + number
-    with together():
-        if rank == 0:
-            show_off(model, config, shards)
+    if world == 1:
+        final_report(config)
     return 0
 
 
@@ -492,34 +494,26 @@ def newest(out_dir: Path) -> str:
     return saved[-1].name if saved else "nothing"
 
 
-LOOK = """
+NEXT_STEPS = """
 abbie_d at r > 2 hardly differs from r = 2: it converges by construction, and later iterations refine.
 To see iterations compute something, and a loss that falls with r:
     python sample.py --ckpt models/chains_abbie_d --lens --iters 1,2,3,4,6,8 --prompt "a=3;b=a;c=b;d=c;e=d;?e"
     python eval_icl.py --ckpt models/recall_tiny --iters 1,2,4,8 --ppl data/stdlib"""
 
 
-def show_off(model: AbbIE, config: Config, shards: Shards):
-    """What the finished model can do: the built-in tasks at several iters, and a sample."""
-    model.eval()
-    n = min(300, max(20, config.max_steps * config.tokens_per_step // config.block_size // 8))  # as the run
+def final_report(config: Config):
+    """What the finished model can do: the built-in tasks at several iters, and a sample; as dear as the run
+    at most."""
+    n = min(300, max(20, config.max_steps * config.tokens_per_step // config.block_size // 8))
+    model = [f"--ckpt={config.out_dir}", f"--device={config.device}"]
     try:
-        tokenizer = tokenizer_in(config.data, shards.tokenizer)
-        prompt = "def " if shards.tokenizer == "bytes" else "The "
-        with torch.compiler.set_stance("force_eager"):  # shapes vary from here on
-            tasks = {}
-            for name in BUILT_IN:
-                examples = load_task(name, config.data, None, config.block_size, n)
-                tasks[name], _ = run_task(model, tokenizer, name, examples, [1, 2, 4])
-            print_table({"tasks": tasks})
-            ids, options = tokenizer.encode_ordinary(prompt), {"temperature": 0.8, "top_k": 50}
-            pieces = stream_text(model, tokenizer, [ids], min(200, n), None, **options, seed=config.seed)
-            print(f"\na sample at iters {model.config.iters} (python sample.py makes more):")
-            show(prompt + "".join(piece for _, piece in pieces))
+        eval_icl.main([*model, "--iters=1,2,4", f"--limit={n}"])
+        print(f"\na sample (python sample.py --ckpt {config.out_dir} makes more):")
+        sample.main([*model, f"--max_new_tokens={min(200, n)}"])
     except UserError as error:  # a context or split too small, a tokenizer that is not at hand
         print(f"not shown: {error}")
     if config.rule == "abbie_d" and config.iters == 2:
-        print(LOOK)
+        print(NEXT_STEPS)
 
 
 if __name__ == "__main__":

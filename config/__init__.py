@@ -61,7 +61,7 @@ class Config(AbbIEConfig):
     beta2: float = 0.95  # AdamW's decay of the second moment
     eval_every: int = 500  # steps between evaluations on validation data (0: only at the end)
     eval_iters: str = "1,2,4,8"  # iterations at which validation loss is measured
-    eval_tokens: int = 2**20  # validation tokens of an evaluation, always the same ones
+    eval_tokens: int = 2**20  # validation tokens of an evaluation, at most a quarter of the run's
     save_every: int = 500  # steps between checkpoints (0: only at the end)
     keep_last: int = 2  # checkpoints that are kept, besides the one at which the decay begins
     resume: str = "auto"  # auto: continue the run in out_dir; never: start afresh; or a checkpoint
@@ -248,13 +248,13 @@ def cli(main):
     sys.exit(2)
 
 
-def optional(module: str, packages: str = ""):
-    """A module that only some commands need. packages: what to install for it, where the names differ."""
+def optional(module: str):
+    """A module that only some commands need."""
     try:
         return importlib.import_module(module)
     except ImportError:
-        packages = packages or module.partition(".")[0]
-        raise UserError(f"this needs packages that are not installed\npip install {packages}") from None
+        package = module.partition(".")[0]
+        raise UserError(f"this needs a package that is not installed\npip install {package}") from None
 
 
 def choose_device(name: str = "auto") -> torch.device:

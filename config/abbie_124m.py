@@ -1,4 +1,4 @@
-"""About 124M parameters at r = 2: GPT-2 small's size."""
+"""About 124M parameters, trained at r = 2: GPT-2 small's size."""
 
 from config.abbie_350m import *  # noqa: F403
 

@@ -1,4 +1,4 @@
-"""About 201M parameters at r = 2."""
+"""About 201M parameters, trained at r = 2."""
 
 from config.abbie_350m import *  # noqa: F403
 

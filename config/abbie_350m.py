@@ -1,4 +1,4 @@
-"""359.8M parameters at r = 2: 7.2B tokens of C4 (20 per parameter), 2^19 tokens per step. Made for 8 GPUs."""
+"""359.8M parameters, r = 2: 7.2B tokens of C4 (20 per parameter), 2^19 tokens per step. Made for 8 GPUs."""
 
 data = "data/c4"
 block_size = 1024

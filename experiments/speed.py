@@ -218,7 +218,7 @@ def harness_task(name: str, data_dir: Path) -> dict:
 def measure_harness(args) -> dict:
     """Every task of which there are rows, example by example: eval_icl.py against `lm_eval --model hf` on the
     exported folder of the same model, 3.4M random parameters large enough for answers to differ, at r = 3."""
-    lm_eval = optional("lm_eval", "lm_eval==0.4.13 transformers accelerate")
+    lm_eval = optional("lm_eval")
     from lm_eval.models.huggingface import HFLM
 
     from hf.export import main as export

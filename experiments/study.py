@@ -11,11 +11,11 @@ interrupted row.
 
 import json
 import statistics
-from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -25,7 +25,7 @@ import prepare_data
 import train
 from checkpoint import load_model
 from config import ArgumentParser, choose_device, cli, load_config, nearest
-from data import Shards, documents
+from data import Shards
 from experiments import RESULTS, ROOT, append, read
 from model import AbbIE, check
 
@@ -119,8 +119,11 @@ def write_quarter(folder: str):
     with TemporaryDirectory() as texts:
         for split, every in (("train", 4), ("val", 1)):
             with open(f"{texts}/{split}.jsonl", "w") as file:
-                for tokens in islice(documents("data/stdlib", split), 0, None, every):
-                    file.write(json.dumps({"text": bytes(tokens.tolist()).decode()}) + "\n")
+                shard = np.fromfile(f"data/stdlib/{split}_00000.bin", "<u2")
+                documents = np.split(shard, np.flatnonzero(shard == 256))  # each after the first with its 256
+                for tokens in documents[:-1:every]:
+                    text = bytes(tokens[tokens < 256].tolist()).decode()
+                    file.write(json.dumps({"text": text}) + "\n")
         inputs = ["--input", f"{texts}/train.jsonl", "--val_input", f"{texts}/val.jsonl"]
         prepare_data.main(["text", *inputs, "--tokenizer", "bytes", "--out", folder])
 

@@ -6,7 +6,6 @@ It carries model.py, unchanged, and modeling_abbie.py, which wraps it; so it nee
 Needs pip install safetensors tokenizers. What to do with the folder: hf/README.md.
 """
 
-import os
 import shutil
 import sys
 from dataclasses import asdict
@@ -14,11 +13,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python hf/export.py`
 
-from checkpoint import load_model, write_json, write_whole
+from checkpoint import load_model, whole_folder, write_json, write_whole
 from config import ArgumentParser, cli, optional
 from data import get_tokenizer, tokenizer_in
 from hf.llama import BYTE, copy_tokenizer, read_json_if_any
-from model import AbbIE, UserError, check
+from model import AbbIE, check
 
 ROOT = Path(__file__).resolve().parents[1]
 END = "<|endoftext|>"
@@ -104,16 +103,8 @@ def export(model: AbbIE, folder: Path):
     """Write the model as a folder that transformers loads, whole or not at all."""
     folder = folder.expanduser().absolute()
     check(not folder.exists(), f"{folder} is there already\ngive another, or remove it")
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
+    with whole_folder(folder) as temporary:
         write_folder(model, temporary)
-        os.replace(temporary, folder)
-    except OSError as error:
-        raise UserError(f"{folder} could not be written ({error.strerror})\nmake room") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def main(argv: list[str]):

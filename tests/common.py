@@ -7,10 +7,12 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from checkpoint import save_checkpoint
+from data import Shards, tokenizer_in
 from model import AbbIE, AbbIEConfig
 
 ROOT = Path(__file__).parent.parent
@@ -86,3 +88,12 @@ def fork_server():
     context.set_forkserver_preload(["faulty_train", "prepare_data"])
     os.environ["PYTHONPATH"] = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"  # where that process finds them
     return context
+
+
+def documents(folder, split: str) -> list[list[int]]:
+    """The tokens of a split's documents, each without its end-of-text."""
+    shards = Shards(folder, split, 1)
+    eot = tokenizer_in(folder, shards.tokenizer).eot_token
+    tokens = np.concatenate([shards.read(i, 0, n) for i, n in enumerate(shards.sizes) if n])
+    ends = np.flatnonzero(tokens == eot) + 1
+    return [part[part != eot].tolist() for part in np.split(tokens, ends)[:-1]]

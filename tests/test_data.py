@@ -9,7 +9,7 @@ import pytest
 import torch
 from common import refused
 
-from data import Shards, documents, get_tokenizer
+from data import Shards, get_tokenizer
 
 SIZES = (5001, 3007, 64, 4000)
 TRAIN = [np.random.default_rng(size).integers(0, 256, size) for size in SIZES]
@@ -63,11 +63,6 @@ def test_an_epoch_shows_every_window_once_in_an_order_that_seed_and_epoch_decide
     assert again.windows(3, n, n).tolist() == epochs[1] != again.windows(4, n, n).tolist()
 
 
-def test_documents_may_run_across_shards(tmp_path):
-    folder = write_folder(tmp_path, [[1, 2, 256, 3], [4, 4], [], [5, 256, 256, 6, 256]])
-    assert [tokens.tolist() for tokens in documents(folder, "train")] == [[1, 2], [3, 4, 4, 5], [], [6]]
-
-
 DAMAGE = [
     (lambda path: os.truncate(path, 4000), "missing or has not 6014 bytes"),
     (lambda path: path.unlink(), "missing or has not 6014 bytes"),
@@ -80,4 +75,3 @@ def test_damage_is_noticed(tmp_path, damage, problem):
     damage(write_folder(tmp_path, TRAIN) / "1.bin")
     message = f"1.bin .*{problem}[^\n]*\n.*prepare the data again"
     refused(message, lambda: Shards(tmp_path, "train", 64).batch(range(119)))
-    refused(message, list, documents(tmp_path, "train"))

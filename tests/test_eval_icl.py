@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from common import calls_of, greedy, make, refused, save, start_python
+from common import calls_of, documents, greedy, make, refused, save, start_python
 
 import eval_icl
-from data import Shards, documents, get_tokenizer
+from data import Shards, get_tokenizer
 from eval_icl import BUILT_IN, DOWNLOADED, TASKS, Example, encode_requests, load_task, main, run_task, score
 from model import AbbIE
 
@@ -205,7 +205,7 @@ def test_built_in_tasks_are_made_of_validation_text(corpus, name):
     few, usual, many = (load_task(name, corpus, None, 96, limit) for limit in (20, None, 2000))
     assert len(few) == 20 and len(usual) == 300 < len(many) <= 2000
     assert many[:300] == usual and usual[:20] == few
-    text = "".join(BYTES.decode(tokens.tolist()) for tokens in documents(corpus, "val"))
+    text = "".join(BYTES.decode(tokens) for tokens in documents(corpus, "val"))
     for example in usual:
         context, continuation = example.requests[example.gold]
         assert context + continuation in text and len(context) <= 48

@@ -29,7 +29,7 @@ def test_rows_are_flags_of_train_py_are_recorded_and_are_those_of_the_document()
 
 
 def test_a_row_is_trained_evaluated_and_recorded_once(corpus, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(train, "show_off", lambda *_, **__: None)  # slow, and tested elsewhere
+    monkeypatch.setattr(train, "final_report", lambda *_, **__: None)  # slow, and tested elsewhere
     results = f"--results={tmp_path}"
     argv = ["--row=recall_p6b3_2e-3", f"--out={tmp_path}/out", results, "--limit=20"]
     for _ in range(2):

@@ -120,7 +120,7 @@ MISTAKES = {
     "prepare_data icl --out new --tasks=hellaswag,hellswag": "hellswag",
     "hf.export --out=new --iters=200": "from 1 to 128",
     "hf.export --out=shards": "shards is there already",
-    "hf.export --out=my.txt/new": "my.txt/new could not be written",
+    "hf.export --out=my.txt/new": "my.txt/new could not be saved",
     "experiments.study --row=abbie_e": "no row abbie_e (did you mean abbie_d",
     "experiments.study --max_steps=3": "need --row",
     "experiments.plot loss --results=nowhere": "experiments.study --row abbie_d_2_8k",

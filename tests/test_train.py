@@ -19,7 +19,6 @@ import termios
 import time
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import faulty_train
 import numpy as np
@@ -32,7 +31,7 @@ import train
 from checkpoint import checkpoints, load_model, locked, read_tensors
 from config import choose_device, cli, load_config
 
-T, SHOW_OFF = 32, train.show_off
+T, FINAL_REPORT = 32, train.final_report
 
 
 # ------------------------------------------------------------------------------------------------- the ground
@@ -64,7 +63,7 @@ def start(small):
         return folder
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "show_off", lambda *args: None)
+        patch.setattr(train, "final_report", lambda *args: None)
         yield start
 
 
@@ -459,5 +458,5 @@ def test_the_main_job_end_to_end(tmp_path):
 
 
 def test_what_cannot_be_shown_at_the_end_is_no_error(small, capsys):
-    SHOW_OFF(make(vocab_size=257), load_config([small]), SimpleNamespace(tokenizer="hf:/nowhere"))
-    assert capsys.readouterr().out.count("not shown: hf:/nowhere") == 1
+    FINAL_REPORT(load_config([small, "--out_dir=/nowhere"]))
+    assert capsys.readouterr().out.count("not shown: /nowhere is no checkpoint") == 1
