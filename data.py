@@ -78,7 +78,8 @@ def command_for(folder: Path) -> str:
         return "python -m experiments.chains"
     if folder.name in CORPORA:
         return f"python prepare_data.py {folder.name} --out {folder}"
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not any(folder.glob("*.bin"))):
+    made = any(folder.glob("*.bin")) or (folder / "unfinished.json").exists()
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not made):
         return f"python prepare_data.py text --input {folder} --out data/{folder.stem}"  # it is the text
     return f"python prepare_data.py text --input FILE_OR_DIR --out {folder}"
 

@@ -86,6 +86,8 @@ def documents(path: Path, file, field: str) -> Iterator[str]:
     name = path.name.lower()
     if name.endswith(".parquet"):
         table = optional("pyarrow.parquet").ParquetFile(file)
+        if field not in table.schema_arrow.names:
+            raise KeyError(field)
         for batch in table.iter_batches(batch_size=64, columns=[field]):
             yield from batch.column(0).to_pylist()
         return
@@ -111,6 +113,8 @@ def read(path: Path, args, meta: dict, bar) -> Iterator[str]:
             except StopIteration:
                 return
             except Exception as error:  # of gzip, JSON, Arrow, or of a text that is none
+                if isinstance(error, OSError) and error.errno:  # the disk's
+                    raise
                 reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
                 problem = f"{path}: document {number} cannot be read ({reason})"
                 check(
@@ -192,6 +196,7 @@ SOURCES = {
 # Of the evaluation sets: repository, file, revision. What the Hub has converted is on a branch of its own.
 CONVERTED = "refs/convert/parquet"
 HELLASWAG = "218ec52e09a7e7462a5400043bb9a69a41d06b76"  # a revision that has all rows
+LAMBADA = "4aa8d02cd17c719165fc8a7887fddd641f43fcafa4b1c806ca8abc31fabdb226"  # SHA-256 of OpenAI's file
 EVAL_SETS = {
     "hellaswag": ("Rowan/hellaswag", "data/validation-00000-of-00001.parquet", HELLASWAG),
     "lambada_openai": ("EleutherAI/lambada_openai", "data/lambada_test.jsonl", "main"),
@@ -229,7 +234,8 @@ def fetch_eval_set(name: str, folder: Path):
             rows = optional("pyarrow.parquet").read_table(file).to_pylist()
             data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
         n = len(data.splitlines())
-        check(n == task.n_rows, f"{name} has {n} rows there, not {task.n_rows}")
+        official = name != "lambada_openai" or hashlib.sha256(data).hexdigest() == LAMBADA
+        check(n == task.n_rows and official, f"{name}: {n} rows that are not the {task.n_rows} official ones")
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, data)
         shutil.rmtree(folder / WORK)
@@ -242,11 +248,12 @@ def fetch_eval_set(name: str, folder: Path):
 def state_of(folder: Path, job: str) -> dict:
     """meta.json, or until it is there unfinished.json, of this job; {} where there is no data. A folder with
     other data is refused: what took long to make is never deleted."""
-    paths = folder / "meta.json", folder / "unfinished.json"
-    states = [path for path in paths if path.exists()]
-    if not states and not any(folder.glob("*.bin")):
-        return {}
-    state = read_json(states[0], f"remove {folder}") if states else {}
+    path = folder / "meta.json"
+    if not path.exists():
+        path = folder / "unfinished.json"
+        if not any(folder.glob("*.bin")):
+            return {}
+    state = read_json(path, f"remove {folder}, or choose another with --out")
     check(
         state.get("job") == job and "splits" in state,
         f"{folder} holds other data, or of other settings, files or Python\n"
@@ -284,11 +291,12 @@ def write_groups(groups: list[list[tuple]], args, meta: dict, tokenizer):
     with tqdm(unit="B", unit_scale=True, disable=None) as bar:
         for number in range(n_done, len(groups)):
             (folder / WORK).mkdir(exist_ok=True)
+            to_come = groups[number:]
             if args.command in SOURCES:
                 repo, file, revision, *_ = SOURCES[args.command]
                 download(repo, file.format(number), revision, folder / WORK)
-            size = sum(path.stat().st_size for path, _ in groups[number])
-            bar.total = bar.n + size * (len(groups) - number)  # as if all to come were of this size
+                to_come = groups[number : number + 1] * (len(groups) - number)  # as if all were of this size
+            bar.total = bar.n + sum(path.stat().st_size for group in to_come for path, _ in group)
             write_group(groups[number], number, args, meta, tokenizer, bar)
             shutil.rmtree(folder / WORK)
             write_json(folder / "unfinished.json", meta)
@@ -328,7 +336,7 @@ def prepare(args, groups: list[list[tuple]], source: str, identity):
         os.replace(unfinished, folder / "meta.json")
         sync(folder)
     print(f"{folder} is complete\n{source}; tokenizer {args.tokenizer}")
-    print(f"left out: {meta['skipped']} bad documents, {meta['empty']} empty ones")
+    print(f"left out: {meta['skipped']} bad documents, {meta.get('empty', 0)} empty ones")
     for split, n in meta["splits"].items():
         print(f"{split}: {n['documents']:,} documents, {n['bytes']:,} bytes, {n['tokens']:,} tokens")
     if not args.val_input and not args.val_fraction / 2 < share < args.val_fraction * 2:

@@ -248,6 +248,7 @@ def load_run(folder: Path, config: Config) -> tuple[AbbIE, dict]:
     config, weights = with_length(config, model), f"its weights: --init_from={folder} --out_dir=ANOTHER"
     try:
         state, before = read_tensors(folder / "train.pt"), Config(**model.meta["run"])
+        state = {name: state[name] for name in ("step", "flops", "optimizer")}
     except (UserError, KeyError, TypeError) as error:
         raise UserError(f"{folder} holds no run that can go on: {error}\n{weights}") from None
     same = (before.max_steps, decay_start(before)) == (config.max_steps, decay_start(config))
@@ -413,9 +414,11 @@ def run(config: Config, device: torch.device, rank: int, world: int, command: st
         finished = ": it is finished, and its evaluation follows again" if step == config.max_steps else ""
         print(f"from step {step} of {model.meta['ckpt']}{finished}")
     with together():
+        log = functools.partial(append, out_dir / "log.jsonl" if rank == 0 else os.devnull)
         if rank == 0:
             set_aside(out_dir, step)
-        log = functools.partial(append, out_dir / "log.jsonl" if rank == 0 else os.devnull)
+            if (out_dir / "log.jsonl").exists():  # a kill or a full disk may have torn its last line
+                os.truncate(out_dir / "log.jsonl", (out_dir / "log.jsonl").read_bytes().rfind(b"\n") + 1)
         log({**meta, "resumed_at": step})
 
     def validate(iters: list[int], tokens: int):

@@ -217,11 +217,19 @@ def test_a_missing_package_is_named_at_once(tmp_path, out, monkeypatch):
 def test_a_folder_with_other_data_is_refused_and_left_alone(tmp_path, out, corpus):
     mine = write(tmp_path / "mine" / "meta.json", '{"of": "another program"}').parent
     damaged = write(tmp_path / "damaged" / "unfinished.json", "[1, 2").parent
+    write(damaged / "train_00000.bin", "")
     unnamed = write(tmp_path / "unnamed" / "train_00000.bin", "").parent
     for folder in (prepare(out, corpus), mine, damaged, unnamed):
         before = contents(folder)
         refused("(holds other data|damaged).*\nremove", prepare, folder, corpus, val_fraction=0.2)
         assert contents(folder) == before
+
+
+def test_a_refused_preparation_does_not_stand_in_the_way_of_its_mend(tmp_path, out):
+    path = write(tmp_path / "rows.jsonl", '{"content": "a"}\n{"content": "b"}\n')
+    refused("text under 'text' .--field", prepare, out, path)
+    prepare(out, path, field="content", val_fraction=0.6)
+    assert sorted(both(out)) == ["a", "b"]
 
 
 def test_a_document_that_tiktoken_cannot_take_is_named():
@@ -312,7 +320,7 @@ def test_what_is_in_shards_is_not_fetched_again(out, hub):
     assert hub.log == [(first, 200), (second, 503), (second, 200)] and not (out / ".unfinished").exists()
 
 
-def test_evaluation_sets_are_the_rows_of_the_hub(tmp_path, out, hub, capsys):
+def test_evaluation_sets_are_the_rows_of_the_hub(tmp_path, out, hub, capsys, monkeypatch):
     rows = [{"stem": f"é {i}?", "choices": {"text": ["a", "b"]}} for i in range(500)]
     table = parquet(tmp_path / "rows.parquet", rows).read_bytes()
     lines = jsonl(["It rained"] * 5153)
@@ -320,11 +328,14 @@ def test_evaluation_sets_are_the_rows_of_the_hub(tmp_path, out, hub, capsys):
     for name, body in bodies.items():
         repo, file, revision = prepare_data.EVAL_SETS[name]
         hub.offer(repo, revision, file, body)
+    refused("5153 rows that are not", run, "icl", out=tmp_path / "changed", tasks="lambada_openai")
+    hub.log.clear()
+    monkeypatch.setattr(prepare_data, "LAMBADA", hashlib.sha256(lines).hexdigest())
     for _ in range(2):  # what is there is not fetched again
         run("icl", out=out, tasks="openbookqa, lambada_openai")
     made = (out / "openbookqa" / "test.jsonl").read_text()
     assert [json.loads(line) for line in made.splitlines()] == rows
     assert (out / "lambada_openai" / "test.jsonl").read_bytes() == lines
     assert len(hub.log) == 2 and len(list(out.iterdir())) == 2
-    refused("has 500 rows there, not 10042", run, "icl", out=out, tasks="hellaswag")
+    refused("500 rows that are not the 10042 official", run, "icl", out=out, tasks="hellaswag")
     assert "takedown" in capsys.readouterr().out and not (out / "hellaswag").exists()

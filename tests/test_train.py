@@ -291,6 +291,8 @@ def test_a_damaged_checkpoint_costs_its_steps_alone(start, whole, tmp_path, caps
     start(run, "--keep_last=1")
     assert [path.name[-1] for path in checkpoints(run)] == ["6", "8"]
     os.truncate(run / "step_00000008" / "train.pt", 1000)
+    with open(run / "log.jsonl", "a") as file:
+        file.write('{"step": 9, "lo')  # torn by the kill
     start(run)
     assert "passed over: " in capsys.readouterr().err
     assert digest(run) == digest(whole) and steps(run) == steps(whole)
