@@ -432,7 +432,7 @@ def print_table(results: dict):
         print(name.ljust(widths[0]), metric.ljust(widths[1]), *cells, sep="  ")
     for name, section in results["tasks"].items():
         if section["left_out"]:
-            print(f"{name}: {section['left_out']} rows left out, longer than the model's context")
+            print(f"{name}: {section['left_out']} rows left out: a choice is longer than the context")
 
 
 # ------------------------------------------------------------------------------------------------ the command
@@ -477,10 +477,10 @@ def main(argv: list[str]):
         tasks = {name: load_task(name, data, args.data_dir, T, args.limit) for name in args.tasks}
         if args.ppl is not None:
             shards, tokens = Shards(data, "val", T), model.meta["tokenizer"]
-            advice = f"prepare the text with --tokenizer {tokens}"
-            check(shards.tokenizer == tokens, f"{data}: {shards.tokenizer} tokens\n{advice}")
+            other = f"{data} holds {shards.tokenizer} tokens, the model reads {tokens}"
+            check(shards.tokenizer == tokens, f"{other}\nprepare the text with --tokenizer {tokens}")
         for path in filter(None, (args.out, args.log_samples)):
-            writable = os.access(path.parent, os.W_OK) and not path.is_dir()
+            writable = os.access(path.parent, os.W_OK) and (path.is_file() or not path.exists())
             check(writable, f"{path} cannot be written\nname one in a folder that exists")
     if rank == 0:
         print(f"evaluating {model.meta['ckpt']}", file=sys.stderr)

@@ -47,7 +47,7 @@ def check_range(config, low: float, high: float, *names: str):
     """Raises UserError for a value of config outside low ... high, or one that is not finite."""
     for name in names:
         value = getattr(config, name)
-        bounds = f"at least {low}" if high == math.inf else f"from {low} to {high}"
+        bounds = f"at least {low} and finite" if high == math.inf else f"from {low} to {high}"
         check(low <= value <= high and value < math.inf, f"{name}={value} must be {bounds}")
 
 

@@ -386,9 +386,15 @@ def lay_out_for_decoding(model: AbbIE):
             module.weight.data = module.weight.data.t().contiguous().t()
 
 
-def kl(text: str) -> float:
-    """'kl:1e-2' -> 0.01."""
-    return float(text.removeprefix("kl:"))
+def parse_exit(text: str) -> float:
+    """'kl:1e-2' -> 0.01, '' -> 0.0."""
+    try:
+        threshold = float(text.removeprefix("kl:") or 0)
+    except ValueError:
+        threshold = -1.0
+    advice = "give kl:1e-2, the change of a token's prediction in nats that ends it"
+    check(threshold > 0 or not text, f"--exit={text}: {advice}")
+    return threshold
 
 
 def parse_args(argv: list[str]):
@@ -407,7 +413,7 @@ def parse_args(argv: list[str]):
     add("--seed", type=int, default=1, help="sample b draws from seed + b")
     add("--cache", dest="cache_mode", default="full", help="full, or last: one slot for all iterations")
     text = "kl:1e-2: a token stops when settled (--cache last)"
-    add("--exit", dest="early_exit", type=kl, default=0.0, help=text)
+    add("--exit", default="", help=text)
     add("--draft_iters", type=int, default=0, help="draft at so many iterations")
     add("--lens", action="store_true", help="show the prediction after each iteration")
     add("--last", type=int, default=16, help="--lens: tokens (0: all; default 16)")
@@ -430,7 +436,8 @@ def read_prompt(args) -> str:
 
 def main(argv: list[str]):
     args = parse_args(argv)
-    check(args.num_samples >= 1, "--num_samples must be at least 1")
+    check_range(args, 1, math.inf, "num_samples")
+    check_range(args, 0, math.inf, "last")
     prompt, device = read_prompt(args), choose_device(args.device)
     model = load_model(args.ckpt, device).eval().to(choose_dtype(args.dtype, device))
     lay_out_for_decoding(model)
@@ -440,8 +447,11 @@ def main(argv: list[str]):
     ids = encode_prompt(tokenizer, prompt, model.config.block_size)
     if args.lens:
         return show(lens(model, tokenizer, ids, several, args.last))
-    names = ("temperature", "top_k", "top_p", "seed", "cache_mode", "early_exit", "draft_iters")
+    names = ("temperature", "top_k", "top_p", "seed", "cache_mode", "draft_iters")
     options = {name: getattr(args, name) for name in names}
+    options["early_exit"] = parse_exit(args.exit)
+    for iters in several:  # what is wrong is said before anything is printed
+        Decoding(args.max_new_tokens, model.check_iters(iters), **options)
     prompts, separator = [ids] * args.num_samples, ""
     for iters in several:
         stats, start, texts = Counter(), time.perf_counter(), [""] * args.num_samples

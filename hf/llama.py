@@ -99,7 +99,8 @@ def find_folder(name: str) -> Path:
 def read_tensors(folder: Path) -> dict[str, Tensor]:
     """All tensors of model.safetensors, or of the several files that stand for it."""
     safetensors, tensors = optional("safetensors.torch"), {}
-    for file in sorted(folder.glob("model*.safetensors")):
+    whole = folder / "model.safetensors"
+    for file in [whole] if whole.exists() else sorted(folder.glob("model*.safetensors")):
         try:
             tensors |= safetensors.load_file(file)
         except Exception as error:  # safetensors' own, or the system's
@@ -126,7 +127,9 @@ def config_from_llama(path: Path, raw: dict) -> AbbIEConfig:
         shape[ours] = typed(ours, value, f"{path}: {theirs}={value!r}")
     shape["block_size"] = min(shape["block_size"], 2048)  # a cache may hold as much; Llama 3.2 has 131072
     rope_type = rope.get("rope_type", rope.get("type", "default"))
-    if rope_type != "default":
+    known = rope_type in ("default", "llama3")
+    check(known, f"{path}: rope_type={rope_type!r} is not what this model computes")
+    if rope_type == "llama3":
         shape["rope_scaling"] = {**rope, "rope_type": rope_type}
     config = AbbIEConfig(**shape)
     standard = llama.get("head_dim", config.attn_head_dim) == config.attn_head_dim
@@ -152,9 +155,12 @@ def weights_from_llama(folder: Path, config: AbbIEConfig) -> dict[str, Tensor]:
 
     state = {}
     for ours, parts in names.items():
-        rows = torch.cat([tensors[f"{part}.weight"] for part in parts])
-        if ours in ("embed", "unembed"):
-            rows = F.pad(rows, (0, 0, 0, config.padded_vocab_size - config.vocab_size))
+        try:
+            rows = torch.cat([tensors[f"{part}.weight"] for part in parts])
+            if ours in ("embed", "unembed"):
+                rows = F.pad(rows, (0, 0, 0, config.padded_vocab_size - config.vocab_size))
+        except RuntimeError as error:
+            raise UserError(f"{folder}: the shapes of {', '.join(parts)} are wrong: {error}") from None
         state[f"{ours}.weight"] = rows
     return state
 

@@ -136,10 +136,10 @@ class AbbIEForCausalLM(PreTrainedModel, GenerationMixin):
         """peft's prompt tuning takes the embedding of this name, or one of vocab_size rows: ours has more."""
         return self.model.embed if target == "embeddings.word_embeddings" else super().get_submodule(target)
 
-    def resize_token_embeddings(self, new_num_tokens, pad_to_multiple_of=None, mean_resizing=True):
+    def resize_token_embeddings(self, new_num_tokens=None, pad_to_multiple_of=None, mean_resizing=True):
         """Give the vocabulary new_num_tokens. The rows that pad it to a multiple of 64 are used up first, so
         pad_to_multiple_of is not needed. New rows begin as the mean of the old ones."""
-        model = self.model
+        model, new_num_tokens = self.model, new_num_tokens or self.config.vocab_size
         kept = min(self.config.vocab_size, new_num_tokens)
         self.config.vocab_size = new_num_tokens
         model.config = self.config.core()

@@ -10,12 +10,12 @@ import sys
 import huggingface_hub
 import peft
 import pytest
-import safetensors.torch
 import tiktoken
 import tokenizers
 import torch
 import transformers
 from common import ROOT, STRETCH, documents, greedy, make, randomize, refused, save, tokens
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -365,10 +365,10 @@ def test_one_iteration_is_the_llama(tmp_path, keys):
 
 def test_what_older_versions_write_is_understood(tmp_path):
     plain, path = write_llama(tmp_path, rope_parameters=ROPE), tmp_path / "model.safetensors"
-    weights = safetensors.torch.load_file(path)
+    weights = load_file(path)
     weights["model.layers.0.rotary_emb.inv_freq"] = torch.ones(4)
     weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
-    safetensors.torch.save_file(weights, path)
+    save_file(weights, path)
     scaling = {key.replace("rope_type", "type"): value for key, value in STRETCH.items()}
     edit(tmp_path, rope_parameters=None, rope_theta=500.0, rope_scaling=scaling)
     close(load_model(f"hf:{tmp_path}")(IDX)[0], plain(IDX).logits)
@@ -391,7 +391,7 @@ REFUSED = [
     (dict(attention_bias=True), "attention_bias=True"),
     (dict(quantization_config={"bits": 4}), "quantization_config"),
     (dict(head_dim=16), "head_dim"),
-    (dict(rope_parameters={**ROPE, "rope_type": "yarn"}), "rope_scaling needs rope_type 'llama3'"),
+    (dict(rope_parameters={**ROPE, "rope_type": "yarn"}), "rope_type='yarn' is not what"),
     (dict(num_hidden_layers=6), "disagree on model.layers.5"),
     (dict(num_hidden_layers=4), "disagree on model.layers.4"),
     (dict(num_key_value_heads=4), "do not fit its config"),
@@ -415,9 +415,15 @@ def test_weights_are_whole_safetensors_and_no_pickles(copy, monkeypatch):
     assert load_model("hf:owner/repo").meta["tokenizer"] == "hf:owner/repo"
     refused("hf:owner/other is no folder here", load_model, "hf:owner/other")
     path = copy / "model.safetensors"
+    tensors, part = load_file(path), "model.layers.0.self_attn.q_proj.weight"
+    save_file({part: torch.zeros(1)}, copy / "model_backup.safetensors")
+    assert load_model(f"hf:{copy}"), "a file beside the whole one is not read"
+    save_file({**tensors, part: tensors[part][:, :1].contiguous()}, path)
+    refused("the shapes of .*q_proj.* are wrong", load_model, f"hf:{copy}")
     path.write_bytes(path.read_bytes()[:30000])
     refused("model.safetensors is damaged", load_model, f"hf:{copy}")
     path.rename(copy / "pytorch_model.bin")
+    (copy / "model_backup.safetensors").unlink()
     refused("weights must be .safetensors: no pickles", load_model, f"hf:{copy}")
 
 

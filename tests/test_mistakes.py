@@ -99,7 +99,7 @@ MISTAKES = {
     "sample --promt=a": "did you mean --prompt?",
     "sample --draft_iters=1 --cache=last": "drafting needs cache=full",
     "sample --draft_iters=1 --exit=kl:1": "exclude each other",
-    "sample --exit=u:1e-2": "--exit: invalid kl value: 'u:1e-2'",
+    "sample --exit=u:1e-2": "--exit=u:1e-2: give kl:1e-2",
     "sample --cache=half": "neither full nor last",
     "eval_icl --ckpt=diverged --limit=2 --out=r.json": "the model is not finite: at iters [1, 2, 4, 8]",
     "eval_icl --tasks=arc_esy": "did you mean arc_easy",
