@@ -313,7 +313,10 @@ def describe(record: dict) -> str:
 
 def versions(device: torch.device) -> dict:
     """Where a run took place; of a CPU its instruction set, on which the fastest way to compute depends."""
-    name = f"{platform.processor() or platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
+    name, cpu = platform.machine(), Path("/proc/cpuinfo")
+    if cpu.exists():
+        name = cpu.read_text().partition("model name\t: ")[2].partition("\n")[0] or name
+    name += f", {torch.backends.cpu.get_cpu_capability()}"
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     folder = shlex.quote(str(Path(__file__).parent))
