@@ -500,8 +500,8 @@ def main(argv: list[str]):
     autocast = partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
     options = {"batch_size": args.batch_size, "rank": rank, "world": world, "autocast": autocast}
     for name, examples in tasks.items():
-        results["tasks"][name], more = run_task(model, tokenizer, name, examples, iters, **options)
-        samples += more
+        results["tasks"][name], task_samples = run_task(model, tokenizer, name, examples, iters, **options)
+        samples += task_samples
         save()
     if args.ppl is not None:
         results["ppl"] = perplexity(model, shards, iters, **options)

@@ -260,11 +260,11 @@ def new_tokens(cache: KVCache, contexts: list[list[int]]) -> tuple[Tensor, list[
 def stream_batch(cache, prompts, rngs, decoding, stats):
     """Yield (row, token): the next token of every row, again and again; of one row, several when drafted."""
     contexts = [list(prompt) for prompt in prompts]
-    left = [decoding.max_new_tokens] * len(prompts)
-    while any(left):
+    budgets = [decoding.max_new_tokens] * len(prompts)
+    while any(budgets):
         room = cache.model.config.block_size - cache.lengths[0]
         if decoding.draft_iters > 0 and cache.lengths[0] > 0 and room > 0:
-            n = min(decoding.draft_tokens + 1, room, left[0])
+            n = min(decoding.draft_tokens + 1, room, budgets[0])
             chosen = [draft_and_verify(cache, contexts[0][-1], n, rngs[0], decoding, stats)]
         else:  # also a prompt, and a context that starts again
             logits = step(cache, *new_tokens(cache, contexts), decoding.early_exit, stats)
@@ -272,9 +272,9 @@ def stream_batch(cache, prompts, rngs, decoding, stats):
         for b, tokens in enumerate(chosen):
             for token in tokens:
                 if token in decoding.stop_tokens:
-                    left[b] = 0  # the row is over: nothing of it is new
-                if left[b] > 0:
-                    left[b] -= 1
+                    budgets[b] = 0  # the row is over: nothing of it is new
+                if budgets[b] > 0:
+                    budgets[b] -= 1
                     contexts[b].append(token)
                     yield b, token
 
@@ -442,18 +442,18 @@ def main(argv: list[str]):
     model = load_model(args.ckpt, device).eval().to(choose_dtype(args.dtype, device))
     lay_out_for_decoding(model)
     print(f"[{model.meta['ckpt']}, {model.embed.weight.dtype} on {device}]", file=sys.stderr)
-    several = parse_list(args.iters or model.config.iters, "iters")
+    iters_list = parse_list(args.iters or model.config.iters, "iters")
     tokenizer = tokenizer_of(model)
     ids = encode_prompt(tokenizer, prompt, model.config.block_size)
     if args.lens:
-        return show(lens(model, tokenizer, ids, several, args.last))
+        return show(lens(model, tokenizer, ids, iters_list, args.last))
     names = ("temperature", "top_k", "top_p", "seed", "cache_mode", "draft_iters")
     options = {name: getattr(args, name) for name in names}
     options["early_exit"] = parse_exit(args.exit)
-    for iters in several:  # what is wrong is said before anything is printed
+    for iters in iters_list:  # bad options are refused before anything is printed
         Decoding(args.max_new_tokens, model.check_iters(iters), **options)
     prompts, separator = [ids] * args.num_samples, ""
-    for iters in several:
+    for iters in iters_list:
         stats, start, texts = Counter(), time.perf_counter(), [""] * args.num_samples
         end = "" if prompt and sys.stdout.isatty() else "\n"  # on a terminal the text follows its prompt
         print(f"iters {iters}: {prompt}", end=end, file=sys.stderr, flush=True)

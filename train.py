@@ -343,14 +343,14 @@ def say(text: str):
 def noticed_signals(rank: int):
     """Collect signals in a list, for the loop to act on between steps: nothing, a save above all, is cut
     short. The third of a kind ends the process. One that is ignored, as SIGHUP under nohup, stays so."""
-    asked, before = [], {}
+    signals, before = [], {}
 
     def notice(number, frame):
         message = f"{signal.Signals(number).name} heard: it ends after the step at hand and a save"
-        if number in asked:
+        if number in signals:
             message += "; once more ends it now, unsaved"
             signal.signal(number, signal.SIG_DFL)
-        asked.append(number)
+        signals.append(number)
         if rank == 0:
             with contextlib.suppress(OSError):  # and no print(): one may be what is interrupted
                 os.write(2, f"\n{message}\n".encode())
@@ -359,7 +359,7 @@ def noticed_signals(rank: int):
         if number.name in ("SIGTERM", "SIGINT", "SIGHUP") and signal.getsignal(number) != signal.SIG_IGN:
             before[number] = signal.signal(number, notice)
     try:
-        yield asked
+        yield signals
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -444,8 +444,8 @@ def run(config: Config, device: torch.device, rank: int, world: int, command: st
                 prune(out_dir, config.keep_last, f"step_{decay_start(config):08d}")
 
     eval_iters, peak = parse_list(config.eval_iters, "eval_iters"), peak_flops(made_by["device"])
-    stopped, began, shown = False, time.perf_counter(), -math.inf
-    with noticed_signals(rank) as asked, ThreadPoolExecutor(1) as reader:
+    stopped, run_began, printed_at = False, time.perf_counter(), -math.inf
+    with noticed_signals(rank) as signals, ThreadPoolExecutor(1) as reader:
         upcoming = reader.submit(read_step, shards, config, step, rank, world)
         while step < config.max_steps and skipped < MAX_SKIPS and not stopped:
             due = config.save_every and step % config.save_every == 0
@@ -460,10 +460,10 @@ def run(config: Config, device: torch.device, rank: int, world: int, command: st
             iters = draw_iters(config.iters, config.seed, step)
             batches = [(x.to(device), y.to(device)) for x, y in upcoming.result()]
             upcoming = reader.submit(read_step, shards, config, step + 1, rank, world)
-            loss, norm, stopped = train_step(net, optimizer, batches, iters, config, autocast, bool(asked))
+            loss, norm, stopped = train_step(net, optimizer, batches, iters, config, autocast, bool(signals))
 
             now = time.perf_counter()
-            seconds, pace = now - step_began, (now - began) / (step + 1 - start)  # pace: with evaluations
+            seconds, pace = now - step_began, (now - run_began) / (step + 1 - start)  # pace: with evaluations
             finite = math.isfinite(loss) and math.isfinite(norm)
             skipped = 0 if finite else skipped + 1
             cost = config.tokens_per_step * model.flops_per_token(iters, backprop_iters=config.backprop_iters)
@@ -475,19 +475,19 @@ def run(config: Config, device: torch.device, rank: int, world: int, command: st
                 "eta_s": pace * (config.max_steps - step - 1),
             }  # fmt: skip
             log(record)
-            if now > shown + 5 or not finite:
+            if now > printed_at + 5 or not finite:
                 say(describe(record))
-                shown = now
+                printed_at = now
             step += 1
         if not (stopped and skipped):
             save()
-        stopped = stopped or from_rank_0(bool(asked))  # while it saved
+        stopped = stopped or from_rank_0(bool(signals))  # while it saved
         if not stopped:
             validate(eval_iters, config.eval_tokens)
             validate([model.config.iters], FINAL_EVAL_TOKENS)
 
     if stopped:
-        number = (asked or [signal.SIGTERM])[0]
+        number = (signals or [signal.SIGTERM])[0]
         say(f"{signal.Signals(number).name}: {newest(out_dir)} is saved; the same command continues")
         return 128 + number
     if world == 1:

@@ -248,10 +248,10 @@ def measure_harness(args) -> dict:
                 scores += zip(example["loglikelihoods"], example["is_greedy"])
 
             task = harness_task(name, args.data_dir)
-            found = lm_eval.simple_evaluate(theirs, tasks=[task], limit=args.limit, bootstrap_iters=100)
-            samples = sorted(found["samples"][name], key=lambda sample: sample["doc_id"])
+            report = lm_eval.simple_evaluate(theirs, tasks=[task], limit=args.limit, bootstrap_iters=100)
+            samples = sorted(report["samples"][name], key=lambda sample: sample["doc_id"])
             expected = [(float(ll), str(hit)) for sample in samples for [(ll, hit)] in sample["resps"]]
-            theirs_by_metric = {key.split(",")[0]: value for key, value in found["results"][name].items()}
+            theirs_by_metric = {key.split(",")[0]: value for key, value in report["results"][name].items()}
             pairs = list(zip(scores, expected, strict=True))
             result["tasks"][name] = {
                 "requests": len(pairs),
