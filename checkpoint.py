@@ -26,7 +26,7 @@ from model import AbbIE, AbbIEConfig, UserError, check
 
 
 def sync(path: Path):
-    """Have the disk confirm a file, or the names in a folder (Windows has no such call)."""
+    """Have the disk confirm a file, or the names in a folder (not on Windows)."""
     if os.name == "posix":
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)
