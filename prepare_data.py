@@ -333,8 +333,8 @@ def prepare(args, groups: list[list[tuple]], source: str, identity):
             from hf.llama import copy_tokenizer
 
             copy_tokenizer(args.tokenizer[3:], folder)
-        os.replace(unfinished, folder / "meta.json")
-        sync(folder)
+        write_json(folder / "meta.json", meta)
+        unfinished.unlink()
     print(f"{folder} is complete\n{source}; tokenizer {args.tokenizer}")
     print(f"left out: {meta['skipped']} bad documents, {meta.get('empty', 0)} empty ones")
     for split, n in meta["splits"].items():

@@ -225,6 +225,12 @@ def test_a_folder_with_other_data_is_refused_and_left_alone(tmp_path, out, corpu
         assert contents(folder) == before
 
 
+def test_what_an_earlier_version_left_beside_finished_data_goes_and_the_data_stay(out, corpus):
+    before = contents(prepare(out, corpus))
+    write(out / "unfinished.json", '{"job": "of that version", "groups": []}')
+    assert contents(prepare(out, corpus)) == before
+
+
 def test_a_refused_preparation_does_not_stand_in_the_way_of_its_mend(tmp_path, out):
     path = write(tmp_path / "rows.jsonl", '{"content": "a"}\n{"content": "b"}\n')
     refused("text under 'text' .--field", prepare, out, path)
